@@ -1,0 +1,170 @@
+"""The tree of exceptions.
+
+Everything that shmring raises on its own account is a :class:`ShmringError`;
+where the standard library has a class for the same situation, ours derives
+from that class too, so that existing ``except`` clauses keep working.  The two
+exceptions of everyday flow, :data:`Full` and :data:`Empty`, *are* those of
+:mod:`queue`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+from queue import Empty, Full
+
+__all__ = [
+    "AccessRefused",
+    "DecodeError",
+    "Empty",
+    "EncodeError",
+    "Full",
+    "InvalidArgument",
+    "LayoutMismatch",
+    "MessageTooLarge",
+    "NotSupportedByFallback",
+    "PeerDied",
+    "RingClosed",
+    "RingCorrupted",
+    "RingExists",
+    "RingNotFound",
+    "SharedMemoryFull",
+    "ShmringError",
+    "ShutDown",
+    "WorkerDied",
+]
+
+
+class ShmringError(Exception):
+    """Base of every exception that shmring raises on its own account."""
+
+
+class InvalidArgument(ShmringError, ValueError):
+    """An argument has the right type and an impossible value.
+
+    The text names the argument, the value and what would be accepted.
+    """
+
+
+class MessageTooLarge(InvalidArgument):
+    """A message can never fit: it is larger than ``max_capacity`` allows."""
+
+
+class RingClosed(ShmringError, ValueError):
+    """This handle has been closed; other handles on the same ring go on."""
+
+
+class RingCorrupted(ShmringError):
+    """What stands in shared memory cannot have been written by shmring.
+
+    The ring is then poisoned: every process that uses it gets this exception
+    instead of data that nobody can vouch for.
+    """
+
+
+class LayoutMismatch(ShmringError):
+    """The segment is not a ring, or was laid out by another version of shmring."""
+
+
+class RingExists(ShmringError, FileExistsError):
+    """The name is taken by something that is alive, or is not ours to reclaim."""
+
+
+class RingNotFound(ShmringError, FileNotFoundError):
+    """Nothing of that name exists, or it never became ready before the deadline."""
+
+
+class AccessRefused(ShmringError, PermissionError):
+    """The segment belongs to somebody else, is open to others, or lives in
+    another PID namespace; the text says which."""
+
+
+class SharedMemoryFull(ShmringError, OSError):
+    """The file system of shared memory has no room for what was asked (ENOSPC)."""
+
+
+class EncodeError(ShmringError, pickle.PicklingError):
+    """An object could not be turned into bytes; nothing was put."""
+
+
+class DecodeError(ShmringError, pickle.UnpicklingError):
+    """A message was taken and its bytes could not be turned into an object.
+
+    Attributes:
+        items: the other messages of the same ``get_many``, which were decoded.
+    """
+
+    items: list[object]
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.items = []
+
+
+class PeerDied(ShmringError):
+    """Every peer of the waiter is dead and nothing is left to take.
+
+    Attributes:
+        pid: the process whose death was seen last.
+        exitcode: as in :attr:`multiprocessing.Process.exitcode`: negative is a
+            signal; None where the system does not tell.
+    """
+
+    def __init__(self, pid: int, exitcode: int | None = None) -> None:
+        super().__init__(pid, exitcode)
+        self.pid = pid
+        self.exitcode = exitcode
+
+    def __str__(self) -> str:
+        return f"process {self.pid} is dead ({_cause_of_death(self.exitcode)})"
+
+
+class WorkerDied(ShmringError):
+    """A task was given up because each worker that ran it died.
+
+    Attributes:
+        task: the number of the task.
+        pid: the worker that died last.
+        exitcode: as in :attr:`multiprocessing.Process.exitcode`.
+        attempts: how many workers ran the task.
+    """
+
+    def __init__(self, task: int, pid: int, exitcode: int | None, attempts: int) -> None:
+        super().__init__(task, pid, exitcode, attempts)
+        self.task = task
+        self.pid = pid
+        self.exitcode = exitcode
+        self.attempts = attempts
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that killed the worker, or None."""
+        if self.exitcode is not None and self.exitcode < 0:
+            return -self.exitcode
+        return None
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task} was given up after {self.attempts} attempt(s): "
+            f"worker process {self.pid} died ({_cause_of_death(self.exitcode)})"
+        )
+
+
+class NotSupportedByFallback(ShmringError):
+    """Only the compiled ring can do this; the text names the reason."""
+
+
+if hasattr(queue, "ShutDown"):
+    ShutDown = queue.ShutDown
+else:
+
+    class ShutDown(Exception):
+        """The queue was shut down, as ``queue.ShutDown`` of Python 3.13."""
+
+
+def _cause_of_death(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "exit code unknown"
+    if exitcode < 0:
+        return f"killed by signal {-exitcode}"
+    return f"exit code {exitcode}"
