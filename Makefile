@@ -1,0 +1,79 @@
+# Everything is installed into .venv; nothing else is needed than Python 3.11+, a C compiler
+# and the headers of Python. `make clean` before changing SHMRING_SANITIZE or SHMRING_COVERAGE.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL_VENV := build/wheel-venv
+PLATFORM := manylinux_2_28_$(shell uname -m)
+COMPILED := $(wildcard cython/shmring/*.pyx cython/shmring/*.pxd cython/shmring/*.h)
+STUBS = $(patsubst src/shmring/%.pyi,shmring.%,$(wildcard src/shmring/*.pyi))
+PYTEST := $(BIN)/python -m pytest -q
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fallback bench torture lint wheel build clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+demo: build $(VENV)/.with-all  ## the main job on real text; DEMO_ARGS="PATH --workers 4 --kill"
+	$(BIN)/shmring demo $(DEMO_ARGS)
+
+test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
+	$(PYTEST) $(TEST_ARGS)
+
+test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
+	SHMRING_BACKEND=queue $(PYTEST) -m "both_backends and not torture" $(TEST_ARGS)
+
+torture: build $(VENV)/.with-test  ## the long tests
+	$(PYTEST) -m torture $(TEST_ARGS)
+
+bench: build $(VENV)/.with-bench  ## beside multiprocessing's Queue, SimpleQueue and Pipe
+	$(PYTEST) benchmarks --benchmark-only -W default $(BENCH_ARGS)
+
+lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs against the extension
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/cython-lint cython
+	$(if $(STUBS),$(BIN)/stubtest --allowlist tests/stubtest.txt \
+	  --ignore-unused-allowlist $(STUBS))
+
+# From the sdist, as a user without our tree would get it; then away from src.
+wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the wheel
+	rm -rf dist wheelhouse $(WHEEL_VENV)
+	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python -m build --outdir dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) \
+	  --wheel-dir wheelhouse dist/*.whl
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	wheel=$$(echo wheelhouse/*.whl) && $(WHEEL_VENV)/bin/pip install -q "$$wheel[test]"
+	cd tests && ../$(WHEEL_VENV)/bin/python -c 'import shmring, sys; \
+	  assert shmring.__file__.startswith(sys.prefix), shmring.__file__'
+	ls -l wheelhouse
+	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest -q $(TEST_ARGS)
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.editable $(COMPILED)
+	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+# The package itself, from src. The extension is left to .built, which keeps what it compiled.
+$(VENV)/.editable: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade 'setuptools>=77' 'cython>=3.1'
+	SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+# An extra of pyproject.toml.
+$(VENV)/.with-%: $(VENV)/.editable
+	SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	touch $@
+
+.PRECIOUS: $(VENV)/.with-%
+
+clean:  ## forget everything that was built or installed here
+	rm -rf $(VENV) build dist wheelhouse src/*.egg-info src/shmring/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
