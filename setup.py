@@ -66,9 +66,7 @@ def extension(source: Path) -> Extension:
         f"shmring.{source.stem}",
         [source.as_posix()],
         include_dirs=[SOURCES.as_posix()],
-        depends=sorted(
-            path.as_posix() for end in ("*.h", "*.pxd") for path in SOURCES.glob(end)
-        ),
+        depends=sorted(path.as_posix() for end in ("*.h", "*.pxd") for path in SOURCES.glob(end)),
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,

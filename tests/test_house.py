@@ -1,0 +1,223 @@
+"""The house keeps its shape: who may import whom, what is exported, where things stand."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import importlib
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = ROOT / "src" / "shmring"
+CYTHON = ROOT / "cython" / "shmring"
+
+# The floors, from the ground up: a module imports only from lines above its own.
+# The compiled modules share a floor, and may import one another.
+FLOORS = [
+    ["errors"],
+    ["_core", "_ring", "_queue", "_memory"],
+    ["_deadline"],
+    ["segment"],
+    ["memory"],
+    ["codec"],
+    ["board"],
+    ["message"],
+    ["ring"],
+    ["queues"],
+    ["fallback"],
+    ["backend"],
+    ["ipc"],
+    ["worker"],
+    ["coordinator"],
+    ["example"],
+    ["executor"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+TOP_LEVEL = {
+    ".ci",
+    ".git",
+    ".github",
+    ".gitignore",
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "cython",
+    "docs",
+    "pyproject.toml",
+    "setup.py",
+    "src",
+    "tests",
+}
+MOST_LINES = 700
+
+MODULES = sorted(PYTHON.glob("*.py"), key=lambda path: path.stem)
+PUBLIC = [path.stem for path in MODULES if not path.stem.startswith("_")]
+
+
+class Imports(ast.NodeVisitor):
+    """The modules of shmring that a module imports when it runs."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING":
+            for child in node.orelse:
+                self.visit(child)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            package, _, rest = alias.name.partition(".")
+            if package == "shmring":
+                self.names.add(rest.partition(".")[0] or "__init__")
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        path = (node.module or "").split(".") if node.module else []
+        if node.level == 0:
+            if path[:1] != ["shmring"]:
+                return
+            path = path[1:]
+        if path:
+            self.names.add(path[0])
+        else:  # from shmring import X: a module, or else something of __init__
+            for alias in node.names:
+                module = alias.name in FLOOR or (PYTHON / f"{alias.name}.py").exists()
+                self.names.add(alias.name if module else "__init__")
+
+
+def imported_by_python(path: Path) -> set[str]:
+    visitor = Imports()
+    visitor.visit(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+    return visitor.names
+
+
+def imported_by_cython(path: Path) -> set[str]:
+    pattern = r"^\s*(?:from\s+(?:shmring\.|\.)(\w+)\s+import|import\s+shmring\.(\w+))"
+    found = re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {first or second for first, second in found}
+
+
+def importers() -> list[tuple[str, set[str]]]:
+    python = [(path.stem, imported_by_python(path)) for path in MODULES]
+    compiled = [(path.stem, imported_by_cython(path)) for path in sorted(CYTHON.glob("*.pyx"))]
+    return [(name, names) for name, names in python + compiled if name != "__init__"]
+
+
+def test_every_module_has_its_floor() -> None:
+    unknown = {name for name, _ in importers()} - FLOOR.keys()
+    assert not unknown, f"add {sorted(unknown)} to FLOORS in {Path(__file__).name}"
+
+
+def test_no_import_turns_round() -> None:
+    compiled = FLOOR["_core"]
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in importers()
+        for other in sorted(others - {name})
+        if FLOOR.get(other, len(FLOORS)) >= FLOOR.get(name, -1)
+        and not FLOOR.get(other) == FLOOR.get(name) == compiled
+    ]
+    assert not wrong, f"{wrong}: only from a floor above its own in FLOORS"
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module("shmring" if name == "__init__" else f"shmring.{name}")
+
+
+@pytest.mark.parametrize("name", ["__init__", *PUBLIC])
+def test_exports_are_sorted_and_exist(name: str) -> None:
+    module = load(name)
+    exported = module.__all__
+    assert list(exported) == sorted(set(exported))
+    assert [each for each in exported if not hasattr(module, each)] == []
+
+
+def test_the_package_exports_what_it_has() -> None:
+    import shmring
+
+    public = {
+        name
+        for name in dir(shmring)
+        if not name.startswith("_") and not isinstance(getattr(shmring, name), ModuleType)
+    }
+    # multiprocessing.managers has a class of that name: `import *` must not replace it.
+    assert "SharedMemoryManager" not in shmring.__all__
+    assert public - {"annotations"} == {*shmring.__all__, "SharedMemoryManager"}
+
+
+def layout_in_c() -> dict[str, int]:
+    text = (CYTHON / "_layout.h").read_text(encoding="utf-8")
+    defines = re.findall(r"^#define SHMRING_(\w+)[ \t]+(\w+)", text, re.MULTILINE)
+    return {name: int(value, 0) for name, value in defines}
+
+
+def layout_in_pxd() -> set[str]:
+    """The constants; SHMRING_ stands in no other kind of declaration there."""
+    text = (CYTHON / "_layout.pxd").read_text(encoding="utf-8")
+    return set(re.findall(r"\bSHMRING_(\w+)", text))
+
+
+def test_the_pxd_declares_the_layout_of_the_header() -> None:
+    assert len(layout_in_c()) > 10
+    assert layout_in_pxd() == layout_in_c().keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extension is Linux only")
+def test_the_compiled_layout_is_that_of_the_header() -> None:
+    core = load("_core")
+    compiled = {name.removeprefix("SHMRING_"): value for name, value in core.LAYOUT.items()}
+    assert compiled == layout_in_c()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stands on the extension, Linux only")
+def test_python_has_the_layout_of_the_header() -> None:
+    segment, layout = load("segment"), layout_in_c()
+    assert layout["MAGIC"] == segment.MAGIC
+    assert layout["VERSION"] == segment.LAYOUT_VERSION
+
+
+def test_the_top_level_is_bare() -> None:
+    generated = [".gitignore", "PKG-INFO", "setup.cfg"]  # the last two in an sdist
+    if (ROOT / ".gitignore").exists():
+        generated += (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    odd = [
+        path.name
+        for path in ROOT.iterdir()
+        if path.name not in TOP_LEVEL
+        and not any(fnmatch.fnmatch(path.name, pattern.rstrip("/")) for pattern in generated)
+    ]
+    assert not odd, f"{odd}: has no place at the top; see section 2 of the design"
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    kinds = {".py", ".pyi", ".pyx", ".pxd", ".h"}
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in ("src", "cython", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in kinds
+    }
+    too_long = {path: lines for path, lines in lengths.items() if lines > MOST_LINES}
+    assert not too_long, f"over {MOST_LINES} lines: {too_long}; split by concept"
+
+
+def test_types_travel_with_the_package() -> None:
+    """Run against the wheel by `make wheel`, against src otherwise."""
+    installed = {entry.name for entry in resources.files("shmring").iterdir()}
+    assert "py.typed" in installed
+    stubs = {f"{path.stem}.pyi" for path in CYTHON.glob("*.pyx")}
+    assert stubs <= installed, "each compiled module has a stub"
