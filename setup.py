@@ -95,8 +95,9 @@ class BuildExtension(build_ext):
             say(
                 f"WARNING: {', '.join(missing)} could not be built (see the error above). "
                 "The package works without, on multiprocessing.Queue: slower, and not safe "
-                "against killed processes. Install a C compiler and the headers of Python "
-                "and install again; SHMRING_REQUIRE_EXTENSION=1 makes this an error."
+                "against killed processes. With a C compiler and the headers of Python, "
+                "`pip install --force-reinstall --no-cache-dir shmring` builds the ring; "
+                "SHMRING_REQUIRE_EXTENSION=1 makes this an error."
             )
 
 

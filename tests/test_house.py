@@ -30,6 +30,7 @@ FLOORS = [
     ["message"],
     ["ring"],
     ["queues"],
+    ["fallback_files"],
     ["fallback"],
     ["backend"],
     ["ipc"],
