@@ -31,6 +31,7 @@ FLOORS = [
     ["ring"],
     ["queues"],
     ["fallback_files"],
+    ["fallback_server"],
     ["fallback"],
     ["backend"],
     ["ipc"],
