@@ -1,0 +1,489 @@
+"""The board: one slot a process, written by its owner alone, read by everybody.
+
+Two facts are never mixed.  *Dead* is proved by the kernel: nothing has that
+PID any more, what has it started at another time, or its pidfd says that it
+has ended (a zombie has).  *Silent* is a heartbeat older than a limit: hung,
+stopped or starved, perhaps well again in a moment.
+
+A heartbeat is one store of eight bytes, made by the process's own loop; there
+is no heartbeat thread, which would beat for a hung handler too.
+
+Layout, little-endian words of eight bytes::
+
+    header (one slot long)   magic | version | slots in use (high-water mark)
+    slot, 256 bytes:
+      0 pid, 0 = never used      1 start time (ticks)    2 incarnation
+      3 heartbeat (ns)           4 state                 5 waiting since (ns)
+      6 task started (ns)        7 task + 1, 0 = none    8 tasks
+      9 bytes                   10 messages             11 heartbeats
+     12 role                    13 length of the id     14 length of waiting-on
+     15 .. 23 process id, UTF-8, 72 bytes
+     24 .. 31 what it waits on, UTF-8, 64 bytes, cut to fit
+
+All-zero is a valid empty board, so nobody ever waits for its creator.  A slot
+is allocated under a file lock, which the kernel releases when its holder is
+killed; the PID is stored last, so that a half-made slot is still free.
+Nothing is wiped when a process ends or dies: its slot stays readable until
+another process takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
+
+__all__ = [
+    "BOARD_BYTES",
+    "MAX_PROCESS_ID_BYTES",
+    "Board",
+    "BoardStorage",
+    "Entry",
+    "Role",
+    "Slot",
+    "State",
+    "is_process_dead",
+    "process_start_ticks",
+    "wait_for_lock",
+]
+
+_MAGIC = int.from_bytes(b"SHMBOARD", "little")
+_VERSION = 1
+_SLOT_WORDS = 32
+_SLOTS = 255
+BOARD_BYTES = (_SLOTS + 1) * _SLOT_WORDS * 8
+
+_H_MAGIC, _H_VERSION, _H_USED = 0, 1, 2
+
+_PID, _START, _INCARNATION, _HEARTBEAT, _STATE, _WAITING_SINCE = range(6)
+_TASK_STARTED, _TASK, _TASKS, _BYTES, _MESSAGES, _HEARTBEATS = range(6, 12)
+_ROLE, _ID_LENGTH, _ON_LENGTH = range(12, 15)
+_ID_OFFSET, MAX_PROCESS_ID_BYTES = 15 * 8, 72
+_ON_OFFSET, _ON_BYTES = 24 * 8, 64
+
+_U64 = (1 << 64) - 1
+
+
+class State(enum.IntEnum):
+    """What a process says that it is doing."""
+
+    STARTING = 0
+    IDLE = 1
+    WORKING = 2
+    WAITING = 3
+    EXITED = 4
+
+
+class Role(enum.IntEnum):
+    """What a process is to the others of its namespace."""
+
+    PEER = 0
+    COORDINATOR = 1
+    WORKER = 2
+
+
+# Whatever else stands in a slot was not written by us.
+_STATES = {int(state): state for state in State}
+_ROLES = {int(role): role for role in Role}
+
+
+class BoardStorage(Protocol):
+    """Where a board lives."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """A writable view of at least ``BOARD_BYTES`` bytes, zero when new."""
+        ...
+
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """A lock among all processes that the kernel releases when its holder dies."""
+        ...
+
+    def close(self) -> None:
+        """Let go; the last one to do so leaves nothing behind."""
+        ...
+
+
+def process_start_ticks(pid: int) -> int:
+    """When a process started, which together with its PID names it for ever.
+
+    Args:
+        pid: the process.
+
+    Returns:
+        clock ticks since boot; 0 where the system does not tell or there is no
+        such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The name of the program, in parentheses, may hold spaces and parentheses.
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
+    """Whether the kernel proves that a process has ended; a zombie has.
+
+    Args:
+        pid: the process.
+        start_ticks: its :func:`process_start_ticks`; 0 if unknown, and then a
+            later process of the same PID is taken for it.
+
+    Returns:
+        True only with proof.  Where the system offers none (Windows), False.
+    """
+    if pid <= 0 or pid > 0x7FFFFFFF:
+        return True
+    if sys.platform == "win32":
+        return False  # os.kill(pid, 0) would send Ctrl-C there
+    if not hasattr(os, "pidfd_open"):
+        return _is_gone(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:  # out of descriptors, or a kernel that has no pidfd
+        return _is_gone(pid) or _is_another(pid, start_ticks)
+    try:
+        # The start time is read after pidfd_open: both then speak of one process, or it is dead.
+        if _is_another(pid, start_ticks):
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(pidfd)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _is_another(pid: int, start_ticks: int) -> bool:
+    now = process_start_ticks(pid)
+    return bool(start_ticks and now and now != start_ticks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What stood in one slot at one instant.
+
+    Times are of ``time.monotonic_ns()``, which all processes share; 0 is never.
+    """
+
+    index: int
+    pid: int
+    start_ticks: int
+    incarnation: int
+    process_id: str
+    role: Role
+    state: State
+    heartbeat_ns: int
+    heartbeats: int
+    waiting_on: str
+    waiting_since_ns: int
+    task: int | None
+    task_started_ns: int
+    tasks: int
+    nbytes: int
+    messages: int
+
+    def is_dead(self) -> bool:
+        """Whether the process has ended: it said so, or the kernel proves it."""
+        return self.state is State.EXITED or is_process_dead(self.pid, self.start_ticks)
+
+    def silent_for(self) -> float:
+        """How long ago the last heartbeat was, in seconds."""
+        return max(0.0, (time.monotonic_ns() - self.heartbeat_ns) / 1e9)
+
+    def is_silent(self, limit: float) -> bool:
+        """Whether no heartbeat came within the limit, which proves nothing.
+
+        Args:
+            limit: in seconds.
+        """
+        return self.silent_for() > limit
+
+
+class Slot:
+    """The calling process's own slot; get one from :meth:`Board.register`."""
+
+    def __init__(self, words: memoryview, octets: memoryview, base: int) -> None:
+        self._words = words
+        self._octets = octets
+        self._base = base
+        self.index = base // _SLOT_WORDS - 1
+        self.incarnation = words[base + _INCARNATION]
+        self.pid = os.getpid()
+
+    def beat(self) -> None:
+        """Say that the process is alive: to be called on every turn of its loop."""
+        words, base = self._words, self._base
+        words[base + _HEARTBEAT] = time.monotonic_ns()
+        words[base + _HEARTBEATS] = (words[base + _HEARTBEATS] + 1) & _U64
+
+    def set_role(self, role: Role) -> None:
+        """Say what the process is to the others.
+
+        Args:
+            role: the new role.
+        """
+        self._words[self._base + _ROLE] = role
+
+    def idle(self) -> None:
+        """Say that nothing is being done or waited for."""
+        words, base = self._words, self._base
+        words[base + _WAITING_SINCE] = 0
+        words[base + _TASK] = 0
+        words[base + _STATE] = State.IDLE
+        self.beat()
+
+    def waiting(self, on: str) -> None:
+        """Say that the process starts to wait; :meth:`beat` on while it does.
+
+        Args:
+            on: what for: the name of a queue; cut to 64 bytes.
+        """
+        words, base = self._words, self._base
+        _write_text(self._octets, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
+        words[base + _ON_LENGTH] = min(len(on.encode()), _ON_BYTES)
+        words[base + _WAITING_SINCE] = time.monotonic_ns()
+        words[base + _STATE] = State.WAITING
+        self.beat()
+
+    def working(self, task: int) -> None:
+        """Say that a task begins.
+
+        Args:
+            task: its number, from 0.
+        """
+        words, base = self._words, self._base
+        words[base + _WAITING_SINCE] = 0
+        words[base + _TASK_STARTED] = time.monotonic_ns()
+        words[base + _TASK] = task + 1
+        words[base + _STATE] = State.WORKING
+        self.beat()
+
+    def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
+        """Add to the counters.
+
+        Args:
+            tasks: tasks answered.
+            nbytes: bytes sent or received.
+            messages: messages sent or received.
+        """
+        words, base = self._words, self._base
+        for word, more in ((_TASKS, tasks), (_BYTES, nbytes), (_MESSAGES, messages)):
+            if more:
+                words[base + word] = (words[base + word] + more) & _U64
+
+    def release(self) -> None:
+        """Say that the process leaves. The slot stays readable until it is taken again."""
+        words, base = self._words, self._base
+        # A forked child holds this object too, and it is not the child that leaves.
+        if self.pid == os.getpid() and words[base + _INCARNATION] == self.incarnation:
+            words[base + _TASK] = 0
+            words[base + _WAITING_SINCE] = 0
+            words[base + _STATE] = State.EXITED
+
+
+class Board:
+    """All processes of a namespace.
+
+    Args:
+        storage: where the board lives; :meth:`close` closes it too.
+
+    Raises:
+        LayoutMismatch: the storage holds something else, or another version.
+        InvalidArgument: the storage is too small.
+    """
+
+    def __init__(self, storage: BoardStorage) -> None:
+        self._storage = storage
+        octets = storage.buffer
+        if octets.nbytes < BOARD_BYTES:
+            raise InvalidArgument(f"board of {octets.nbytes} bytes: {BOARD_BYTES} are needed")
+        self._octets = octets[:BOARD_BYTES]
+        self._words = self._octets.cast("Q")
+        self._closed = False
+        try:
+            with storage.exclusive():
+                if self._words[_H_MAGIC] == 0:
+                    self._words[_H_VERSION] = _VERSION
+                    self._words[_H_MAGIC] = _MAGIC
+            magic, version = self._words[_H_MAGIC], self._words[_H_VERSION]
+            if (magic, version) != (_MAGIC, _VERSION):
+                raise LayoutMismatch(
+                    f"board with magic={magic:#x} version={version}: "
+                    f"magic={_MAGIC:#x} version={_VERSION} expected"
+                )
+        except BaseException:
+            self._words.release()
+            self._octets.release()
+            raise
+
+    def register(self, process_id: str, role: Role = Role.PEER) -> Slot:
+        """Take a slot for the calling process: a free one, or one whose owner is dead.
+
+        Args:
+            process_id: the name of the process, 1 to 72 bytes of UTF-8.
+            role: what it is to the others.
+
+        Returns:
+            the slot, which a forked child must not go on using.
+
+        Raises:
+            InvalidArgument: the name is empty or too long.
+            ShmringError: all slots are held by the living.
+        """
+        encoded = process_id.encode()
+        if not 0 < len(encoded) <= MAX_PROCESS_ID_BYTES:
+            raise InvalidArgument(
+                f"process_id={process_id!r} has {len(encoded)} bytes: "
+                f"1 to {MAX_PROCESS_ID_BYTES} are possible"
+            )
+        pid = os.getpid()
+        words = self._words
+        with self._storage.exclusive():
+            base = self._find_free()
+            words[base + _PID] = 0
+            words[base + _INCARNATION] = (words[base + _INCARNATION] + 1) & _U64
+            for word in range(_HEARTBEAT, _SLOT_WORDS):
+                words[base + word] = 0
+            _write_text(self._octets, base, _ID_OFFSET, encoded)
+            words[base + _ID_LENGTH] = len(encoded)
+            words[base + _ROLE] = role
+            words[base + _START] = process_start_ticks(pid)
+            words[base + _HEARTBEAT] = time.monotonic_ns()
+            words[base + _PID] = pid
+        return Slot(words, self._octets, base)
+
+    def entries(self) -> list[Entry]:
+        """Every process that ever had a slot which nobody took since, dead ones included."""
+        entries = []
+        for index in range(self._used()):
+            entry = self.entry(index)
+            if entry is not None:
+                entries.append(entry)
+        return entries
+
+    def entry(self, index: int) -> Entry | None:
+        """What stands in one slot.
+
+        Args:
+            index: the number of the slot.
+
+        Returns:
+            the entry, or None if the slot is free or is being taken just now.
+        """
+        if not 0 <= index < _SLOTS:
+            raise InvalidArgument(f"slot index={index}: 0 to {_SLOTS - 1} exist")
+        base = (index + 1) * _SLOT_WORDS
+        # One copy, then everything is judged in the copy: another process may write meanwhile.
+        copy = bytes(self._octets[base * 8 : (base + _SLOT_WORDS) * 8])
+        words = memoryview(copy).cast("Q")
+        same = self._words[base + _INCARNATION] == words[_INCARNATION]
+        if not words[_PID] or not same or words[_PID] != self._words[base + _PID]:
+            return None
+        return Entry(
+            index=index,
+            pid=words[_PID],
+            start_ticks=words[_START],
+            incarnation=words[_INCARNATION],
+            process_id=_read_text(copy, _ID_OFFSET, words[_ID_LENGTH], MAX_PROCESS_ID_BYTES),
+            role=_ROLES.get(words[_ROLE], Role.PEER),
+            state=_STATES.get(words[_STATE], State.STARTING),
+            heartbeat_ns=words[_HEARTBEAT],
+            heartbeats=words[_HEARTBEATS],
+            waiting_on=_read_text(copy, _ON_OFFSET, words[_ON_LENGTH], _ON_BYTES),
+            waiting_since_ns=words[_WAITING_SINCE],
+            task=words[_TASK] - 1 if words[_TASK] else None,
+            task_started_ns=words[_TASK_STARTED],
+            tasks=words[_TASKS],
+            nbytes=words[_BYTES],
+            messages=words[_MESSAGES],
+        )
+
+    def close(self) -> None:
+        """Close this handle; closing twice is allowed. Slots are released by their owners."""
+        if not self._closed:
+            self._closed = True
+            self._words.release()
+            self._octets.release()
+            self._storage.close()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _used(self) -> int:
+        return min(self._words[_H_USED], _SLOTS)
+
+    def _find_free(self) -> int:
+        used = self._used()
+        for index in range(used):
+            base = (index + 1) * _SLOT_WORDS
+            pid = self._words[base + _PID]
+            if (
+                not pid
+                or self._words[base + _STATE] == State.EXITED
+                or is_process_dead(pid, self._words[base + _START])
+            ):
+                return base
+        if used == _SLOTS:
+            raise ShmringError(
+                f"all {_SLOTS} slots of the board are held by living processes: "
+                "use another namespace for some of them"
+            )
+        self._words[_H_USED] = used + 1
+        return (used + 1) * _SLOT_WORDS
+
+
+def _write_text(octets: memoryview, base: int, offset: int, text: bytes) -> None:
+    start = base * 8 + offset
+    octets[start : start + len(text)] = text
+
+
+def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:
+    return slot[offset : offset + min(length, limit)].decode("utf-8", "replace")
+
+
+def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Try for a file lock until it is there: a blocking one could not be given up.
+
+    Args:
+        try_lock: tries once, without waiting, and says whether it was granted.
+        what: the name of what is locked, for the error.
+        timeout: in seconds.
+
+    Raises:
+        ShmringError: the holder, which is alive or the kernel would have
+            released its lock, did not let go in time.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.0002
+    while not try_lock():
+        if time.monotonic() >= deadline:
+            raise ShmringError(
+                f"the lock of {what} was not free within {timeout:g} s: "
+                "the process that holds it is stopped or starved"
+            )
+        time.sleep(pause)
+        pause = min(pause * 2, 0.01)

@@ -1,0 +1,469 @@
+"""The same classes on ``multiprocessing``, for where the compiled ring cannot be.
+
+A queue here is a pipe with a feeder thread, as in the standard library, and
+has its weaknesses: a process that is killed at the wrong moment can wedge it
+for the others, and nothing but inheritance leads to it.  What a pipe cannot do
+raises :class:`NotSupportedByFallback`, with the reason.
+
+Objects are turned into bytes in ``put`` itself, so that one that cannot be
+pickled raises there on this back end too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterable
+from multiprocessing import context
+from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
+
+from shmring.codec import Codec, find_codec
+from shmring.errors import (
+    Empty,
+    Full,
+    InvalidArgument,
+    NotSupportedByFallback,
+    RingClosed,
+    ShutDown,
+)
+from shmring.fallback_files import SharedFile, SharedMemoryManager
+from shmring.fallback_server import ServedQueue, check_timeout
+
+__all__ = [
+    "JoinableQueue",
+    "Queue",
+    "QueueStatistics",
+    "Ring",
+    "ServedQueue",
+    "SharedFile",
+    "SharedMemoryManager",
+    "SimpleQueue",
+]
+
+T = TypeVar("T")
+
+_OPEN, _SHUT_DOWN, _SHUT_DOWN_NOW = range(3)
+# A blocked call looks this often whether the queue has been shut down, in seconds.
+_SLICE = 0.1
+
+
+def _refuse(what: str, reason: str) -> NoReturn:
+    raise NotSupportedByFallback(
+        f"{what} needs the compiled ring, and this is the fallback on multiprocessing: {reason}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """What this handle, in this process, has done; a pipe has no counters that all share."""
+
+    messages_put: int
+    messages_taken: int
+    bytes_put: int
+    bytes_taken: int
+
+
+class Queue(Generic[T]):
+    """``multiprocessing.Queue`` with the methods of :class:`shmring.Queue`.
+
+    Args:
+        maxsize: how many messages it holds at most; 0 is without a bound.
+        ctx: the multiprocessing context of the processes that will use it.
+        codec: as for :class:`shmring.Queue`.
+        max_capacity: accepted for the sake of the other back end; a pipe has a
+            capacity of its own, and what does not fit waits in the feeder thread.
+        name: must be None.
+
+    Raises:
+        NotSupportedByFallback: a name was given.
+        InvalidArgument: an impossible codec or max_capacity.
+    """
+
+    _inner: Any
+
+    def __init__(
+        self,
+        maxsize: int = 0,
+        *,
+        ctx: context.BaseContext | None = None,
+        codec: str | Codec = "pickle",
+        max_capacity: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        if name is not None:
+            _refuse(f"Queue(name={name!r})", "a pipe has no name")
+        if max_capacity is not None and max_capacity <= 0:
+            raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
+        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        self._codec = find_codec(codec)
+        self._inner = self._make(chosen, maxsize)
+        self._flag = chosen.RawValue("B", _OPEN)
+        self._reset()
+
+    @classmethod
+    def _make(cls, ctx: Any, maxsize: int) -> Any:
+        return ctx.Queue(maxsize)
+
+    @classmethod
+    def attach(cls, name: str, timeout: float = 0.0, *, codec: str | Codec = "pickle") -> Queue[T]:
+        """Only on the ring.
+
+        Raises:
+            NotSupportedByFallback: always.
+        """
+        _refuse(f"Queue.attach({name!r})", "a pipe has no name")
+
+    @property
+    def name(self) -> str:
+        """Only on the ring.
+
+        Raises:
+            NotSupportedByFallback: always.
+        """
+        _refuse("Queue.name", "a pipe has no name")
+
+    def unlink(self) -> None:
+        """Only on the ring.
+
+        Raises:
+            NotSupportedByFallback: always.
+        """
+        _refuse("Queue.unlink()", "a pipe has no name")
+
+    def put(self, obj: T, block: bool = True, timeout: float | None = None) -> None:
+        """Put one message.
+
+        Args:
+            obj: what to put.
+            block: whether to wait while the queue is full.
+            timeout: how long to wait at most, in seconds; None is without end.
+
+        Raises:
+            Full: no room until the deadline.
+            EncodeError: the object cannot be encoded; nothing was put.
+            ShutDown: the queue has been shut down.
+            RingClosed: this handle has been closed.
+        """
+        self._put_encoded(self._encode(obj), block, timeout)
+
+    def put_nowait(self, obj: T) -> None:
+        """Put one message, or raise :class:`Full` at once."""
+        self.put(obj, block=False)
+
+    def put_many(
+        self, items: Iterable[T], block: bool = True, timeout: float | None = None
+    ) -> None:
+        """Put several messages; all are encoded before the first one is put.
+
+        Args:
+            items: what to put.
+            block: whether to wait while the queue is full.
+            timeout: how long to wait at most, for all together, in seconds.
+
+        Raises:
+            Full: no room until the deadline; its ``count`` says how many went in.
+            EncodeError: one cannot be encoded; nothing was put.
+        """
+        check_timeout(timeout)
+        encoded = [self._encode(item) for item in items]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for count, each in enumerate(encoded):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                self._put_encoded(each, block, left)
+            except Full as full:
+                vars(full)["count"] = count
+                raise
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """Take one message.
+
+        Args:
+            block: whether to wait while the queue is empty.
+            timeout: how long to wait at most, in seconds; None is without end.
+
+        Returns:
+            the oldest message.
+
+        Raises:
+            Empty: none until the deadline.
+            DecodeError: it was taken and cannot be decoded.
+            ShutDown: the queue has been shut down, and is empty or was emptied.
+            RingClosed: this handle has been closed.
+        """
+        self._check_open()
+        check_timeout(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            flag = self._flag.value
+            if flag == _SHUT_DOWN_NOW:
+                self._drain()
+                raise ShutDown
+            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            try:
+                if block and left > 0 and flag == _OPEN:
+                    taken = self._inner.get(True, left)
+                else:
+                    taken = self._inner.get(False)
+            except Empty:
+                # Only emptiness seen after the flag proves that nothing will come.
+                if flag == _SHUT_DOWN and self._inner.empty():
+                    raise ShutDown from None
+                if not block or (deadline is not None and time.monotonic() >= deadline):
+                    raise
+                if flag == _SHUT_DOWN:
+                    threading.Event().wait(0.001)
+                continue
+            return self._decode(taken)
+
+    def get_nowait(self) -> T:
+        """Take one message, or raise :class:`Empty` at once."""
+        return self.get(block=False)
+
+    def get_many(
+        self, max_items: int | None = None, block: bool = True, timeout: float | None = None
+    ) -> list[T]:
+        """Wait for one message, then take what is there, in order.
+
+        Args:
+            max_items: how many at most; None is all.
+            block: whether to wait for the first.
+            timeout: how long to wait for the first, in seconds.
+
+        Returns:
+            at least one message.
+
+        Raises:
+            Empty: none until the deadline.
+            InvalidArgument: ``max_items`` is below 1.
+        """
+        if max_items is not None and max_items < 1:
+            raise InvalidArgument(f"max_items={max_items}: None, or at least 1")
+        items = [self.get(block, timeout)]
+        while max_items is None or len(items) < max_items:
+            try:
+                items.append(self.get(block=False))
+            except (Empty, ShutDown):
+                break
+        return items
+
+    def qsize(self) -> int:
+        """How many messages are there, those of the feeder threads included.
+
+        Raises:
+            NotImplementedError: on macOS, as in the standard library.
+        """
+        self._check_open()
+        return int(self._inner.qsize())
+
+    def empty(self) -> bool:
+        """Whether the pipe is empty; what a feeder thread still holds is not seen."""
+        self._check_open()
+        return bool(self._inner.empty())
+
+    def full(self) -> bool:
+        """Whether ``maxsize`` is reached."""
+        self._check_open()
+        return bool(self._inner.full())
+
+    def shutdown(self, immediate: bool = False) -> None:
+        """Refuse further puts in every process; gets go on until the queue is empty.
+
+        Args:
+            immediate: gets raise at once too, and what is there is dropped.
+        """
+        self._check_open()
+        self._flag.value = max(self._flag.value, _SHUT_DOWN_NOW if immediate else _SHUT_DOWN)
+
+    def close(self) -> None:
+        """Close this handle; what has been put is still sent. Twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self._inner.close()
+
+    def join_thread(self) -> None:
+        """Wait until what was put has been sent; after :meth:`close` only."""
+        self._inner.join_thread()
+
+    def cancel_join_thread(self) -> None:
+        """Let the process exit before what was put has been sent: it may be lost."""
+        self._inner.cancel_join_thread()
+
+    def statistics(self) -> QueueStatistics:
+        """What this handle, in this process, has done so far."""
+        return QueueStatistics(*self._counts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> Literal[False]:
+        self.close()
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The pipe, the semaphores and the flag refuse by themselves outside of Process arguments.
+        return {"_codec": self._codec, "_inner": self._inner, "_flag": self._flag}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._closed = False
+        self._counts = [0, 0, 0, 0]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RingClosed("this queue has been closed by this handle")
+
+    def _encode(self, obj: T) -> tuple[int, list[bytes]]:
+        kind, segments = self._codec.encode(obj)
+        return kind, [bytes(segment) for segment in segments]
+
+    def _put_encoded(
+        self, encoded: tuple[int, list[bytes]], block: bool, timeout: float | None
+    ) -> None:
+        self._check_open()
+        check_timeout(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._flag.value != _OPEN:
+                raise ShutDown
+            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            try:
+                self._inner.put(encoded, block and left > 0, max(left, 0))
+                break
+            except Full:
+                if not block or (deadline is not None and time.monotonic() >= deadline):
+                    raise
+        self._counts[0] += 1
+        self._counts[2] += sum(map(len, encoded[1]))
+
+    def _decode(self, taken: tuple[int, list[bytes]]) -> T:
+        kind, segments = taken
+        self._counts[1] += 1
+        self._counts[3] += sum(map(len, segments))
+        decoded: Any = self._codec.decode(
+            kind, segments[0], [bytearray(each) for each in segments[1:]]
+        )
+        return decoded  # type: ignore[no-any-return]
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                self._inner.get(False)
+        except Empty:
+            pass
+
+
+class JoinableQueue(Queue[T]):
+    """``multiprocessing.JoinableQueue`` with the methods of :class:`shmring.JoinableQueue`."""
+
+    @classmethod
+    def _make(cls, ctx: Any, maxsize: int) -> Any:
+        return ctx.JoinableQueue(maxsize)
+
+    def task_done(self) -> None:
+        """Say that a message that was taken has been dealt with.
+
+        Raises:
+            ValueError: called more often than messages were put.
+        """
+        self._inner.task_done()
+
+    def join(self) -> None:
+        """Wait until every message that was put has been dealt with."""
+        self._inner.join()
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                self._inner.get(False)
+                self._inner.task_done()
+        except Empty:
+            pass
+
+
+class SimpleQueue(Generic[T]):
+    """``multiprocessing.SimpleQueue`` with the methods of :class:`shmring.SimpleQueue`.
+
+    Args:
+        ctx: the multiprocessing context of the processes that will use it.
+        codec: as for :class:`shmring.Queue`.
+    """
+
+    def __init__(
+        self, *, ctx: context.BaseContext | None = None, codec: str | Codec = "pickle"
+    ) -> None:
+        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        self._codec = find_codec(codec)
+        self._inner = chosen.SimpleQueue()
+        self._closed = False
+
+    def put(self, obj: T) -> None:
+        """Put one message; waits while the pipe is full.
+
+        Raises:
+            EncodeError: the object cannot be encoded; nothing was put.
+        """
+        self._check_open()
+        kind, segments = self._codec.encode(obj)
+        self._inner.put((kind, [bytes(segment) for segment in segments]))
+
+    def get(self) -> T:
+        """Wait for one message and take it.
+
+        Raises:
+            DecodeError: it was taken and cannot be decoded.
+        """
+        self._check_open()
+        kind, segments = self._inner.get()
+        decoded: Any = self._codec.decode(
+            kind, segments[0], [bytearray(each) for each in segments[1:]]
+        )
+        return decoded  # type: ignore[no-any-return]
+
+    def empty(self) -> bool:
+        """Whether the pipe is empty."""
+        self._check_open()
+        return bool(self._inner.empty())
+
+    def close(self) -> None:
+        """Close this handle; twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self._inner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> Literal[False]:
+        self.close()
+        return False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RingClosed("this queue has been closed by this handle")
+
+
+class Ring:
+    """Only on the ring; here it says so.
+
+    Raises:
+        NotSupportedByFallback: always.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        _refuse("Ring", "a pipe has no memory that could be written in place")
+
+    @classmethod
+    def create(cls, *args: object, **kwargs: object) -> NoReturn:
+        """Raises :class:`NotSupportedByFallback`, always."""
+        _refuse("Ring.create()", "a pipe has no memory that could be written in place")
+
+    @classmethod
+    def attach(cls, *args: object, **kwargs: object) -> NoReturn:
+        """Raises :class:`NotSupportedByFallback`, always."""
+        _refuse("Ring.attach()", "a pipe has no name")

@@ -1,0 +1,230 @@
+"""Messages: who sends what kind of thing, and when.
+
+The three small fields stand in front of the data in the frame, packed, and
+never go through pickle; a message without data (the usual HEARTBEAT and
+SHUTDOWN) does not touch pickle at all.
+
+Head of a frame, little-endian::
+
+    +------+------------+------------+-----------+---------+------------------+
+    | type | data kind  | sender len | timestamp | sender  | head of the data |
+    | u8   | u8, 0=None | u16        | f64       | UTF-8   | data codec's own |
+    +------+------------+------------+-----------+---------+------------------+
+
+Large buffers follow out of band, as the codec of the data hands them over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import struct
+import time
+from typing import Protocol
+
+from shmring.codec import PickleCodec
+
+from shmring.errors import DecodeError, EncodeError, InvalidArgument
+
+__all__ = ["Message", "MessageCodec", "MessageType"]
+
+_FIELDS = struct.Struct("<BBHd")
+_MAX_SENDER_BYTES = 0xFFFF
+_NO_DATA = 0
+
+
+class MessageType(enum.Enum):
+    """What a message is for."""
+
+    DATA = "data"
+    CONTROL = "control"
+    HEARTBEAT = "heartbeat"
+    SHUTDOWN = "shutdown"
+
+
+_CODE_OF = {
+    MessageType.DATA: 1,
+    MessageType.CONTROL: 2,
+    MessageType.HEARTBEAT: 3,
+    MessageType.SHUTDOWN: 4,
+}
+_TYPE_OF = {code: msg_type for msg_type, code in _CODE_OF.items()}
+
+
+@dataclasses.dataclass(slots=True)
+class Message:
+    """One message between processes.
+
+    Args:
+        msg_type: what the message is for.
+        sender_id: the process id (a name, not a PID) of the sender.
+        timestamp: when it was made, in seconds since the epoch.
+        data: any object that the codec of the data carries; None costs nothing.
+
+    Attributes:
+        nbytes: how many bytes travelled for this message: 0 until it has been
+            encoded or decoded. It takes no part in comparisons.
+    """
+
+    msg_type: MessageType
+    sender_id: str
+    timestamp: float = dataclasses.field(default_factory=time.time)
+    data: object = None
+    nbytes: int = dataclasses.field(default=0, init=False, repr=False, compare=False)
+
+
+class DataCodec(Protocol):
+    """What carries the data of a message: :class:`shmring.codec.PickleCodec`, or alike."""
+
+    def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
+        """Turn ``obj`` into a kind (1 to 255) and segments: the head, then large buffers."""
+        ...
+
+    def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
+        """Turn what :meth:`encode` returned back into an object."""
+        ...
+
+
+class MessageCodec:
+    """Messages to frames and back, for the ``codec=`` of a queue.
+
+    Args:
+        data_codec: what carries the data of each message; None is pickle.
+    """
+
+    KIND = 16
+
+    def __init__(self, data_codec: DataCodec | None = None) -> None:
+        self._data: DataCodec = PickleCodec() if data_codec is None else data_codec
+
+    def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
+        """Turn a message into a kind and segments.
+
+        Args:
+            obj: a :class:`Message`; its ``nbytes`` is set.
+
+        Returns:
+            the kind of the frame and its segments: the head, then large buffers.
+
+        Raises:
+            EncodeError: it is not a message, or its data cannot be encoded.
+            InvalidArgument: the sender's name is longer than 65,535 bytes.
+        """
+        if not isinstance(obj, Message):
+            raise EncodeError(f"a message queue carries Message, not {type(obj).__name__}")
+        sender = obj.sender_id.encode()
+        if len(sender) > _MAX_SENDER_BYTES:
+            raise InvalidArgument(
+                f"sender_id of {len(sender)} bytes: at most {_MAX_SENDER_BYTES} can travel"
+            )
+        code = _CODE_OF[obj.msg_type]
+        if obj.data is None:
+            head = _FIELDS.pack(code, _NO_DATA, len(sender), obj.timestamp) + sender
+            obj.nbytes = len(head)
+            return self.KIND, [head]
+        kind, segments = self._data.encode(obj.data)
+        if not 0 < kind < 256:
+            raise EncodeError(f"the data codec returned kind={kind}: it must be 1 to 255")
+        fields = _FIELDS.pack(code, kind, len(sender), obj.timestamp)
+        head = b"".join((fields, sender, segments[0]))
+        buffers = segments[1:]
+        obj.nbytes = len(head) + sum(memoryview(buffer).nbytes for buffer in buffers)
+        return self.KIND, [head, *buffers]
+
+    def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> Message:
+        """Turn a frame back into a message; every length in it is checked first.
+
+        Args:
+            kind: the kind of the frame.
+            head: its first segment.
+            buffers: its other segments.
+
+        Returns:
+            the message, its ``nbytes`` set.
+
+        Raises:
+            DecodeError: the frame is not a message, or its data cannot be decoded.
+        """
+        if kind != self.KIND:
+            raise DecodeError(f"frame of kind={kind}: a message has kind={self.KIND}")
+        if len(head) < _FIELDS.size:
+            raise DecodeError(
+                f"message head of length={len(head)}: at least {_FIELDS.size} bytes expected"
+            )
+        code, data_kind, sender_length, timestamp = _FIELDS.unpack_from(head)
+        msg_type = _TYPE_OF.get(code)
+        if msg_type is None:
+            raise DecodeError(f"message type={code}: one of {sorted(_TYPE_OF)} expected")
+        if not math.isfinite(timestamp):
+            raise DecodeError(f"message timestamp={timestamp}: a finite number expected")
+        start = _FIELDS.size + sender_length
+        if start > len(head):
+            raise DecodeError(
+                f"sender of length={sender_length} in a message head of length={len(head)}"
+            )
+        try:
+            sender = str(head[_FIELDS.size : start], "utf-8")
+        except UnicodeDecodeError as error:
+            raise DecodeError(f"the sender's name is not UTF-8: {error}") from error
+        data: object = None
+        if data_kind != _NO_DATA:
+            data = self._data.decode(data_kind, bytes(head[start:]), buffers)
+        elif start != len(head) or buffers:
+            raise DecodeError(
+                f"message without data, yet {len(head) - start} bytes and "
+                f"{len(buffers)} buffers follow"
+            )
+        message = Message(msg_type, sender, timestamp, data)
+        message.nbytes = len(head) + sum(len(buffer) for buffer in buffers)
+        return message
+
+    def dumps(self, obj: object) -> bytes:
+        """Turn a message into one block of bytes, its buffers behind a table of lengths.
+
+        Args:
+            obj: a :class:`Message`.
+
+        Returns:
+            the block, which :meth:`loads` reads.
+
+        Raises:
+            EncodeError: as :meth:`encode`.
+        """
+        _, segments = self.encode(obj)
+        lengths = [memoryview(segment).nbytes for segment in segments]
+        table = struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths)
+        return b"".join((table, *segments))
+
+    def loads(self, data: bytes | bytearray | memoryview) -> Message:
+        """Turn a block of :meth:`dumps` back into a message.
+
+        Args:
+            data: the block.
+
+        Returns:
+            the message.
+
+        Raises:
+            DecodeError: the block does not hold exactly one message.
+        """
+        view = memoryview(data)
+        if view.nbytes < 4:
+            raise DecodeError(f"block of length={view.nbytes}: at least 4 bytes expected")
+        (count,) = struct.unpack_from("<I", view)
+        end_of_table = 4 + 8 * count
+        if count == 0 or end_of_table > view.nbytes:
+            raise DecodeError(f"block of length={view.nbytes} cannot hold {count} segments")
+        lengths = struct.unpack_from(f"<{count}Q", view, 4)
+        if end_of_table + sum(lengths) != view.nbytes:
+            raise DecodeError(
+                f"block of length={view.nbytes} does not match its segments of {lengths} bytes"
+            )
+        segments = []
+        at = end_of_table
+        for length in lengths:
+            segments.append(view[at : at + length])
+            at += length
+        return self.decode(
+            self.KIND, bytes(segments[0]), [bytearray(segment) for segment in segments[1:]]
+        )
