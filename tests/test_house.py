@@ -21,7 +21,7 @@ CYTHON = ROOT / "cython" / "shmring"
 # The compiled modules share a floor, and may import one another.
 FLOORS = [
     ["errors"],
-    ["_core", "_ring", "_queue", "_memory"],
+    ["_core", "_handle", "_ring", "_queue", "_memory"],
     ["_deadline"],
     ["segment"],
     ["memory"],
