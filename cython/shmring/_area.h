@@ -1,0 +1,281 @@
+/* Areas of the file: where one may lie, growing by one, giving one back, and
+ * the mapping of one into this process.
+ *
+ * All of it is called under the producers' lock (place, grow, tidy) or the
+ * consumers' (reap), and allocates nothing: the record of a mapping lives in a
+ * page in front of the mapping itself.
+ *
+ * The living areas are those of the generations [reaped .. write_generation].
+ * Where the next one lies is a function of their records alone, so a growth
+ * that was killed leaves no bookkeeping to repair, only pages, which tidy()
+ * punches.
+ */
+#ifndef SHMRING_AREA_H
+#define SHMRING_AREA_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "_layout.h"
+#include "_sync.h"
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#define AREA_GROW_PIECE ((uint64_t)1 << 20)
+#define AREA_ALIGN_LIMIT ((uint64_t)2 << 20)
+#define AREA_DOUBLING_LIMIT ((uint64_t)64 << 20) /* growing holds the lock: 64 MiB take 25 ms */
+
+typedef struct {
+    char *data; /* capacity bytes, and the same again behind them */
+    uint64_t capacity;
+    uint64_t mask;
+    uint64_t base;
+    uint64_t generation;
+    int64_t references; /* the handle's, and one for each view */
+    size_t mapped_bytes;
+} area_mapping;
+
+typedef struct {
+    uint64_t device;
+    uint64_t inode;
+    uint64_t bytes;
+} area_file;
+
+/* fstat as a plain system call: the libc symbol would spoil a manylinux tag. */
+static inline int area_stat(int fd, area_file *file)
+{
+    struct stat s;
+#if defined(SYS_fstat)
+    if (syscall(SYS_fstat, fd, &s) != 0)
+#else
+    if (syscall(SYS_newfstat, fd, &s) != 0)
+#endif
+        return errno;
+    file->device = (uint64_t)s.st_dev;
+    file->inode = (uint64_t)s.st_ino;
+    file->bytes = (uint64_t)s.st_size;
+    return 0;
+}
+
+static inline uint64_t area_page(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
+
+static inline uint64_t area_align_up(uint64_t value, uint64_t alignment)
+{
+    return (value + alignment - 1) & ~(alignment - 1);
+}
+
+/* Smallest power of two >= value; value is at most SHMRING_MAX_CAPACITY. */
+static inline uint64_t area_power_of_two(uint64_t value)
+{
+    uint64_t power = SHMRING_MIN_CAPACITY;
+    while (power < value)
+        power <<= 1;
+    return power;
+}
+
+/* One local copy of a record, checked against the file: nothing that stands in
+ * shared memory decides alone what is mapped. */
+SYNC_SLOW int area_check(const shmring_area *area, uint64_t file_bytes)
+{
+    uint64_t cap = area->capacity;
+    return cap >= SHMRING_MIN_CAPACITY && cap <= SHMRING_MAX_CAPACITY && (cap & (cap - 1)) == 0
+        && area->offset >= SHMRING_HEADER_BYTES && area->offset % 4096 == 0
+        && area->offset <= file_bytes && cap <= file_bytes - area->offset && area->base % 8 == 0;
+}
+
+/* Map an area twice, back to back, so that every frame is contiguous. */
+SYNC_SLOW int area_map(int fd, const shmring_area *area, uint64_t generation, area_mapping **out)
+{
+    uint64_t page = area_page(), cap = area->capacity;
+    size_t total = (size_t)(page + 2 * cap);
+    if (cap % page != 0 || area->offset % page != 0)
+        return EINVAL;
+    char *start = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED)
+        return errno;
+    char *data = start + page;
+    if (mprotect(start, page, PROT_READ | PROT_WRITE) != 0
+        || mmap(data, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED
+        || mmap(data + cap, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED) {
+        int error = errno;
+        munmap(start, total);
+        return error;
+    }
+    (void)madvise(data, 2 * cap, MADV_DONTDUMP);
+    area_mapping *m = (area_mapping *)start;
+    m->data = data;
+    m->capacity = cap;
+    m->mask = cap - 1;
+    m->base = area->base;
+    m->generation = generation;
+    m->references = 1;
+    m->mapped_bytes = total;
+    *out = m;
+    return 0;
+}
+
+SYNC_SLOW void area_release(area_mapping *m)
+{
+    if (m != NULL && fetch_add64(&m->references, -1) == 1)
+        munmap((char *)m->data - area_page(), m->mapped_bytes);
+}
+
+SYNC_SLOW int area_punch(int fd, uint64_t offset, uint64_t bytes)
+{
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) == 0 ? 0 : errno;
+}
+
+/* Collect the living areas, sorted by offset.  -1 if the records are garbage. */
+SYNC_SLOW int area_living(shmring_header *header, shmring_area *living)
+{
+    uint64_t reaped = load_acquire64(&header->reaped);
+    uint64_t last = header->write_generation;
+    if (last < reaped || last - reaped >= SHMRING_AREA_COUNT)
+        return -1;
+    int count = 0;
+    for (uint64_t g = reaped; g <= last; g++) {
+        shmring_area area = *shmring_area_of(header, g);
+        if (!area_check(&area, UINT64_MAX >> 1))
+            return -1;
+        int i = count++;
+        for (; i > 0 && living[i - 1].offset > area.offset; i--)
+            living[i] = living[i - 1];
+        living[i] = area;
+    }
+    return count;
+}
+
+/* The lowest aligned offset that overlaps no living area. */
+SYNC_SLOW uint64_t area_place(const shmring_area *living, int count, uint64_t capacity)
+{
+    uint64_t alignment = capacity < AREA_ALIGN_LIMIT ? capacity : AREA_ALIGN_LIMIT;
+    uint64_t offset = area_align_up(SHMRING_HEADER_BYTES, alignment);
+    for (int i = 0; i < count; i++) {
+        if (living[i].offset >= offset + capacity)
+            break;
+        uint64_t end = living[i].offset + living[i].capacity;
+        if (end > offset)
+            offset = area_align_up(end, alignment);
+    }
+    return offset;
+}
+
+/* Give back every page that no living area covers. */
+SYNC_SLOW int area_tidy(shmring_header *header, int fd)
+{
+    shmring_area living[SHMRING_AREA_COUNT];
+    area_file file = {0, 0, 0};
+    int count = area_living(header, living);
+    uint64_t from = SHMRING_HEADER_BYTES;
+    if (count < 0 || area_stat(fd, &file) != 0)
+        return EINVAL;
+    for (int i = 0; i < count; i++) {
+        if (living[i].offset > from)
+            (void)area_punch(fd, from, living[i].offset - from);
+        if (living[i].offset + living[i].capacity > from)
+            from = living[i].offset + living[i].capacity;
+    }
+    if (file.bytes > from)
+        (void)area_punch(fd, from, file.bytes - from);
+    return 0;
+}
+
+/* How large the next area may be for frames of `need` bytes: 0 if not at all. */
+SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, uint64_t need)
+{
+    shmring_area living[SHMRING_AREA_COUNT];
+    int count = area_living(header, living);
+    uint64_t limit = header->max_capacity, sum = 0;
+    if (count < 0 || count >= SHMRING_AREA_COUNT - 1 || limit > SHMRING_MAX_CAPACITY || need > limit)
+        return 0;
+    for (int i = 0; i < count; i++)
+        sum += living[i].capacity;
+    uint64_t wanted = current < AREA_DOUBLING_LIMIT || count > SHMRING_AREA_COUNT / 2 ? 2 * current : AREA_DOUBLING_LIMIT;
+    uint64_t least = area_power_of_two(need);
+    if (wanted < least)
+        wanted = least;
+    while (wanted > least && (sum + wanted > limit || wanted > limit))
+        wanted >>= 1;
+    if (sum + wanted <= limit)
+        return wanted;
+    /* A message larger than the area it would go to has nowhere else: while
+     * its area is made the old one still lives, at most twice the limit. */
+    return need > current && sum + wanted <= 2 * limit ? wanted : 0;
+}
+
+/* Under the producers' lock: allocate, map, record and publish the next area.
+ * On any error nothing has changed. */
+SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, uint64_t capacity, area_mapping **out)
+{
+    shmring_area living[SHMRING_AREA_COUNT], area;
+    area_file file = {0, 0, 0};
+    struct rlimit size_limit;
+    int error = area_stat(fd, &file);
+    if (error != 0)
+        return error;
+    if (file.device != own->device || file.inode != own->inode)
+        return EBADF; /* somebody closed our descriptor and opened another file */
+    int count = area_living(header, living);
+    if (count < 0)
+        return EINVAL;
+    area.base = header->write_position;
+    area.capacity = capacity;
+    area.offset = area_place(living, count, capacity);
+    area.spare = 0;
+    /* past this limit the kernel would send SIGXFSZ instead of an error */
+    if (getrlimit(RLIMIT_FSIZE, &size_limit) == 0 && size_limit.rlim_cur != RLIM_INFINITY
+        && area.offset + capacity > size_limit.rlim_cur)
+        return EFBIG;
+    for (uint64_t done = 0; done < capacity; done += AREA_GROW_PIECE) {
+        uint64_t piece = capacity - done < AREA_GROW_PIECE ? capacity - done : AREA_GROW_PIECE;
+        while (fallocate(fd, 0, (off_t)(area.offset + done), (off_t)piece) != 0) {
+            if (errno == EINTR)
+                continue;
+            error = errno;
+            (void)area_punch(fd, area.offset, capacity);
+            return error;
+        }
+    }
+    uint64_t generation = header->write_generation + 1;
+    error = area_map(fd, &area, generation, out);
+    if (error != 0) {
+        (void)area_punch(fd, area.offset, capacity);
+        return error;
+    }
+    *shmring_area_of(header, generation) = area;
+    header->grown_ns = (uint64_t)monotonic_ns();
+    store_release64(&header->write_generation, generation);
+    return 0;
+}
+
+/* Map the area of a generation that another process published. */
+SYNC_SLOW int area_open(shmring_header *header, int fd, const area_file *own, uint64_t generation, area_mapping **out)
+{
+    shmring_area area = *shmring_area_of(header, generation);
+    area_file file = {0, 0, 0};
+    int error = area_stat(fd, &file);
+    if (error != 0)
+        return error;
+    if (file.device != own->device || file.inode != own->inode)
+        return EBADF;
+    if (!area_check(&area, file.bytes))
+        return EILSEQ; /* the caller says RingCorrupted */
+    return area_map(fd, &area, generation, out);
+}
+
+/* Under the consumers' lock: give drained areas back.  Punch, then count: the
+ * other way round a producer could place a new area under the punch. */
+SYNC_SLOW int area_reap(shmring_header *header, int fd)
+{
+    while (header->reaped < header->read_generation) {
+        shmring_area area = *shmring_area_of(header, header->reaped);
+        int error = area_check(&area, UINT64_MAX >> 1) ? area_punch(fd, area.offset, area.capacity) : EILSEQ;
+        if (error != 0)
+            return error; /* the next one tries again */
+        store_release64(&header->reaped, header->reaped + 1);
+    }
+    return 0;
+}
+
+#endif

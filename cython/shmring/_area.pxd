@@ -1,0 +1,29 @@
+"""What Cython sees of _area.h: areas of the file and their mappings."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from shmring._layout cimport Area, Header
+
+cdef extern from "_area.h" nogil:
+    ctypedef struct Mapping "area_mapping":
+        char *data  # capacity bytes, and the same again behind them
+        uint64_t capacity
+        uint64_t mask
+        uint64_t base  # the position at which the area begins
+        uint64_t generation
+        int64_t references  # the handle's, and one for each view
+
+    ctypedef struct File "area_file":
+        uint64_t device
+        uint64_t inode
+        uint64_t bytes
+
+    int area_stat(int fd, File *file) noexcept
+    uint64_t area_page() noexcept
+    uint64_t area_power_of_two(uint64_t value) noexcept
+    void area_release(Mapping *mapping) noexcept
+    int area_tidy(Header *header, int fd) noexcept
+    uint64_t area_next_capacity(Header *header, uint64_t current, uint64_t need) noexcept
+    int area_grow(Header *header, int fd, const File *own, uint64_t capacity, Mapping **out) noexcept
+    int area_open(Header *header, int fd, const File *own, uint64_t generation, Mapping **out) noexcept
+    int area_reap(Header *header, int fd) noexcept

@@ -1,0 +1,127 @@
+"""The map of the ring's machinery: one handle of one process on one ring."""
+
+from cython cimport final
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from shmring._area cimport File, Mapping
+from shmring._layout cimport Claim, Count, Header
+
+cdef enum Outcome:
+    DONE = 0
+    BUSY  # the lock was not to be had in time
+    FULL  # no room for the bytes
+    FULL_COUNT  # max_messages are in the ring
+    EMPTY
+    BEHIND_LEASE  # somebody peeks at the front
+    BEHIND_RESERVATION  # the front is being written in place
+    PARTIAL  # only the head fitted the room given; nothing was taken
+    CHANGED  # the front is not the message that was expected
+    SHUT  # shut down
+    CORRUPT
+    CLAIM_HELD  # the previous claim was not released
+    # any negative number is an errno
+
+cdef enum Flag:
+    MAY_WAIT = 1  # the GIL is released: wait for the lock up to a slice
+    MAY_GROW = 2
+    IS_WAITING = 4  # announce what this producer needs
+    BRIEFLY = 8  # wait for the lock, a millisecond at most
+
+cdef enum Poison:
+    POISON_POSITIONS = 1
+    POISON_FRAME = 2
+    POISON_AREA = 3
+
+cdef struct Segment:
+    char *data
+    uint64_t length
+
+# A message to put: its segments are laid one behind the other.  With an owner
+# it is a reservation, whose payload the owner writes after the lock is released.
+cdef struct Item:
+    Segment *segments
+    int count
+    uint32_t kind
+    uint64_t length  # sum over the segments
+    uint64_t owner  # 0, or who reserves
+    Mapping *mapping  # of a reservation: a reference that the caller releases
+    char *payload
+
+# A message to take, and what was found out about the one in front.
+cdef struct Take:
+    char *room  # receives the whole message, or its head
+    uint64_t room_bytes
+    Segment *targets  # if any: the message goes here instead,
+    int target_count
+    uint64_t expected  # provided that it still is the one at this position
+    uint64_t leaser  # 0, or who wants a lease on the front instead of a copy
+    Mapping *mapping  # of a lease: a reference that the caller releases
+    char *payload
+    uint64_t position
+    uint64_t length
+    uint64_t owner  # who is in the way
+    uint32_t kind
+
+cdef class RingCore:
+    cdef Header *header
+    cdef int fd
+    cdef File file  # device and inode, to notice a descriptor that was closed behind us
+    # under the producers' lock
+    cdef Mapping *producer_mapping
+    cdef Mapping *producer_stale  # unmapped after unlocking
+    cdef uint64_t known_read  # a read_position seen earlier
+    # under the consumers' lock
+    cdef Mapping *consumer_mapping
+    cdef Mapping *consumer_stale
+    cdef uint64_t known_limit  # bytes up to here are committed and in this area
+    cdef Claim *claim  # where this handle claims what it takes, or NULL
+    # of the handle
+    cdef bint oversized  # a get found the ring empty and far too large
+    cdef uint64_t owner  # this process, found out when first needed
+    cdef uint32_t owner_epoch
+    cdef object __weakref__
+
+    # one attempt each: lock, look, copy, commit, unlock, wake
+    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil
+    cdef int take(self, Take *take, int flags) noexcept nogil
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t *bytes, int flags) noexcept nogil
+    cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
+    cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil
+    # what is done beside: the slow path
+    cdef int lock_producers(self, int flags) noexcept nogil
+    cdef void unlock_producers(self) noexcept nogil
+    cdef int lock_consumers(self, int flags) noexcept nogil
+    cdef void unlock_consumers(self) noexcept nogil
+    cdef void wake_producers(self) noexcept nogil
+    cdef void pass_baton(self) noexcept nogil
+    cdef void clear_the_way(self, Take *found, int outcome) noexcept nogil
+    cdef void settle(self) noexcept nogil
+    cdef uint64_t myself(self) noexcept nogil
+    cdef void unmap(self)
+    # inside: called directly, not through the table of methods
+    @final
+    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil
+    @final
+    cdef int make_room(self, uint64_t pos, uint64_t span, uint64_t following, int flags) noexcept nogil
+    @final
+    cdef uint64_t front_name(self) noexcept nogil
+    @final
+    cdef int recover_producers(self) noexcept nogil
+    @final
+    cdef int recover_consumers(self) noexcept nogil
+    @final
+    cdef int front(self, Take *take) noexcept nogil
+    @final
+    cdef int look_further(self, uint64_t pos) noexcept nogil
+    @final
+    cdef void commit_read(self, uint64_t pos, uint64_t count) noexcept nogil
+    @final
+    cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil
+    @final
+    cdef void note_empty(self, uint64_t pos) noexcept nogil
+    @final
+    cdef void wake_consumers(self) noexcept nogil
+    @final
+    cdef int poison(self, uint32_t reason) noexcept nogil
+
+cdef uint64_t count_read(const Count *count, const uint64_t *position) noexcept nogil

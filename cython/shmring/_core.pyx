@@ -1,0 +1,669 @@
+# distutils: language = c
+"""The ring's machinery: puts, takes, growth and recovery on one shared file.
+
+`RingCore` knows bytes and a file descriptor.  What a message means is decided
+by the classes above it (`_ring.pyx`, `_queue.pyx`); how the file came to be,
+and who may open it, by `shmring.segment`.
+
+Every operation is one attempt that runs without the GIL's help and never
+blocks on Python: lock, look, copy, commit with one store, unlock, wake.  The
+attempt is made with the GIL held first, because releasing it costs more than
+most attempts; what has to wait is repeated in slices with the GIL released,
+and signals are checked between slices.  docs/design.md maps each store to the
+protocol.
+"""
+
+cimport cython
+from libc.errno cimport EILSEQ
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmring._area cimport (
+    Mapping, area_grow, area_next_capacity, area_open, area_reap, area_release, area_tidy,
+)
+from shmring._layout cimport (
+    SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
+    SHMRING_HEADER_BYTES, SHMRING_RESERVED, SHMRING_WHOLE,
+    Count, Frame, Header, shmring_area_of, shmring_frame_span,
+)
+from shmring._owner cimport owner_is_dead, owner_self
+from shmring._sync cimport (
+    LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
+    compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
+    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
+    monotonic_ns, store_relaxed32, store_release32, store_release64, sync_epoch, sync_start,
+    wait_wake_all, wait_wake_one, wait_wants_wake,
+)
+
+import os
+
+cdef extern from "<sys/mman.h>" nogil:
+    int munmap(void *address, size_t length)
+
+cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
+cdef int64_t SHRINK_AFTER_NS = 250000000
+cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
+
+_started = sync_start()
+if _started != 0:
+    raise ImportError(
+        "this kernel (or emulator) has no robust futexes, without which a killed process would"
+        f" block the others: {os.strerror(_started)}; the fallback works here"
+    )
+
+cdef inline uint64_t count_at(const Count *count, uint64_t position) noexcept nogil:
+    """The count of a side that stands at `position`; under that side's lock."""
+    return count.current if count.position == position else count.previous
+
+
+cdef inline void count_on(Count *count, uint64_t position, uint64_t following, uint64_t by) noexcept nogil:
+    """Right at `position` after each of these stores, and at `following` after
+    the last; the side's own position is stored next and commits."""
+    cdef uint64_t value = count_at(count, position)
+    store_release64(&count.previous, value)
+    store_release64(&count.position, following)
+    store_release64(&count.current, value + by)
+
+
+cdef uint64_t count_read(const Count *count, const uint64_t *position) noexcept nogil:
+    """A side's count without its lock."""
+    cdef uint64_t stood, value = 0, at
+    cdef int turn
+    for turn in range(10000):  # bounded: the words may be garbage that never agrees
+        stood = load_acquire64(position)
+        value = load_acquire64(&count.current)
+        at = load_acquire64(&count.position)
+        if at != stood:
+            value = load_acquire64(&count.previous)
+        fence_full()
+        if load_acquire64(position) == stood and load_acquire64(&count.position) == at:
+            return value
+    return value
+
+
+@cython.binding(False)
+cdef class RingCore:
+    """One handle of this process on one ring.
+
+    It owns its file descriptor.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        self.header = NULL
+        self.fd = -1
+        self.producer_mapping = self.consumer_mapping = NULL
+        self.producer_stale = self.consumer_stale = NULL
+        self.claim = NULL
+
+    def __dealloc__(self):
+        self.unmap()
+
+    cdef void unmap(self):
+        area_release(self.producer_mapping)
+        area_release(self.consumer_mapping)
+        self.producer_mapping = self.consumer_mapping = NULL
+        if self.header != NULL:
+            munmap(self.header, SHMRING_HEADER_BYTES)
+            self.header = NULL
+        if self.fd >= 0:
+            try:
+                os.close(self.fd)
+            except OSError:
+                pass  # somebody closed our number; nothing is left to close
+            self.fd = -1
+
+    # ---- locks ----------------------------------------------------------------------------
+
+    cdef int lock_producers(self, int flags) noexcept nogil:
+        cdef int result = lock_try(&self.header.producer_lock)
+        if result == LOCK_TAKEN:
+            return DONE
+        if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
+            result = lock_wait(&self.header.producer_lock, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
+        if result == LOCK_TAKEN:
+            return DONE
+        if result == LOCK_BUSY:
+            return BUSY
+        if result == LOCK_GARBAGE:
+            return CORRUPT
+        result = self.recover_producers()
+        if result != DONE:
+            self.unlock_producers()
+        return result
+
+    cdef void unlock_producers(self) noexcept nogil:
+        cdef Mapping *stale = self.producer_stale
+        self.producer_stale = NULL
+        lock_release(&self.header.producer_lock)
+        if stale != NULL:
+            area_release(stale)
+
+    cdef int lock_consumers(self, int flags) noexcept nogil:
+        cdef int result = lock_try(&self.header.consumer_lock)
+        if result == LOCK_TAKEN:
+            return DONE
+        if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
+            result = lock_wait(&self.header.consumer_lock, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
+        if result == LOCK_TAKEN:
+            return DONE
+        if result == LOCK_BUSY:
+            return BUSY
+        if result == LOCK_GARBAGE:
+            return CORRUPT
+        result = self.recover_consumers()
+        if result != DONE:
+            self.unlock_consumers()
+        return result
+
+    cdef void unlock_consumers(self) noexcept nogil:
+        cdef Mapping *stale = self.consumer_stale
+        self.consumer_stale = NULL
+        lock_release(&self.header.consumer_lock)
+        if stale != NULL:
+            area_release(stale)
+
+    @cython.final
+    cdef int poison(self, uint32_t reason) noexcept nogil:
+        store_release32(&self.header.poisoned, reason)
+        wait_wake_all(&self.header.data_wait)
+        wait_wake_all(&self.header.space_wait)
+        return CORRUPT
+
+    @cython.final
+    cdef int recover_producers(self) noexcept nogil:
+        """The last owner died.  What he wrote is committed or was never visible."""
+        cdef Header *h = self.header
+        cdef uint64_t pos = h.write_position
+        cdef uint64_t read = load_acquire64(&h.read_position)
+        fetch_add32(&h.recoveries, 1)
+        if read > pos or pos % 8 != 0:
+            return self.poison(POISON_POSITIONS)
+        h.front_who = h.front_need = h.front_until_ns = 0
+        if h.max_capacity != h.min_capacity:
+            if area_tidy(h, self.fd) != 0:  # pages of a growth that was cut short
+                return self.poison(POISON_AREA)
+        wait_wake_all(&h.data_wait)
+        wait_wake_all(&h.space_wait)
+        return DONE
+
+    @cython.final
+    cdef int recover_consumers(self) noexcept nogil:
+        """The last owner died, perhaps between writing a claim and the commit."""
+        cdef Header *h = self.header
+        cdef uint64_t pos = h.read_position
+        cdef uint64_t i
+        fetch_add32(&h.recoveries, 1)
+        if pos > load_acquire64(&h.write_position) or pos % 8 != 0:
+            return self.poison(POISON_POSITIONS)
+        for i in range(SHMRING_CLAIM_COUNT):
+            # before anyone takes, or these messages would be claimed twice
+            if load_relaxed64(&h.claims[i].high) > pos:
+                store_release64(&h.claims[i].high, h.claims[i].low)
+        if h.lease_owner != 0 and h.lease_high <= pos:
+            store_release64(&h.lease_owner, 0)
+        area_reap(h, self.fd)
+        wait_wake_all(&h.data_wait)
+        wait_wake_all(&h.space_wait)
+        return DONE
+
+    cdef uint64_t myself(self) noexcept nogil:
+        if self.owner_epoch != sync_epoch():
+            self.owner = owner_self()
+            self.owner_epoch = sync_epoch()
+        return self.owner
+
+    # ---- put ------------------------------------------------------------------------------
+
+    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil:
+        """Put as many of `items` from `done` on as fit, under one lock."""
+        cdef Py_ssize_t before = done[0]
+        cdef int result = self.lock_producers(flags)
+        if result != DONE:
+            return result
+        result = self.put_locked(items, count, done, position, flags)
+        self.unlock_producers()
+        if done[0] != before:
+            self.wake_consumers()
+        return result
+
+    @cython.final
+    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil:
+        cdef Header *h = self.header
+        cdef uint64_t pos, start, span, read, taken
+        cdef uint64_t budget = 0xFFFFFFFFFFFFFFFF
+        cdef Py_ssize_t at = done[0]
+        cdef Py_ssize_t j
+        cdef Frame *frame
+        cdef char *out
+        cdef int result = DONE
+        cdef int i
+        cdef Mapping *m = self.producer_mapping
+        if load_relaxed32(&h.poisoned) != 0:
+            return CORRUPT
+        if load_relaxed32(&h.shutdown) != 0:
+            return SHUT
+        if m.generation != h.write_generation:
+            result = area_open(h, self.fd, &self.file, h.write_generation, &m)
+            if result != 0:
+                return self.poison(POISON_AREA) if result == EILSEQ else -result
+            self.producer_stale = self.producer_mapping
+            self.producer_mapping = m
+        start = pos = h.write_position
+        if pos & 7:
+            return self.poison(POISON_POSITIONS)
+        if h.max_messages != 0:
+            taken = count_at(&h.put_count, pos) - count_read(&h.get_count, &h.read_position)
+            budget = h.max_messages - taken if taken < h.max_messages else 0
+        while at < count:
+            if budget == 0:
+                result = FULL_COUNT
+                break
+            span = shmring_frame_span(items[at].length)
+            read = self.known_read if self.known_read > m.base else m.base
+            if pos - read + span > m.capacity or h.front_until_ns != 0:
+                # a known position that lies too far back, or one ahead, ends up here as well
+                result = self.make_room(pos, span, span, 0)
+                if result == FULL and flags & MAY_GROW:
+                    taken = 0
+                    for j in range(at, count):
+                        taken += shmring_frame_span(items[j].length)
+                    if pos != start:  # the area's base is the committed position
+                        count_on(&h.put_count, start, pos, at - done[0])
+                        store_release64(&h.write_position, pos)
+                        start = pos
+                        done[0] = at
+                    result = self.make_room(pos, span, taken, MAY_GROW)
+                    m = self.producer_mapping
+                if result != DONE:
+                    break
+            frame = <Frame *>(m.data + (pos & m.mask))
+            frame.position = pos
+            frame.length = items[at].length
+            frame.kind = items[at].kind
+            out = <char *>frame + SHMRING_FRAME_BYTES
+            if items[at].owner == 0:
+                frame.state = SHMRING_WHOLE
+                frame.owner = 0
+            else:  # written in place, after the lock is released
+                frame.state = SHMRING_RESERVED
+                frame.owner = items[at].owner
+                fetch_add64(&m.references, 1)
+                items[at].mapping = m
+                items[at].payload = out
+            for i in range(items[at].count):
+                memcpy(out, items[at].segments[i].data, items[at].segments[i].length)
+                out += items[at].segments[i].length
+            if position != NULL:
+                position[0] = pos
+            pos += span
+            at += 1
+            budget -= 1
+        if pos != start:
+            count_on(&h.put_count, start, pos, at - done[0])
+            store_relaxed32(&h.producer_cpu, current_cpu())
+            store_release64(&h.write_position, pos)  # the commit
+            if h.front_who != 0 and h.front_who == self.front_name():
+                h.front_who = h.front_need = h.front_until_ns = 0
+            done[0] = at
+        elif flags & IS_WAITING and result == FULL and load_relaxed64(&h.front_until_ns) < <uint64_t>monotonic_ns():
+            h.front_who = self.front_name()
+            h.front_need = span
+            h.front_until_ns = <uint64_t>(monotonic_ns() + FRONT_NS)
+        return result
+
+    @cython.final
+    cdef int make_room(self, uint64_t pos, uint64_t span, uint64_t following, int flags) noexcept nogil:
+        """Is there room for `span` bytes, now that it looks short?  May grow."""
+        cdef Header *h = self.header
+        cdef Mapping *m = self.producer_mapping
+        cdef uint64_t read = load_acquire64(&h.read_position)
+        cdef uint64_t need = span
+        cdef uint64_t wanted, used
+        cdef int error
+        used = pos - (read if read > m.base else m.base)
+        if read > pos or used > m.capacity:
+            return self.poison(POISON_POSITIONS)
+        self.known_read = read
+        if h.front_until_ns != 0:
+            if h.front_until_ns < <uint64_t>monotonic_ns():
+                h.front_who = h.front_need = h.front_until_ns = 0
+            elif h.front_who != self.front_name() and h.front_need <= m.capacity:
+                need += h.front_need  # somebody who needs more waits already: leave his room free
+                if need > m.capacity:
+                    need = m.capacity
+        if used + need <= m.capacity:
+            return DONE
+        if not flags & MAY_GROW:
+            return FULL
+        if following > m.capacity and following > span:
+            wanted = following if following < h.max_capacity // 2 else span
+        else:
+            wanted = span
+        wanted = area_next_capacity(h, m.capacity, wanted)
+        if wanted == 0:
+            wanted = area_next_capacity(h, m.capacity, span)
+        if wanted == 0:
+            return FULL
+        error = area_grow(h, self.fd, &self.file, wanted, &m)
+        if error != 0:
+            return -error
+        self.producer_stale = self.producer_mapping
+        self.producer_mapping = m
+        return DONE
+
+    @cython.final
+    cdef uint64_t front_name(self) noexcept nogil:
+        """Tells this handle from others, in this process and elsewhere; never 0."""
+        return (self.myself() ^ <uint64_t><size_t><void *>self) | 1
+
+    @cython.final
+    cdef void wake_consumers(self) noexcept nogil:
+        fence_after_unlock()
+        if wait_wants_wake(&self.header.data_wait):
+            wait_wake_one(&self.header.data_wait)
+
+    cdef void wake_producers(self) noexcept nogil:
+        """After a get.  At half empty, not at the first free byte: fewer
+        switches; a producer that is not woken looks by itself each slice."""
+        cdef Header *h = self.header
+        cdef uint64_t used
+        fence_after_unlock()
+        if not wait_wants_wake(&h.space_wait):
+            return
+        used = load_acquire64(&h.write_position) - load_acquire64(&h.read_position)
+        if h.max_messages != 0 or used <= self.consumer_mapping.capacity // 2:
+            wait_wake_one(&h.space_wait)
+
+    # ---- take -------------------------------------------------------------------------------
+
+    @cython.final
+    cdef int look_further(self, uint64_t pos) noexcept nogil:
+        """Nothing more is known: how far does the committed data reach, and is
+        it in this area?  Moves on to the next area where this one ends."""
+        cdef Header *h = self.header
+        cdef Mapping *m = self.consumer_mapping
+        # in this order: the other way round would read a new frame's position in the old area
+        cdef uint64_t written = load_acquire64(&h.write_position)
+        cdef uint64_t last = load_acquire64(&h.write_generation)
+        cdef uint64_t generation = h.read_generation
+        cdef uint64_t limit = written
+        cdef uint64_t following
+        cdef int error
+        if written < pos or pos & 7 or last < generation or last - generation >= SHMRING_AREA_COUNT:
+            return self.poison(POISON_POSITIONS)
+        while generation < last:
+            following = load_relaxed64(&shmring_area_of(h, generation + 1).base)
+            if following < pos:
+                return self.poison(POISON_AREA)
+            if following != pos:
+                if following < limit:
+                    limit = following
+                break
+            generation += 1
+        if m.generation != generation:
+            error = area_open(h, self.fd, &self.file, generation, &m)  # before anything changes
+            if error != 0:
+                return self.poison(POISON_AREA) if error == EILSEQ else -error
+            if self.consumer_stale != NULL:
+                area_release(self.consumer_stale)
+            self.consumer_stale = self.consumer_mapping
+            self.consumer_mapping = m
+        if h.read_generation != generation:
+            store_release64(&h.read_generation, generation)
+            area_reap(h, self.fd)
+        if limit - pos > m.capacity:
+            return self.poison(POISON_POSITIONS)
+        self.known_limit = limit
+        return EMPTY if limit == pos else DONE
+
+    @cython.final
+    cdef int front(self, Take *take) noexcept nogil:
+        """Find and check the frame in front; its fields go to `take`."""
+        cdef Header *h = self.header
+        cdef Mapping *m
+        cdef Frame *frame
+        cdef uint64_t pos, length
+        cdef uint32_t state
+        cdef int result
+        if load_relaxed32(&h.poisoned) != 0:
+            return CORRUPT
+        if load_relaxed32(&h.shutdown) == 2:
+            return SHUT
+        if load_relaxed64(&h.lease_owner) != 0:
+            take.owner = load_relaxed64(&h.lease_owner)
+            take.position = h.lease_low
+            if take.owner != 0:
+                return BEHIND_LEASE
+        while True:
+            pos = h.read_position
+            if self.consumer_mapping.generation != h.read_generation or pos >= self.known_limit:
+                result = self.look_further(pos)
+                if result == EMPTY and load_relaxed32(&h.shutdown) != 0:
+                    return SHUT
+                if result != DONE:
+                    return result
+            m = self.consumer_mapping
+            frame = <Frame *>(m.data + (pos & m.mask))
+            # one copy of each field, then checked, then used
+            state = load_acquire32(&frame.state)
+            length = load_relaxed64(&frame.length)
+            take.position = pos
+            take.length = length
+            take.kind = load_relaxed32(&frame.kind)
+            if (load_relaxed64(&frame.position) != pos or length > m.capacity - SHMRING_FRAME_BYTES
+                    or shmring_frame_span(length) > self.known_limit - pos):
+                return self.poison(POISON_FRAME)
+            if state == SHMRING_WHOLE:
+                return DONE
+            if state == SHMRING_RESERVED:
+                take.owner = load_relaxed64(&frame.owner)
+                return BEHIND_RESERVATION
+            if state != SHMRING_ABORTED:
+                return self.poison(POISON_FRAME)
+            self.commit_read(pos + shmring_frame_span(length), 1)
+
+    @cython.final
+    cdef void commit_read(self, uint64_t pos, uint64_t count) noexcept nogil:
+        cdef Header *h = self.header
+        count_on(&h.get_count, h.read_position, pos, count)
+        store_release64(&h.read_position, pos)  # the commit
+
+    @cython.final
+    cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil:
+        """Claim and commit what was copied out."""
+        cdef Header *h = self.header
+        if self.claim != NULL:
+            # counts only up to read_position: valid with the commit, not before
+            store_release64(&self.claim.low, h.read_position)
+            store_release64(&self.claim.high, following)
+        self.commit_read(following, count)
+        store_relaxed32(&h.consumer_cpu, current_cpu())
+        if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
+            self.note_empty(following)
+
+    cdef int take(self, Take *take, int flags) noexcept nogil:
+        """Take the message in front into `take.room` (PARTIAL, and nothing is
+        taken, if it does not fit) or into `take.targets`."""
+        cdef Header *h = self.header
+        cdef Mapping *m
+        cdef char *payload
+        cdef uint64_t following
+        cdef int i
+        cdef int result = self.lock_consumers(flags)
+        if result != DONE:
+            return result
+        if self.claim != NULL and self.claim.low < self.claim.high:
+            result = CLAIM_HELD
+        else:
+            result = self.front(take)
+        if result == DONE and take.leaser != 0:
+            m = self.consumer_mapping
+            fetch_add64(&m.references, 1)
+            take.mapping = m
+            take.payload = m.data + (take.position & m.mask) + SHMRING_FRAME_BYTES
+            h.lease_low = take.position
+            h.lease_high = take.position + shmring_frame_span(take.length)
+            store_release64(&h.lease_owner, take.leaser)
+        elif result == DONE:
+            m = self.consumer_mapping
+            payload = m.data + (take.position & m.mask) + SHMRING_FRAME_BYTES
+            if take.target_count != 0:
+                following = 0
+                for i in range(take.target_count):
+                    following += take.targets[i].length
+                if take.position != take.expected or following != take.length:
+                    result = CHANGED
+                else:
+                    for i in range(take.target_count):
+                        memcpy(take.targets[i].data, payload, take.targets[i].length)
+                        payload += take.targets[i].length
+            elif take.length > take.room_bytes:
+                memcpy(take.room, payload, take.room_bytes)
+                result = PARTIAL
+            else:
+                memcpy(take.room, payload, take.length)
+        if result == DONE and take.leaser == 0:
+            self.take_leave(take.position + shmring_frame_span(take.length), 1)
+        self.unlock_consumers()
+        if result == DONE and take.leaser == 0:
+            self.wake_producers()
+            self.pass_baton()
+        return result
+
+    cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil:
+        """No lock: the frame is the owner's until its state says otherwise."""
+        cdef Frame *frame = <Frame *>(payload - SHMRING_FRAME_BYTES)
+        cdef uint32_t state = SHMRING_WHOLE if commit else SHMRING_ABORTED
+        if load_relaxed64(&frame.position) != position or not compare_exchange32(&frame.state, SHMRING_RESERVED, state):
+            return CHANGED
+        fence_full()
+        self.wake_consumers()
+        return DONE
+
+    cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil:
+        """Without `consume` the message stays; BUSY: call again."""
+        cdef Header *h = self.header
+        cdef int result = self.lock_consumers(MAY_WAIT)
+        if result != DONE:
+            return result
+        if h.lease_owner != self.myself() or h.lease_low != position or h.read_position != position:
+            result = CHANGED
+        else:
+            if consume:
+                self.commit_read(h.lease_high, 1)
+            store_release64(&h.lease_owner, 0)
+        self.unlock_consumers()
+        fence_full()
+        if wait_wants_wake(&h.space_wait):
+            wait_wake_one(&h.space_wait)
+        self.wake_consumers()
+        return result
+
+    @cython.final
+    cdef void note_empty(self, uint64_t pos) noexcept nogil:
+        """The ring may be empty, and its area is larger than the first one.  Much
+        larger than all that came since it was last empty: give memory back."""
+        cdef Header *h = self.header
+        if load_acquire64(&h.write_position) != pos:
+            return
+        if (pos - h.empty_position <= self.consumer_mapping.capacity // 8
+                and monotonic_ns() - <int64_t>h.grown_ns > SHRINK_AFTER_NS):
+            self.oversized = True
+        h.empty_position = pos
+
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t *bytes, int flags) noexcept nogil:
+        """Take up to `most` whole messages, frames and all, that fit into the
+        room: copied as one span, split by the caller after unlocking."""
+        cdef Header *h = self.header
+        cdef Take found
+        cdef Frame *frame
+        cdef uint64_t pos, end, length
+        cdef Py_ssize_t count = 0
+        cdef Mapping *m
+        cdef int result = self.lock_consumers(flags)
+        if result != DONE:
+            return result
+        bytes[0] = 0
+        if self.claim != NULL and self.claim.low < self.claim.high:
+            result = CLAIM_HELD
+        else:
+            result = self.front(&found)
+        if result == DONE:
+            m = self.consumer_mapping
+            pos = end = found.position
+            while count < most and end < self.known_limit:
+                frame = <Frame *>(m.data + (end & m.mask))
+                length = load_relaxed64(&frame.length)
+                if (load_acquire32(&frame.state) != SHMRING_WHOLE or load_relaxed64(&frame.position) != end
+                        or length > m.capacity - SHMRING_FRAME_BYTES
+                        or shmring_frame_span(length) > self.known_limit - end):
+                    break  # left to front(), which knows what to do with it
+                if end + shmring_frame_span(length) - pos > room_bytes:
+                    break
+                end += shmring_frame_span(length)
+                count += 1
+            if count == 0:
+                result = PARTIAL
+            else:
+                memcpy(room, m.data + (pos & m.mask), end - pos)
+                bytes[0] = end - pos
+                self.take_leave(end, count)
+        self.unlock_consumers()
+        if result == DONE:
+            self.wake_producers()
+            self.pass_baton()
+        return result
+
+    cdef void pass_baton(self) noexcept nogil:
+        """Others sleep, none is on his way, and something is left: wake one."""
+        cdef Header *h = self.header
+        if wait_wants_wake(&h.data_wait) and load_acquire64(&h.write_position) != load_acquire64(&h.read_position):
+            wait_wake_one(&h.data_wait)
+
+    # ---- on the way --------------------------------------------------------------------------
+
+    cdef void clear_the_way(self, Take *blocked, int outcome) noexcept nogil:
+        """Abort the reservation, or release the lease, of a dead owner."""
+        cdef Header *h = self.header
+        cdef Take found
+        cdef Frame *frame
+        if blocked.owner == self.myself() or not owner_is_dead(blocked.owner):
+            return
+        if self.lock_consumers(MAY_WAIT) != DONE:
+            return
+        if outcome == BEHIND_LEASE:
+            if h.lease_owner == blocked.owner and h.lease_low == blocked.position:
+                store_release64(&h.lease_owner, 0)
+        elif (self.front(&found) == BEHIND_RESERVATION and found.position == blocked.position
+                and found.owner == blocked.owner):
+            frame = <Frame *>(self.consumer_mapping.data + (found.position & self.consumer_mapping.mask))
+            compare_exchange32(&frame.state, SHMRING_RESERVED, SHMRING_ABORTED)
+        self.unlock_consumers()
+        self.wake_consumers()
+
+    cdef void settle(self) noexcept nogil:
+        """Return to the small area, if the ring is empty.  Two steps, each under
+        its own lock; whoever comes by later takes the second one."""
+        cdef Header *h = self.header
+        cdef Mapping *m
+        if self.lock_consumers(MAY_WAIT) != DONE:
+            return
+        self.look_further(h.read_position)
+        self.unlock_consumers()
+        if self.lock_producers(MAY_WAIT) != DONE:
+            return
+        if (h.write_position == load_acquire64(&h.read_position)
+                and h.write_generation == load_acquire64(&h.read_generation)
+                and shmring_area_of(h, h.write_generation).capacity > h.min_capacity
+                and load_relaxed64(&h.lease_owner) == 0
+                and area_grow(h, self.fd, &self.file, h.min_capacity, &m) == 0):
+            if self.producer_stale != NULL:
+                area_release(self.producer_stale)
+            self.producer_stale = self.producer_mapping
+            self.producer_mapping = m
+        self.unlock_producers()
+        if self.lock_consumers(MAY_WAIT) != DONE:
+            return
+        self.look_further(h.read_position)
+        self.unlock_consumers()
+        self.wake_producers()

@@ -1,0 +1,36 @@
+"""The map of what every user of a ring has: waiting, errors, closing."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from shmring._core cimport Item, RingCore, Take
+
+cdef enum:
+    GIL_BYTES = 65536  # copies above this size release the GIL
+
+cdef class RingHandle(RingCore):
+    cdef readonly bint closed
+    cdef readonly uint64_t largest  # payload bytes of one message
+    cdef int64_t inside  # calls that go on without the GIL
+    cdef int64_t views  # views that live
+    cdef int full_seen  # 1 a put met a full file system, 2 and the log says so
+    cdef unsigned int epoch  # of the process that opened the handle
+
+    # how many of the items went in; fewer than `count` only when time ran out
+    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position, bint block, object timeout) except -1
+    # DONE, PARTIAL (only the head, nothing was taken) or why nothing is there
+    cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1
+    # the second half of a large take; DONE or CHANGED (begin again)
+    cdef int take_into(self, Take *take) except -1
+    cdef int give_back(self) except -1
+    cdef int check_open(self) except -1
+    cdef int raise_outcome(self, int outcome) except -1
+    cdef int map_header(self) except -1
+    cdef int open_areas(self) except -1
+    cdef bint consumers_move(self) noexcept nogil
+    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int64_t until, bint first) noexcept nogil
+    cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil
+    cdef bint spin_for_data(self) noexcept nogil
+    cdef int take_slice(self, Take *take, int64_t until, bint first) noexcept nogil
+    cdef int take_now(self, Take *take) noexcept nogil
+
+cdef int64_t deadline_of(object timeout) except -1

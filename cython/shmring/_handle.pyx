@@ -1,0 +1,633 @@
+"""What every user of a ring has: made, waited on, asked, closed.
+
+`RingHandle` turns the attempts of `_core.pyx` into calls that wait with a
+deadline, raise the exceptions of `shmring.errors`, and end well when another
+thread closes the handle.  A wait is a loop of slices: release the GIL, spin
+if the other side runs on another CPU, announce, look, sleep at most 50 ms,
+look; take the GIL, check signals.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EBADF, EFBIG, EILSEQ, EMFILE, ENFILE, ENOMEM, ENOSPC
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from shmring._area cimport Mapping, area_open, area_release, area_stat
+from shmring._core cimport (
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY, FULL,
+    FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME, POISON_POSITIONS,
+    SHUT, Item, RingCore, Take, count_read,
+)
+from shmring._layout cimport (
+    SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET,
+    SHMRING_CONSUMERS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET,
+    SHMRING_MAGIC, SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET,
+    SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, SHMRING_ABORTED,
+    Header, shmring_area_of, shmring_frame_span,
+)
+from shmring._sync cimport (
+    SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
+    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
+    store_relaxed32, store_release32, sync_epoch, sync_start, wait_announce, wait_sleep,
+    wait_wake_all,
+)
+
+import logging
+import os
+
+from shmring.errors import (
+    AccessRefused,
+    InvalidArgument,
+    LayoutMismatch,
+    MessageTooLarge,
+    RingClosed,
+    RingCorrupted,
+    SharedMemoryFull,
+    ShutDown,
+)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    const int PROT_READ
+    const int PROT_WRITE
+    const int MAP_SHARED
+    void *MAP_FAILED
+
+cdef int SPIN_TURNS = 150  # of a pause each: about 8 us on the machine of BASELINE.md
+cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
+cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
+
+logger = logging.getLogger("shmring")
+
+sync_start()  # _core has checked that the kernel can do it
+
+LAYOUT = {
+    "MAGIC": SHMRING_MAGIC,
+    "VERSION": SHMRING_VERSION,
+    "HEADER_BYTES": SHMRING_HEADER_BYTES,
+    "WAITING_OFFSET": SHMRING_WAITING_OFFSET,
+    "PRODUCERS_OFFSET": SHMRING_PRODUCERS_OFFSET,
+    "CONSUMERS_OFFSET": SHMRING_CONSUMERS_OFFSET,
+    "JOINING_OFFSET": SHMRING_JOINING_OFFSET,
+    "AREAS_OFFSET": SHMRING_AREAS_OFFSET,
+    "AREA_COUNT": SHMRING_AREA_COUNT,
+    "CLAIMS_OFFSET": SHMRING_CLAIMS_OFFSET,
+    "CLAIM_COUNT": SHMRING_CLAIM_COUNT,
+    "FRAME_BYTES": SHMRING_FRAME_BYTES,
+    "MIN_CAPACITY": SHMRING_MIN_CAPACITY,
+    "MAX_CAPACITY": SHMRING_MAX_CAPACITY,
+    "WHOLE": SHMRING_WHOLE,
+    "RESERVED": SHMRING_RESERVED,
+    "ABORTED": SHMRING_ABORTED,
+}
+
+
+cdef int64_t deadline_of(object timeout) except -1:
+    """The monotonic nanosecond at which a wait of `timeout` seconds ends."""
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    seconds = timeout
+    if not seconds >= 0:
+        raise InvalidArgument(
+            f"timeout={timeout!r}: a timeout is a number of seconds, 0 or more; None waits for ever"
+        )
+    if seconds > 1e9:
+        return INT64_MAX
+    return monotonic_ns() + <int64_t>(seconds * 1e9)
+
+
+cdef inline bint ends_wait(int outcome) noexcept nogil:
+    return outcome not in (BUSY, FULL, FULL_COUNT, EMPTY, BEHIND_LEASE, BEHIND_RESERVATION)
+
+
+@cython.binding(False)
+cdef class RingHandle(RingCore):
+    """One handle of this process on one ring, with waiting, errors and closing."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.closed = True
+
+    # ---- made ------------------------------------------------------------------------------
+
+    cdef int map_header(self) except -1:
+        cdef void *start = mmap(NULL, SHMRING_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
+        if start == MAP_FAILED:
+            raise OSError(ENOMEM, "the header of a ring could not be mapped: out of address space or of maps")
+        self.header = <Header *>start
+        return 0
+
+    def _create(self, int fd, uint64_t capacity, uint64_t max_capacity, uint64_t max_messages,
+                uint64_t pid_namespace, uint32_t user_kind, uint64_t token, bytes name=b""):
+        """Lay a ring into the file `fd`, whose first page and first area are allocated."""
+        cdef Header *h
+        cdef int error
+        self.fd = fd
+        error = area_stat(fd, &self.file)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
+        if self.file.bytes < SHMRING_HEADER_BYTES + capacity:
+            raise InvalidArgument(
+                f"the file has {self.file.bytes} bytes; a ring of capacity={capacity} needs"
+                f" {SHMRING_HEADER_BYTES + capacity}"
+            )
+        self.map_header()
+        h = self.header
+        memset(h, 0, SHMRING_CLAIMS_OFFSET)  # the claims' page may not be allocated yet
+        h.version = SHMRING_VERSION
+        h.header_bytes = SHMRING_HEADER_BYTES
+        h.min_capacity = capacity
+        h.max_capacity = max_capacity
+        h.max_messages = max_messages
+        h.pid_namespace = pid_namespace
+        h.user_kind = user_kind
+        h.token = token
+        h.named = name != b""
+        memcpy(h.name, <char *>name, len(name) if len(name) < 256 else 0)
+        h.producer_cpu = h.consumer_cpu = SHMRING_NO_CPU
+        h.areas[0].base = 0
+        h.areas[0].capacity = capacity
+        h.areas[0].offset = SHMRING_HEADER_BYTES
+        h.magic = SHMRING_MAGIC
+        store_release32(&h.ready, 1)
+        self.open_areas()
+
+    def _open(self, int fd, uint64_t pid_namespace, uint32_t user_kind):
+        """Open the ring in the file `fd`; False while its creator is not ready.
+
+        `pid_namespace` is the inode of this process's; `user_kind` 0 takes any.
+        """
+        cdef Header *h
+        cdef int error
+        self.fd = fd
+        error = area_stat(fd, &self.file)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
+        if self.file.bytes == 0:
+            return False
+        if self.file.bytes < SHMRING_HEADER_BYTES + SHMRING_MIN_CAPACITY:
+            raise LayoutMismatch(f"not a ring: the file has {self.file.bytes} bytes, too few for one")
+        if self.header == NULL:
+            self.map_header()
+        h = self.header
+        if load_acquire32(&h.ready) != 1 and h.magic in (0, SHMRING_MAGIC):
+            return False
+        if h.magic != SHMRING_MAGIC:
+            raise LayoutMismatch(f"not a ring: it begins with {h.magic:#018x} instead of {SHMRING_MAGIC:#018x}")
+        if h.version != SHMRING_VERSION or h.header_bytes != SHMRING_HEADER_BYTES:
+            raise LayoutMismatch(
+                f"laid out by version {h.version} of the layout (header of {h.header_bytes} bytes); this"
+                f" shmring reads version {SHMRING_VERSION} ({SHMRING_HEADER_BYTES} bytes)"
+            )
+        if user_kind != 0 and h.user_kind != user_kind:
+            raise LayoutMismatch(
+                f"laid out by a class of kind {h.user_kind}, not {user_kind}: attach with the class that created it"
+            )
+        if pid_namespace != h.pid_namespace:
+            raise AccessRefused(
+                "created in another PID namespace, where process ids mean other processes: the death of a"
+                " peer could not be seen; share the namespace (for containers: --pid)"
+            )
+        if (h.min_capacity < SHMRING_MIN_CAPACITY or h.min_capacity > h.max_capacity
+                or h.max_capacity > SHMRING_MAX_CAPACITY):
+            raise RingCorrupted(f"impossible capacities {h.min_capacity} and {h.max_capacity} in the header")
+        self.open_areas()
+        return True
+
+    cdef int open_areas(self) except -1:
+        cdef Header *h = self.header
+        cdef uint64_t written, read
+        cdef int error = 0
+        cdef int turn
+        for turn in range(1000):  # a generation can be given back between reading and mapping it
+            written = load_acquire64(&h.write_generation)
+            read = load_acquire64(&h.read_generation)
+            error = area_open(h, self.fd, &self.file, written, &self.producer_mapping)
+            if error == 0:
+                error = area_open(h, self.fd, &self.file, read, &self.consumer_mapping)
+            if load_acquire64(&h.write_generation) == written and load_acquire64(&h.read_generation) == read:
+                break
+            area_release(self.producer_mapping)
+            area_release(self.consumer_mapping)
+            self.producer_mapping = self.consumer_mapping = NULL
+        if error == EILSEQ:
+            raise RingCorrupted(f"generations {read} and {written}: an area lies outside the file")
+        if error != 0:
+            raise OSError(error, f"an area of the ring could not be mapped: {os.strerror(error)}")
+        self.known_read = 0
+        self.known_limit = 0
+        self.largest = h.max_capacity - SHMRING_FRAME_BYTES
+        self.epoch = sync_epoch()
+        self.closed = False
+        return 0
+
+    # ---- put --------------------------------------------------------------------------------
+
+    cdef bint consumers_move(self) noexcept nogil:
+        """Before growing: wait up to a millisecond, but only while consumers
+        make progress; fresh pages cost several times what warm ones do."""
+        cdef Header *h = self.header
+        cdef int64_t until = monotonic_ns() + GROWTH_PAUSE_NS
+        cdef uint64_t seen = load_acquire64(&h.read_position)
+        cdef uint64_t now
+        cdef uint32_t announced
+        while monotonic_ns() < until:
+            announced = wait_announce(&h.space_wait)
+            wait_sleep(&h.space_wait, announced, 100000)
+            now = load_acquire64(&h.read_position)
+            if now == seen:
+                return False
+            seen = now
+            if load_acquire64(&h.write_position) - now <= self.producer_mapping.capacity // 2:
+                return True
+        return False
+
+    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int64_t until, bint first) noexcept nogil:
+        """One slice of a waiting put; looks last, so that its answer is fresh."""
+        cdef Header *h = self.header
+        cdef uint32_t announced
+        cdef int result = self.put_items(items, count, done, position, MAY_WAIT)
+        if result == FULL and h.max_capacity != h.min_capacity:
+            if first and self.consumers_move():
+                result = self.put_items(items, count, done, position, MAY_WAIT)
+            if result == FULL:
+                result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.producer_mapping.capacity:
+            if self.full_seen == 0:
+                self.full_seen = 1
+            result = FULL  # waits for space like a bounded queue
+        if result != FULL and result != FULL_COUNT:
+            return result
+        announced = wait_announce(&h.space_wait)
+        result = self.put_items(items, count, done, position, MAY_WAIT | IS_WAITING)
+        if result == FULL or result == FULL_COUNT:
+            wait_sleep(&h.space_wait, announced, until - monotonic_ns())
+            result = self.put_items(items, count, done, position, MAY_WAIT)
+        return result
+
+    cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil:
+        """Never waits for a reader; for the lock a millisecond at most."""
+        cdef int result = self.put_items(items, count, done, position, BRIEFLY | MAY_GROW)
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.producer_mapping.capacity:
+            return FULL
+        return result
+
+    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position, bint block, object timeout) except -1:
+        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t i
+        cdef int64_t until = 0
+        cdef uint64_t bytes = 0
+        cdef bint first = True
+        cdef int result = BUSY
+        handle_enter(&self.inside)
+        try:
+            if self.closed:
+                self.check_open()
+            for i in range(count):
+                bytes += items[i].length
+                if items[i].length > self.largest:
+                    raise MessageTooLarge(
+                        f"a message of {items[i].length} bytes can never fit: max_capacity is"
+                        f" {self.header.max_capacity} bytes, of which one message may take {self.largest}"
+                    )
+            if block and timeout is not None:
+                until = deadline_of(timeout)
+            if bytes <= GIL_BYTES:
+                result = self.put_items(items, count, &done, position, 0)
+                if result == DONE:
+                    return done
+            if ends_wait(result):
+                self.raise_outcome(result)
+            if timeout is None:
+                until = INT64_MAX
+            fetch_add64(&self.inside, 1)
+            try:
+                while True:
+                    with nogil:
+                        if block:
+                            result = self.put_slice(items, count, &done, position, until, first)
+                        else:
+                            result = self.put_now(items, count, &done, position)
+                    if ends_wait(result):
+                        break
+                    first = False
+                    PyErr_CheckSignals()
+                    if self.closed or not block or monotonic_ns() >= until:
+                        break
+                    if self.full_seen == 1:
+                        self.full_seen = 2
+                        logger.warning(
+                            "the file system of shared memory is full: put waits for a reader; enlarge /dev/shm"
+                            " (for containers: --shm-size) or bound the queue with maxsize or max_capacity"
+                        )
+            finally:
+                fetch_add64(&self.inside, -1)
+            if result == DONE:
+                return done
+            if ends_wait(result):
+                self.raise_outcome(result)
+            if self.closed:
+                self.check_open()
+            return done
+        finally:
+            handle_leave(&self.inside)
+
+    # ---- take -------------------------------------------------------------------------------
+
+    cdef bint spin_for_data(self) noexcept nogil:
+        """Worth it only while the producers run on another CPU."""
+        cdef Header *h = self.header
+        cdef uint32_t cpu = current_cpu()
+        cdef uint32_t other = load_relaxed32(&h.producer_cpu)
+        cdef int i
+        store_relaxed32(&h.consumer_cpu, cpu)
+        if other == cpu or other == SHMRING_NO_CPU:
+            return False
+        for i in range(SPIN_TURNS):
+            if load_acquire64(&h.write_position) != load_relaxed64(&h.read_position):
+                return True
+            spin_pause()
+        return False
+
+    cdef int take_slice(self, Take *take, int64_t until, bint first) noexcept nogil:
+        """One slice of a waiting take; looks last, so that its answer is fresh."""
+        cdef Header *h = self.header
+        cdef uint32_t announced
+        cdef int64_t slept
+        cdef int result = EMPTY
+        if first and self.spin_for_data():
+            result = self.take(take, MAY_WAIT)
+            if ends_wait(result):
+                return result
+        announced = wait_announce(&h.data_wait)
+        result = self.take(take, MAY_WAIT)
+        if result != EMPTY and result != BEHIND_LEASE and result != BEHIND_RESERVATION:
+            return result
+        slept = monotonic_ns()
+        wait_sleep(&h.data_wait, announced, until - slept)
+        result = self.take(take, MAY_WAIT)
+        if result == EMPTY:
+            if (monotonic_ns() - slept >= SYNC_SLICE_NS
+                    and (self.consumer_mapping.capacity != h.min_capacity
+                         or h.write_generation != h.read_generation)):
+                self.settle()
+        elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
+            self.clear_the_way(take, result)
+        return result
+
+    cdef int take_now(self, Take *take) noexcept nogil:
+        """Never waits for a message; for the lock a millisecond at most."""
+        cdef int result = self.take(take, BRIEFLY)
+        if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
+            self.clear_the_way(take, result)
+            result = self.take(take, BRIEFLY)
+        return result
+
+    cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1:
+        cdef int64_t until = 0
+        cdef bint first = True
+        cdef int result
+        handle_enter(&self.inside)
+        try:
+            if self.closed:
+                self.check_open()
+            if block and timeout is not None:
+                until = deadline_of(timeout)
+            take.target_count = 0
+            result = self.take(take, 0)
+            if result == DONE or result == PARTIAL or (result == EMPTY and not block):
+                if self.oversized:
+                    self.give_back()
+                return result
+            if ends_wait(result):
+                self.raise_outcome(result)
+            if timeout is None:
+                until = INT64_MAX
+            fetch_add64(&self.inside, 1)
+            try:
+                while True:
+                    with nogil:
+                        if block:
+                            result = self.take_slice(take, until, first)
+                        else:
+                            result = self.take_now(take)
+                    if ends_wait(result):
+                        break
+                    first = False
+                    try:
+                        PyErr_CheckSignals()
+                    except BaseException:
+                        self.pass_baton()  # we may be the one who was woken
+                        raise
+                    if self.closed or not block or monotonic_ns() >= until:
+                        self.pass_baton()
+                        break
+            finally:
+                fetch_add64(&self.inside, -1)
+            if result == DONE or result == PARTIAL:
+                return result
+            if ends_wait(result):
+                self.raise_outcome(result)
+            if self.closed:
+                self.check_open()
+            return result
+        finally:
+            handle_leave(&self.inside)
+
+    cdef int take_into(self, Take *take) except -1:
+        cdef int result
+        handle_enter(&self.inside)
+        try:
+            if self.closed:
+                self.check_open()
+            take.expected = take.position
+            if take.length > GIL_BYTES:
+                fetch_add64(&self.inside, 1)
+                with nogil:
+                    result = self.take(take, MAY_WAIT)
+                fetch_add64(&self.inside, -1)
+            else:
+                result = self.take(take, 0)
+            take.target_count = 0
+            if not ends_wait(result):
+                return CHANGED
+            if result != DONE and result != CHANGED:
+                self.raise_outcome(result)
+            if self.oversized:
+                self.give_back()
+            return result
+        finally:
+            handle_leave(&self.inside)
+
+    cdef int give_back(self) except -1:
+        self.oversized = False
+        fetch_add64(&self.inside, 1)
+        with nogil:
+            self.settle()
+        fetch_add64(&self.inside, -1)
+        return 0
+
+    # ---- errors ------------------------------------------------------------------------------
+
+    cdef int check_open(self) except -1:
+        if self.closed:
+            raise RingClosed(f"{type(self).__name__} is closed")
+        return 0
+
+    cdef int raise_outcome(self, int outcome) except -1:
+        cdef uint32_t reason
+        if outcome == SHUT:
+            raise ShutDown(f"{type(self).__name__} is shut down")
+        if outcome == CLAIM_HELD:
+            raise RuntimeError("the claim of the previous message was not released: answer it first")
+        if outcome == CORRUPT:
+            reason = load_relaxed32(&self.header.poisoned)
+            if reason == 0:
+                raise RingCorrupted("a lock word names a thread that does not exist; recreate the ring")
+            raise RingCorrupted({
+                POISON_POSITIONS: f"impossible positions: written up to {self.header.write_position}, read up to"
+                f" {self.header.read_position}",
+                POISON_FRAME: f"the frame at position {self.header.read_position} is not one that shmring wrote",
+                POISON_AREA: f"the record of an area (generations {self.header.read_generation} to"
+                f" {self.header.write_generation}) points outside the file",
+            }.get(reason, f"poisoned for an unknown reason {reason}") + "; recreate the ring")
+        if outcome == -ENOSPC or outcome == -EFBIG:
+            raise SharedMemoryFull(
+                -outcome, "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)"
+                if outcome == -ENOSPC else "RLIMIT_FSIZE does not allow the ring to grow for this message"
+            )
+        if outcome == -EBADF:
+            raise OSError(EBADF, "the ring's file descriptor was closed, or reused, behind its back")
+        if outcome == -EMFILE or outcome == -ENFILE or outcome == -ENOMEM:
+            raise OSError(-outcome, f"{os.strerror(-outcome)} while mapping a grown area; nothing is lost, try again")
+        if outcome < 0:
+            raise OSError(-outcome, os.strerror(-outcome))
+        raise RuntimeError(f"outcome {outcome} has no exception")
+
+    # ---- asked ---------------------------------------------------------------------------------
+
+    @property
+    def capacity(self):
+        """Bytes of the area that producers write to now."""
+        self.check_open()
+        return shmring_area_of(self.header, load_acquire64(&self.header.write_generation)).capacity
+
+    @property
+    def max_capacity(self):
+        """Bytes to which the ring may grow."""
+        self.check_open()
+        return self.header.max_capacity
+
+    def _identity(self):
+        """(named, token, name given at creation): what the file is called."""
+        cdef Header *h
+        self.check_open()
+        h = self.header
+        return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
+
+    def _set_named(self):
+        self.check_open()
+        store_release32(&self.header.named, 1)
+
+    def fileno(self):
+        """The file descriptor of the ring's file."""
+        self.check_open()
+        return self.fd
+
+    def _qsize(self):
+        """Messages in the ring: true at an instant during the call."""
+        cdef Header *h
+        cdef uint64_t written, puts, gets
+        cdef int turn
+        self.check_open()
+        h = self.header
+        for turn in range(1000):
+            written = load_acquire64(&h.write_position)
+            puts = count_read(&h.put_count, &h.write_position)
+            gets = count_read(&h.get_count, &h.read_position)
+            fence_full()
+            if load_acquire64(&h.write_position) == written:
+                break
+        return puts - gets if puts > gets else 0
+
+    def _put_count(self):
+        self.check_open()
+        return count_read(&self.header.put_count, &self.header.write_position)
+
+    def _max_messages(self):
+        self.check_open()
+        return self.header.max_messages
+
+    def _statistics(self):
+        cdef Header *h
+        self.check_open()
+        h = self.header
+        return {
+            "capacity": self.capacity,
+            "max_capacity": h.max_capacity,
+            "used_bytes": load_acquire64(&h.write_position) - load_acquire64(&h.read_position),
+            "messages": self._qsize(),
+            "messages_put": count_read(&h.put_count, &h.write_position),
+            "messages_taken": count_read(&h.get_count, &h.read_position),
+            "bytes_put": load_acquire64(&h.write_position),
+            "growths": load_acquire64(&h.write_generation),
+            "recoveries": load_relaxed32(&h.recoveries),
+            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
+            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
+            "shut_down": load_relaxed32(&h.shutdown) != 0,
+            "poisoned": load_relaxed32(&h.poisoned) != 0,
+        }
+
+    # ---- ended -----------------------------------------------------------------------------------
+
+    def _shutdown(self, bint immediate):
+        """Refuse further puts in every process; gets too, at once or when empty."""
+        cdef Header *h
+        cdef int result
+        self.check_open()
+        h = self.header
+        # Under the lock, so that no put that began earlier commits after the refusal.
+        while True:
+            with nogil:
+                result = self.lock_producers(MAY_WAIT)
+                if result == DONE:
+                    if immediate:
+                        store_release32(&h.shutdown, 2)
+                    elif h.shutdown == 0:
+                        store_release32(&h.shutdown, 1)
+                    self.unlock_producers()
+            if result == DONE:
+                break
+            if result != BUSY:
+                self.raise_outcome(result)
+            PyErr_CheckSignals()
+        wait_wake_all(&h.data_wait)
+        wait_wake_all(&h.space_wait)
+        wait_wake_all(&h.done_wait)
+
+    def _close(self):
+        """Leave the ring: unmap, and close the descriptor.  Others go on.
+
+        BufferError while a view lives; another call after its end succeeds.
+        Threads of this process that wait in the ring get RingClosed.
+        """
+        cdef int64_t until
+        if self.header == NULL:
+            self.closed = True
+            return
+        if self.epoch != sync_epoch():
+            # forked: the threads that were inside do not exist here
+            self.inside = 0
+        if self.views > 0:
+            raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
+        self.closed = True
+        until = monotonic_ns() + CLOSE_NS
+        while load_acquire64(<uint64_t *>&self.inside) != 0 and monotonic_ns() < until:
+            wait_wake_all(&self.header.data_wait)
+            wait_wake_all(&self.header.space_wait)
+            wait_wake_all(&self.header.done_wait)
+            with nogil:
+                nap_ns(200000)
+        if load_acquire64(<uint64_t *>&self.inside) == 0:
+            self.unmap()

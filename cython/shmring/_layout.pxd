@@ -1,0 +1,90 @@
+"""What Cython sees of _layout.h, where the diagrams and the offsets stand."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from "_layout.h" nogil:
+    const uint64_t SHMRING_MAGIC
+    const uint64_t SHMRING_VERSION
+    const uint64_t SHMRING_HEADER_BYTES
+    const uint64_t SHMRING_WAITING_OFFSET
+    const uint64_t SHMRING_PRODUCERS_OFFSET
+    const uint64_t SHMRING_CONSUMERS_OFFSET
+    const uint64_t SHMRING_JOINING_OFFSET
+    const uint64_t SHMRING_AREAS_OFFSET
+    const uint64_t SHMRING_AREA_COUNT
+    const uint64_t SHMRING_CLAIMS_OFFSET
+    const uint64_t SHMRING_CLAIM_COUNT
+    const uint64_t SHMRING_FRAME_BYTES
+    const uint64_t SHMRING_MIN_CAPACITY
+    const uint64_t SHMRING_MAX_CAPACITY
+    const uint32_t SHMRING_NO_CPU
+    const uint32_t SHMRING_WHOLE
+    const uint32_t SHMRING_RESERVED
+    const uint32_t SHMRING_ABORTED
+
+    ctypedef struct Count "shmring_count":
+        uint64_t previous
+        uint64_t current
+        uint64_t position
+
+    ctypedef struct Area "shmring_area":
+        uint64_t base  # the position at which it begins
+        uint64_t capacity  # a power of two
+        uint64_t offset  # where it lies in the file
+
+    ctypedef struct Claim "shmring_claim":
+        uint64_t owner  # 0 is a free slot
+        uint64_t low  # held while low < high
+        uint64_t high
+
+    ctypedef struct Header "shmring_header":
+        uint64_t magic
+        uint32_t version
+        uint32_t header_bytes
+        uint64_t min_capacity  # of the first area; what shrinking returns to
+        uint64_t max_capacity  # of all living areas together
+        uint64_t max_messages  # 0 is no limit
+        uint64_t pid_namespace
+        uint32_t ready  # stored last; an attacher waits for it
+        uint32_t user_kind  # which class laid it out
+        uint32_t data_wait  # consumers sleep here
+        uint32_t space_wait  # producers sleep here
+        uint32_t shutdown  # 0 open, 1 drain, 2 immediate
+        uint32_t poisoned
+        uint64_t lease_owner  # 0 is no lease
+        uint64_t lease_low
+        uint64_t lease_high
+        uint32_t producer_lock
+        uint32_t producer_cpu
+        uint64_t write_position
+        uint64_t write_generation
+        Count put_count
+        uint64_t front_who  # advisory: the producer that waits for much space
+        uint64_t front_need
+        uint64_t front_until_ns
+        uint64_t grown_ns
+        uint32_t consumer_lock
+        uint32_t consumer_cpu
+        uint64_t read_position
+        uint64_t read_generation
+        uint64_t reaped
+        Count get_count
+        uint64_t empty_position
+        uint64_t done_count
+        uint32_t done_wait
+        uint32_t recoveries
+        uint64_t token
+        uint32_t named
+        char *name  # 256 bytes
+        Area *areas
+        Claim *claims
+
+    ctypedef struct Frame "shmring_frame":
+        uint64_t position
+        uint64_t length
+        uint32_t state
+        uint32_t kind
+        uint64_t owner
+
+    uint64_t shmring_frame_span(uint64_t length) noexcept
+    Area *shmring_area_of(Header *header, uint64_t generation) noexcept

@@ -1,0 +1,79 @@
+/* Who holds a reservation or a lease, in one word, and whether he is dead.
+ *
+ * owner = start time of the process (clock ticks since boot) << 22 | pid
+ *
+ * A pid alone looks alive once it is reused; with the start time it names one
+ * incarnation.  22 bits hold the largest pid Linux gives out, 42 bits of ticks
+ * last for a thousand years.  Start time 0 means that /proc could not be read.
+ */
+#ifndef SHMRING_OWNER_H
+#define SHMRING_OWNER_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define OWNER_PID_BITS 22
+
+static inline uint32_t owner_pid(uint64_t owner) { return (uint32_t)(owner & ((1u << OWNER_PID_BITS) - 1)); }
+
+/* Field 22 of /proc/PID/stat; the command name before it may contain anything,
+ * so the fields are counted from the last parenthesis.  0 if unreadable. */
+static inline uint64_t owner_start_time(uint32_t pid)
+{
+    char path[32], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (size <= 0)
+        return 0;
+    text[size] = 0;
+    char *field = strrchr(text, ')');
+    for (int skipped = 0; field != NULL && skipped < 20; skipped++)
+        field = strchr(field + 1, ' ');
+    return field == NULL ? 0 : strtoull(field + 1, NULL, 10);
+}
+
+static inline uint64_t owner_self(void)
+{
+    uint32_t pid = (uint32_t)getpid();
+    return owner_start_time(pid) << OWNER_PID_BITS | pid;
+}
+
+/* 1 only when the kernel proves it; unreaped zombies count as dead. */
+static inline int owner_is_dead(uint64_t owner)
+{
+    uint32_t pid = owner_pid(owner);
+    uint64_t started = owner >> OWNER_PID_BITS;
+    int dead = 0;
+    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (fd < 0) {
+        if (errno == ESRCH || errno == EINVAL) /* EINVAL: the number is a mere thread's now */
+            return 1;
+        if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) /* no pidfd to be had */
+            return 1;
+    }
+    /* read after pidfd_open: the number cannot change hands in between unseen */
+    uint64_t now = owner_start_time(pid);
+    if (now != 0 && started != 0 && now != started)
+        dead = 1;
+    if (fd >= 0) {
+        struct pollfd p = {fd, POLLIN, 0};
+        if (poll(&p, 1, 0) == 1 && (p.revents & POLLIN))
+            dead = 1;
+        close(fd);
+    }
+    return dead;
+}
+
+#endif

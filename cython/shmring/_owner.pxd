@@ -1,0 +1,8 @@
+"""What Cython sees of _owner.h: who holds something, and whether he is dead."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from "_owner.h" nogil:
+    uint32_t owner_pid(uint64_t owner) noexcept
+    uint64_t owner_self() noexcept
+    bint owner_is_dead(uint64_t owner) noexcept

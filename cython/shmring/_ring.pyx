@@ -1,0 +1,424 @@
+"""Ring: bytes in, bytes out, and views in place.
+
+`BytesRing` is the compiled half of `shmring.Ring`; `shmring.ring` adds the
+names.  A message of up to SMALL bytes is copied to the stack under the lock
+and becomes an object afterwards; a larger one is measured first, and its
+destination is allocated between two visits, because nothing is allocated
+while a lock word is held.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release,
+    PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from shmring._area cimport area_release
+from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, MAY_WAIT, Item, Segment, Take
+from shmring._handle cimport RingHandle
+from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
+from shmring._sync cimport fetch_add64, handle_enter, handle_leave, sync_epoch, sync_start
+
+import threading
+from queue import Empty, Full
+
+from shmring.errors import InvalidArgument, RingCorrupted
+
+cdef enum:
+    SMALL = 4096  # taken over the stack
+    SPAN_BYTES = 65536  # what one visit of get_many takes at most
+
+sync_start()
+
+
+cdef int check_bytes_like(object data) except -1:
+    if not PyObject_CheckBuffer(data):
+        raise TypeError(
+            f"a ring carries bytes-like objects, not {type(data).__name__}; use shmring.Queue for other objects"
+        )
+    return 0
+
+
+@cython.binding(False)
+cdef class BytesRing(RingHandle):
+    """The compiled half of shmring.Ring."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.reserving = set()
+        self.peeking = set()
+
+    def put(self, data, block=True, timeout=None):
+        """Put one message.
+
+        Args:
+            data: a contiguous bytes-like object.
+            block: wait for room; otherwise Full at once.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            queue.Full: no room in time.
+            MessageTooLarge: it can never fit.
+            ShutDown: the ring was shut down.
+            RingClosed: this handle was closed.
+        """
+        cdef Segment segment
+        cdef Item item
+        cdef Py_buffer buffer
+        cdef Py_ssize_t done
+        item.segments = &segment
+        item.count = 1
+        item.kind = 0
+        item.owner = 0
+        if PyBytes_CheckExact(data):
+            segment.data = PyBytes_AS_STRING(data)
+            item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(data)
+            done = self.put_or_wait(&item, 1, NULL, block, timeout)
+        else:
+            check_bytes_like(data)
+            PyObject_GetBuffer(data, &buffer, PyBUF_CONTIG_RO)
+            try:
+                segment.data = <char *>buffer.buf
+                item.length = segment.length = <uint64_t>buffer.len
+                done = self.put_or_wait(&item, 1, NULL, block, timeout)
+            finally:
+                PyBuffer_Release(&buffer)
+        if done == 0:
+            raise Full
+
+    def put_nowait(self, data):
+        """put(data, block=False)."""
+        self.put(data, False)
+
+    def put_many(self, messages, block=True, timeout=None):
+        """Put each bytes-like object of an iterable, under one lock a batch.
+
+        Args: as for `put`; `timeout` is for all of them together.
+
+        Raises:
+            queue.Full: with an attribute `count`, how many went in.
+        """
+        cdef list held = list(messages)
+        cdef Py_ssize_t n = len(held)
+        cdef Py_ssize_t opened = 0
+        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t i
+        cdef Item *items
+        cdef Segment *segments
+        cdef Py_buffer *buffers
+        if n == 0:
+            self.check_open()
+            return
+        items = <Item *>PyMem_Malloc(n * sizeof(Item))
+        segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
+        buffers = <Py_buffer *>PyMem_Malloc(n * sizeof(Py_buffer))
+        try:
+            if items == NULL or segments == NULL or buffers == NULL:
+                raise MemoryError
+            for i in range(n):
+                check_bytes_like(held[i])
+                PyObject_GetBuffer(held[i], &buffers[i], PyBUF_CONTIG_RO)
+                opened += 1
+                segments[i].data = <char *>buffers[i].buf
+                segments[i].length = <uint64_t>buffers[i].len
+                items[i].segments = &segments[i]
+                items[i].count = 1
+                items[i].kind = 0
+                items[i].owner = 0
+                items[i].length = segments[i].length
+            done = self.put_or_wait(items, n, NULL, block, timeout)
+        finally:
+            for i in range(opened):
+                PyBuffer_Release(&buffers[i])
+            PyMem_Free(items)
+            PyMem_Free(segments)
+            PyMem_Free(buffers)
+        if done < n:
+            full = Full(f"{done} of {n} messages went in")
+            full.count = done
+            raise full
+
+    def get(self, block=True, timeout=None):
+        """Take the message in front, as bytes.
+
+        Args:
+            block: wait for one; otherwise Empty at once.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            queue.Empty: nothing came in time.
+            RingCorrupted: what stands in front is not a frame.
+            ShutDown: the ring was shut down and is empty.
+        """
+        cdef char room[SMALL]
+        cdef Take take
+        cdef Segment target
+        cdef int result
+        take.room = room
+        take.room_bytes = SMALL
+        take.leaser = 0
+        while True:
+            result = self.take_or_wait(&take, block, timeout)
+            if result == DONE:
+                return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
+            if result != PARTIAL:
+                if self.peeking:
+                    self.check_reentry(self.peeking, "get() inside peek()")
+                raise Empty
+            message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
+            target.data = PyBytes_AS_STRING(message)
+            target.length = take.length
+            take.targets = &target
+            take.target_count = 1
+            if self.take_into(&take) == DONE:
+                return message
+
+    def get_nowait(self):
+        """get(block=False)."""
+        return self.get(False)
+
+    def get_many(self, max_items=None, block=True, timeout=None):
+        """Wait for one message, then take what is there, in order.
+
+        Args:
+            max_items: how many at most, None for all that are there.
+            block, timeout: as for `get`, for the first one.
+
+        Returns:
+            A list of bytes, at least one.
+        """
+        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max_items
+        cdef char *room
+        cdef uint64_t size, at
+        cdef Frame *frame
+        cdef int result
+        cdef list taken
+        if most < 1:
+            raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+        taken = [self.get(block, timeout)]
+        room = <char *>PyMem_Malloc(SPAN_BYTES)
+        if room == NULL:
+            return taken
+        try:
+            while len(taken) < most:
+                result = self.take_span(room, SPAN_BYTES, most - len(taken), &size, 0)
+                if result == PARTIAL:
+                    try:
+                        taken.append(self.get(False))
+                        continue
+                    except Empty:
+                        break
+                if result != DONE:
+                    break  # an error shows itself in the next call; what was taken is not lost
+                at = 0
+                while at < size:
+                    frame = <Frame *>(room + at)
+                    taken.append(PyBytes_FromStringAndSize(
+                        <char *>frame + SHMRING_FRAME_BYTES, <Py_ssize_t>frame.length))
+                    at += shmring_frame_span(frame.length)
+        finally:
+            PyMem_Free(room)
+        return taken
+
+    def reserve(self, nbytes, block=True, timeout=None):
+        """A context that writes a message of `nbytes` bytes in place.
+
+        A clean exit commits, an exception aborts.  Other producers go on
+        meanwhile; consumers wait behind the reservation.  Leaving the block
+        while an array or slice of the view lives raises BufferError; the
+        message is then never published, and its place is given back when the
+        export dies.
+
+        Raises: as `put`, on entering; RuntimeError if this thread is inside
+            another reservation of this ring.
+        """
+        cdef Py_ssize_t length = nbytes
+        if length < 0:
+            raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
+        return FrameView(self, True, length, block, timeout)
+
+    def peek(self, block=True, timeout=None):
+        """A context that reads the message in front, in place.
+
+        A clean exit consumes it, an exception leaves it for another.  Other
+        consumers wait meanwhile.  Leaving the block while an array or slice of
+        the view lives raises BufferError; the message stays, and the lease
+        ends when the export dies.
+
+        Raises: as `get`, on entering; RuntimeError if this thread is inside
+            another peek of this ring.
+        """
+        return FrameView(self, False, 0, block, timeout)
+
+    cdef int check_reentry(self, object threads, str what) except -1:
+        if threading.get_ident() in threads:
+            raise RuntimeError(f"{what} in the same thread on the same ring: leave the outer block first")
+        return 0
+
+
+@cython.binding(False)
+cdef class FrameView:
+    """The payload of one frame, as a buffer; what reserve() and peek() return.
+
+    Exports are counted.  While one lives, the frame is neither published nor
+    given back, so that no view ever shows recycled memory.
+    """
+
+    def __init__(self, BytesRing ring, bint writable, Py_ssize_t length, block, timeout):
+        self.ring = ring
+        self.writable = writable
+        self.length = length
+        self.block = block
+        self.timeout = timeout
+
+    def __enter__(self):
+        cdef BytesRing ring = self.ring
+        cdef Take take
+        cdef Item item
+        cdef int result
+        if self.live:
+            raise RuntimeError("this block has been entered already: call reserve() or peek() anew")
+        self.thread = threading.get_ident()
+        threads = ring.reserving if self.writable else ring.peeking
+        ring.check_reentry(threads, "reserve() inside reserve()" if self.writable else "peek() inside peek()")
+        if self.writable:
+            item.segments = NULL
+            item.count = 0
+            item.kind = 0
+            item.length = <uint64_t>self.length
+            item.owner = ring.myself()
+            if ring.put_or_wait(&item, 1, &self.position, self.block, self.timeout) == 0:
+                raise Full
+            self.mapping = item.mapping
+            self.payload = item.payload
+        else:
+            take.room = NULL
+            take.room_bytes = 0
+            take.leaser = ring.myself()
+            result = ring.take_or_wait(&take, self.block, self.timeout)
+            if result != DONE:
+                raise Empty
+            self.mapping = take.mapping
+            self.payload = take.payload
+            self.position = take.position
+            self.length = <Py_ssize_t>take.length
+        self.epoch = sync_epoch()
+        self.live = True
+        fetch_add64(&ring.views, 1)
+        threads.add(self.thread)
+        self.window = memoryview(self)
+        return self.window
+
+    def __exit__(self, kind, error, traceback):
+        window, self.window = self.window, None
+        (self.ring.reserving if self.writable else self.ring.peeking).discard(self.thread)
+        if self.epoch != sync_epoch():
+            self.forget()
+            if kind is None:
+                raise RuntimeError(
+                    "this block was entered before a fork: it belongs to the parent process, and nothing was"
+                    " published or consumed here"
+                )
+            return False
+        try:
+            window.release()
+        except BufferError:
+            pass  # an array looks at the window itself: counted in exports
+        del window
+        if self.exports > 0:
+            self.abandoned = True
+            if kind is None:
+                raise BufferError(
+                    f"{self.exports} array(s) or slice(s) of the view are alive: nothing was"
+                    f" {'published' if self.writable else 'consumed'}; delete them inside the block"
+                )
+            return False
+        self.finish(kind is None)
+        return False
+
+    cdef int finish(self, bint keep) except -1:
+        """Publish or consume, or not; then the mapping may go."""
+        cdef BytesRing ring = self.ring
+        cdef int result = BUSY
+        if not self.live:
+            return 0
+        self.live = False
+        if self.writable:
+            result = ring.finish_reservation(self.payload, self.position, keep)
+        else:
+            while result == BUSY:
+                with nogil:
+                    result = ring.finish_lease(self.position, keep)
+        self.let_go()
+        if result == CHANGED and keep:
+            raise RingCorrupted(
+                f"the frame at position {self.position} changed hands inside the block: nothing was"
+                f" {'published' if self.writable else 'consumed'}"
+            )
+        if result != DONE and result != CHANGED:
+            ring.raise_outcome(result)
+        return 0
+
+    cdef int let_go(self) except -1:
+        area_release(self.mapping)
+        self.mapping = NULL
+        self.payload = NULL
+        fetch_add64(&self.ring.views, -1)
+        return 0
+
+    def forget(self):
+        """After a fork: the parent's block, of which nothing is ours to finish."""
+        if self.live:
+            self.live = False
+            fetch_add64(&self.ring.views, -1)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if not self.live or self.abandoned:
+            raise BufferError("the block of this view has been left")
+        if self.epoch != sync_epoch():
+            raise BufferError("this view was made before a fork and belongs to the parent process")
+        if flags & PyBUF_WRITABLE and not self.writable:
+            raise BufferError("peek() gives a read-only view")
+        self.shape[0] = self.length
+        self.strides[0] = 1
+        buffer.buf = self.payload
+        buffer.obj = self
+        buffer.len = self.length
+        buffer.itemsize = 1
+        buffer.readonly = not self.writable
+        buffer.ndim = 1
+        buffer.format = NULL
+        if flags & PyBUF_FORMAT:
+            buffer.format = b"B"
+        buffer.shape = NULL
+        buffer.strides = NULL
+        if flags & PyBUF_ND:
+            buffer.shape = self.shape
+        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+            buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+        if self.exports == 0 and self.abandoned and self.live and self.epoch == sync_epoch():
+            self.finish(False)
+
+    def __dealloc__(self):
+        # a block that was never left: its generator or frame was dropped
+        cdef int result = BUSY
+        cdef int turn
+        if self.live and self.epoch == sync_epoch() and self.ring.header != NULL:
+            if self.writable:
+                self.ring.finish_reservation(self.payload, self.position, False)
+            else:
+                for turn in range(20):
+                    if result == BUSY:
+                        result = self.ring.finish_lease(self.position, False)
+            area_release(self.mapping)
+            fetch_add64(&self.ring.views, -1)

@@ -1,0 +1,383 @@
+/* The only home of atomics, the lock word, and futex wait and wake.
+ *
+ * The lock word
+ *     bits 0..29  TID of the owner, 0 is free
+ *     bit  30     OWNER_DIED, set by the kernel
+ *     bit  31     WAITERS, somebody may sleep on the word
+ *
+ * While a thread holds the word (and just before it takes it) the field
+ * `list_op_pending` of its robust list head points at it.  When the thread
+ * dies, at whatever instruction, the kernel follows that pointer
+ * (kernel/futex/core.c, exit_robust_list): a word that carries the dead
+ * thread's TID becomes OWNER_DIED and one waiter is woken; a word that is 0,
+ * because death came between unlocking and waking, has one waiter woken.
+ * That is what glibc builds robust mutexes from; taken alone it needs no
+ * pointer in shared memory, so garbage in the word is an error, not a crash.
+ *
+ * THE ONE-LOCK RULE.  There is one pending field a thread.  A thread never
+ * holds two lock words, and while it holds one it runs no Python, allocates
+ * nothing, and takes no other robust mutex.  System calls are allowed.
+ *
+ * FORK.  A child has another TID, and its copy of the parent's thread-local
+ * cache is wrong.  A page marked MADV_WIPEONFORK reads zero in the child,
+ * raw clone() included, which costs one load where getpid() costs a call.
+ *
+ * MUSL.  The kernel learns a thread's robust list head only when the thread
+ * locks its first robust mutex; so a throwaway one is locked, once a thread
+ * and again after fork.
+ */
+#ifndef SHMRING_SYNC_H
+#define SHMRING_SYNC_H
+
+#include <Python.h> /* Py_GIL_DISABLED */
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+
+#define SYNC_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define SYNC_SLOW static __attribute__((noinline, unused)) /* kept out of the hot path */
+#define SYNC_SLICE_NS 50000000LL /* the longest sleep: a lost wake costs this much */
+
+/* ---- atomics: each name carries its memory order ------------------------- */
+
+static inline uint32_t load_relaxed32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint64_t load_relaxed64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint32_t load_acquire32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline uint64_t load_acquire64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void store_relaxed32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void store_relaxed64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void store_release32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void store_release64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void fence_full(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+static inline int compare_exchange32(uint32_t *p, uint32_t expected, uint32_t desired)
+{
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+static inline int compare_exchange64(uint64_t *p, uint64_t expected, uint64_t desired)
+{
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+static inline int64_t fetch_add64(int64_t *p, int64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+static inline uint32_t fetch_add32(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+
+/* Between the exchange that unlocks and the load of a wait word.  On x86 the
+ * locked exchange is the full fence already (7 % of a put was saved). */
+static inline void fence_after_unlock(void)
+{
+#if defined(__x86_64__)
+    __asm__ __volatile__("" ::: "memory");
+#else
+    fence_full();
+#endif
+}
+
+static inline void spin_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("isb" ::: "memory");
+#endif
+}
+
+static inline uint32_t current_cpu(void) { return (uint32_t)sched_getcpu(); }
+
+static inline int64_t monotonic_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static inline void nap_ns(int64_t nanoseconds)
+{
+    struct timespec t = {nanoseconds / 1000000000LL, nanoseconds % 1000000000LL};
+    nanosleep(&t, NULL);
+}
+
+/* How many calls are inside a handle, so that close() unmaps after the last.
+ * With a GIL only the calls that release it need to be counted. */
+#ifdef Py_GIL_DISABLED
+static inline void handle_enter(int64_t *inside) { __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST); }
+static inline void handle_leave(int64_t *inside) { __atomic_fetch_sub(inside, 1, __ATOMIC_SEQ_CST); }
+#else
+static inline void handle_enter(int64_t *inside) { (void)inside; }
+static inline void handle_leave(int64_t *inside) { (void)inside; }
+#endif
+
+/* ---- futex: never PRIVATE, the words are shared --------------------------- */
+
+static inline int futex_wait(uint32_t *word, uint32_t expected, int64_t nanoseconds)
+{
+    struct timespec t = {nanoseconds / 1000000000LL, nanoseconds % 1000000000LL};
+    if (nanoseconds <= 0)
+        return ETIMEDOUT;
+    return syscall(SYS_futex, word, FUTEX_WAIT, expected, &t, NULL, 0) == 0 ? 0 : errno;
+}
+
+static inline long futex_wake(uint32_t *word, int count)
+{
+    return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
+}
+
+/* ---- who this thread is ---------------------------------------------------- */
+
+typedef struct {
+    uint32_t epoch; /* of the process in which the rest was found out */
+    uint32_t tid;
+    struct robust_list_head *head;
+} sync_thread;
+
+#if defined(__GLIBC__)
+/* musl refuses to dlopen() a library with static TLS */
+#define SYNC_TLS __attribute__((tls_model("initial-exec")))
+#else
+#define SYNC_TLS
+#endif
+
+static __thread sync_thread sync_self SYNC_TLS;
+static uint32_t *sync_epoch_page;
+static uint32_t sync_epoch_last;
+
+static void sync_wipe_epoch(void) { *sync_epoch_page = 0; }
+
+/* Once a process, at import.  0, or an errno: ENOSYS where the kernel (or an
+ * emulator) knows no robust lists, without which nothing here is safe. */
+SYNC_SLOW int sync_start(void)
+{
+    struct robust_list_head *head = NULL;
+    size_t size = 0;
+    if (sync_epoch_page != NULL)
+        return 0;
+    if (syscall(SYS_get_robust_list, 0, &head, &size) != 0)
+        return errno;
+    void *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED)
+        return errno;
+    /* Kernels before 4.14 lack the advice; the handler covers fork() there. */
+    (void)madvise(page, 4096, MADV_WIPEONFORK);
+    sync_epoch_page = (uint32_t *)page;
+    *sync_epoch_page = sync_epoch_last = 1;
+    return pthread_atfork(NULL, NULL, sync_wipe_epoch);
+}
+
+/* A number that differs between a process and its forked children. */
+static inline uint32_t sync_epoch(void)
+{
+    uint32_t epoch = load_relaxed32(sync_epoch_page);
+    if (SYNC_UNLIKELY(epoch == 0)) {
+        if (compare_exchange32(sync_epoch_page, 0, sync_epoch_last + 1))
+            sync_epoch_last++;
+        epoch = load_relaxed32(sync_epoch_page);
+    }
+    return epoch;
+}
+
+#if !defined(__GLIBC__)
+static void sync_register_robust_list(void)
+{
+    pthread_mutexattr_t attributes;
+    pthread_mutex_t throwaway;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    pthread_mutex_init(&throwaway, &attributes);
+    pthread_mutex_lock(&throwaway);
+    pthread_mutex_unlock(&throwaway);
+    pthread_mutex_destroy(&throwaway);
+    pthread_mutexattr_destroy(&attributes);
+}
+#endif
+
+SYNC_SLOW void sync_identify(uint32_t epoch)
+{
+    size_t size = 0;
+    sync_self.tid = (uint32_t)syscall(SYS_gettid);
+    sync_self.head = NULL;
+#if !defined(__GLIBC__)
+    sync_register_robust_list();
+#endif
+    if (syscall(SYS_get_robust_list, 0, &sync_self.head, &size) != 0)
+        sync_self.head = NULL;
+    sync_self.epoch = epoch;
+}
+
+static inline sync_thread *sync_current(void)
+{
+    uint32_t epoch = sync_epoch();
+    if (SYNC_UNLIKELY(sync_self.epoch != epoch))
+        sync_identify(epoch);
+    return &sync_self;
+}
+
+/* ---- the lock word ----------------------------------------------------------- */
+
+enum {
+    LOCK_TAKEN = 0,
+    LOCK_TAKEN_FROM_DEAD = 1, /* the caller recovers before anything else */
+    LOCK_BUSY = 2,
+    LOCK_GARBAGE = 3, /* the word names nobody that lives */
+};
+
+#define LOCK_COMPILER_BARRIER() __asm__ __volatile__("" ::: "memory")
+
+/* The kernel reads the field at any instruction: the store is volatile and
+ * stays on its side of the exchange that follows or precedes it. */
+static inline void lock_set_pending(sync_thread *self, uint32_t *word)
+{
+    struct robust_list *volatile *pending =
+        (struct robust_list *volatile *)&self->head->list_op_pending;
+    LOCK_COMPILER_BARRIER();
+    *pending = word == NULL ? NULL : (struct robust_list *)((char *)word - self->head->futex_offset);
+    LOCK_COMPILER_BARRIER();
+}
+
+SYNC_SLOW int lock_try_slow(sync_thread *self, uint32_t *word, uint32_t waiters)
+{
+    for (;;) {
+        uint32_t seen = load_relaxed32(word);
+        uint32_t owner = seen & FUTEX_TID_MASK;
+        if (owner != 0 || (seen & ~(uint32_t)(FUTEX_WAITERS | FUTEX_OWNER_DIED)) != 0) {
+            lock_set_pending(self, NULL);
+            /* our own TID: this thread holds no lock word here, so it is forged */
+            return owner == self->tid ? LOCK_GARBAGE : LOCK_BUSY;
+        }
+        /* taking clears OWNER_DIED; death during recovery sets it again */
+        if (compare_exchange32(word, seen, self->tid | (seen & FUTEX_WAITERS) | waiters))
+            return seen & FUTEX_OWNER_DIED ? LOCK_TAKEN_FROM_DEAD : LOCK_TAKEN;
+    }
+}
+
+static inline int lock_try(uint32_t *word)
+{
+    sync_thread *self = sync_current();
+    if (SYNC_UNLIKELY(self->head == NULL))
+        return LOCK_GARBAGE;
+    lock_set_pending(self, word);
+    if (__builtin_expect(compare_exchange32(word, 0, self->tid), 1))
+        return LOCK_TAKEN;
+    return lock_try_slow(self, word, 0);
+}
+
+static inline void lock_release(uint32_t *word)
+{
+    /* a full fence as well: see fence_after_unlock */
+    uint32_t seen = __atomic_exchange_n(word, 0, __ATOMIC_SEQ_CST);
+    if (SYNC_UNLIKELY(seen & FUTEX_WAITERS))
+        futex_wake(word, 1);
+    /* cleared last: were we killed before the wake, the kernel would make it */
+    lock_set_pending(&sync_self, NULL);
+}
+
+/* Wait until the word could be taken or `nanoseconds` have passed; at most one
+ * slice, because WAITERS can be lost: A wakes B, C takes the word by the fast
+ * path and clears the bit, A is killed: B would sleep for ever. */
+SYNC_SLOW int lock_wait(uint32_t *word, int64_t nanoseconds)
+{
+    sync_thread *self = sync_current();
+    int64_t until = monotonic_ns() + (nanoseconds < SYNC_SLICE_NS ? nanoseconds : SYNC_SLICE_NS);
+    uint32_t waiters = 0;
+    if (self->head == NULL)
+        return LOCK_GARBAGE;
+    for (int turn = 0;; turn++) {
+        lock_set_pending(self, word);
+        int result = lock_try_slow(self, word, waiters);
+        if (result != LOCK_BUSY)
+            return result;
+        if (turn < 20) { /* a holder on another CPU is done within a microsecond */
+            spin_pause();
+            continue;
+        }
+        int64_t left = until - monotonic_ns();
+        uint32_t seen = load_relaxed32(word);
+        if (left <= 0) {
+            uint32_t owner = seen & FUTEX_TID_MASK;
+            /* A dead owner's word is released before its TID can vanish. */
+            if (owner != 0 && kill((pid_t)owner, 0) != 0 && errno == ESRCH && load_relaxed32(word) == seen)
+                return LOCK_GARBAGE;
+            if (owner == 0 && seen != 0 && (seen & ~(uint32_t)(FUTEX_WAITERS | FUTEX_OWNER_DIED)) != 0)
+                return LOCK_GARBAGE;
+            return LOCK_BUSY;
+        }
+        if ((seen & FUTEX_TID_MASK) == 0)
+            continue;
+        if (!(seen & FUTEX_WAITERS) && !compare_exchange32(word, seen, seen | FUTEX_WAITERS))
+            continue;
+        waiters = FUTEX_WAITERS; /* others may sleep beside us: pass the bit on */
+        if (futex_wait(word, seen | FUTEX_WAITERS, left) == EINTR)
+            return LOCK_BUSY;
+    }
+}
+
+/* ---- the wait word: one wake in flight, and a baton ----------------------------
+ *
+ * bit 0   SLEEPING  somebody sleeps, or did
+ * bit 1   WOKEN     a woken one has not arrived yet
+ * rest    a sequence, so that a wake between look and sleep is not missed
+ *
+ * Nobody is counted, so nobody who is killed leaks a count.  A put that makes
+ * no wake saw WOKEN, so it precedes the clear-then-look of whoever was woken.
+ * A kill leaves at most WOKEN stuck, and one expired sleep clears it.
+ */
+#define WAIT_SLEEPING 1u
+#define WAIT_WOKEN 2u
+#define WAIT_STEP 4u
+
+static inline int wait_wants_wake(const uint32_t *word)
+{
+    return (load_relaxed32(word) & (WAIT_SLEEPING | WAIT_WOKEN)) == WAIT_SLEEPING;
+}
+
+/* After a full fence that follows what the sleeper looks for. */
+SYNC_SLOW void wait_wake_one(uint32_t *word)
+{
+    uint32_t seen = load_relaxed32(word);
+    if ((seen & (WAIT_SLEEPING | WAIT_WOKEN)) != WAIT_SLEEPING)
+        return;
+    uint32_t woken = ((seen & ~3u) + WAIT_STEP) | WAIT_SLEEPING | WAIT_WOKEN;
+    if (!compare_exchange32(word, seen, woken))
+        return; /* another waker, or a sleeper that is about to look */
+    if (futex_wake(word, 1) == 0 && compare_exchange32(word, woken, (woken & ~3u) + WAIT_STEP))
+        futex_wake(word, INT_MAX);
+}
+
+SYNC_SLOW void wait_wake_all(uint32_t *word)
+{
+    uint32_t seen = load_relaxed32(word);
+    while (!compare_exchange32(word, seen, (seen & ~3u) + WAIT_STEP))
+        seen = load_relaxed32(word);
+    futex_wake(word, INT_MAX);
+}
+
+/* Announce, then look again (a full fence is in between), then wait_sleep. */
+static inline uint32_t wait_announce(uint32_t *word)
+{
+    uint32_t seen = __atomic_fetch_or(word, WAIT_SLEEPING, __ATOMIC_SEQ_CST) | WAIT_SLEEPING;
+    fence_full();
+    return seen;
+}
+
+/* On any return WOKEN is cleared, and then the caller looks. */
+static inline int wait_sleep(uint32_t *word, uint32_t announced, int64_t nanoseconds)
+{
+    int result = futex_wait(word, announced, nanoseconds < SYNC_SLICE_NS ? nanoseconds : SYNC_SLICE_NS);
+    __atomic_fetch_and(word, ~WAIT_WOKEN, __ATOMIC_SEQ_CST);
+    fence_full();
+    return result;
+}
+
+#endif

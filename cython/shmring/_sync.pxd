@@ -1,0 +1,48 @@
+"""What Cython sees of _sync.h: atomics, the lock word, the wait word."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+cdef extern from "_sync.h" nogil:
+    # atomics; each name carries its memory order
+    uint32_t load_relaxed32(const uint32_t *p) noexcept
+    uint64_t load_relaxed64(const uint64_t *p) noexcept
+    uint32_t load_acquire32(const uint32_t *p) noexcept
+    uint64_t load_acquire64(const uint64_t *p) noexcept
+    void store_relaxed32(uint32_t *p, uint32_t value) noexcept
+    void store_relaxed64(uint64_t *p, uint64_t value) noexcept
+    void store_release32(uint32_t *p, uint32_t value) noexcept
+    void store_release64(uint64_t *p, uint64_t value) noexcept
+    bint compare_exchange32(uint32_t *p, uint32_t expected, uint32_t desired) noexcept
+    bint compare_exchange64(uint64_t *p, uint64_t expected, uint64_t desired) noexcept
+    int64_t fetch_add64(int64_t *p, int64_t value) noexcept
+    uint32_t fetch_add32(uint32_t *p, uint32_t value) noexcept
+    void fence_full() noexcept
+    void fence_after_unlock() noexcept
+    void spin_pause() noexcept
+    uint32_t current_cpu() noexcept
+    int64_t monotonic_ns() noexcept
+
+    void nap_ns(int64_t nanoseconds) noexcept
+    void handle_enter(int64_t *inside) noexcept
+    void handle_leave(int64_t *inside) noexcept
+
+    # the process
+    int sync_start() noexcept
+    uint32_t sync_epoch() noexcept
+
+    # the lock word
+    const int LOCK_TAKEN
+    const int LOCK_TAKEN_FROM_DEAD
+    const int LOCK_BUSY
+    const int LOCK_GARBAGE
+    int lock_try(uint32_t *word) noexcept
+    int lock_wait(uint32_t *word, int64_t nanoseconds) noexcept
+    void lock_release(uint32_t *word) noexcept
+
+    # the wait word
+    const int64_t SYNC_SLICE_NS
+    bint wait_wants_wake(const uint32_t *word) noexcept
+    void wait_wake_one(uint32_t *word) noexcept
+    void wait_wake_all(uint32_t *word) noexcept
+    uint32_t wait_announce(uint32_t *word) noexcept
+    int wait_sleep(uint32_t *word, uint32_t announced, int64_t nanoseconds) noexcept

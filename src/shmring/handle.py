@@ -1,0 +1,284 @@
+"""What Ring and Queue have in common beyond bytes: a file, a name, an end.
+
+:class:`SharedHandle` puts a compiled ring into a block of
+:mod:`shmring.segment`, carries it to other processes (as a descriptor to a
+child that is being started, by name to everybody else), and closes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing.context
+import multiprocessing.reduction
+import multiprocessing.util
+import operator
+import os
+import secrets
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Self
+
+from shmring import segment
+from shmring._handle import LAYOUT, RingHandle
+from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
+
+__all__ = ["RingStatistics", "SharedHandle"]
+
+_POLL_S = 0.002
+_CREATION_GRACE_S = 1.0  # what an attacher grants a creator that has begun
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatistics:
+    """What stands in a ring's header: a snapshot, readable by every process.
+
+    Attributes:
+        capacity, max_capacity: bytes, of the area producers write to and of all.
+        used_bytes: frames that were put and not yet taken, headers included.
+        messages: in the ring now.
+        messages_put, messages_taken, bytes_put: since the ring was made.
+        growths: how often the ring grew or shrank.
+        recoveries: lock owners that were found dead.
+        consumers_waiting, producers_waiting: somebody sleeps (or did last).
+        shut_down, poisoned: no more puts; no more anything.
+    """
+
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    messages: int
+    messages_put: int
+    messages_taken: int
+    bytes_put: int
+    growths: int
+    recoveries: int
+    consumers_waiting: bool
+    producers_waiting: bool
+    shut_down: bool
+    poisoned: bool
+
+
+def rounded_capacity(name: str, value: object) -> int:
+    """A capacity in bytes, rounded up to a power of two of at least a page."""
+    try:
+        capacity = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if not 0 < capacity <= LAYOUT["MAX_CAPACITY"]:
+        raise InvalidArgument(
+            f"{name}={capacity}: a capacity is a number of bytes from 1 to {LAYOUT['MAX_CAPACITY']}"
+        )
+    return max(1 << (capacity - 1).bit_length(), LAYOUT["MIN_CAPACITY"])
+
+
+class SharedHandle(RingHandle):
+    """A compiled ring in a block of shared memory; base of Ring and Queue."""
+
+    _user_kind = 0  # which class may attach
+
+    # ---- made --------------------------------------------------------------------------
+
+    def _make(
+        self,
+        capacity: int,
+        max_capacity: int,
+        max_messages: int = 0,
+        name: str | None = None,
+        buffer: object = None,
+    ) -> None:
+        """Make a block and lay a ring into it; errors leave nothing behind."""
+        encoded = b"" if name is None else os.fsencode(segment.check_name(name))
+        if buffer is not None:
+            fd = segment.open_block(buffer)
+        else:
+            fd = segment.create_anonymous(segment.HEADER_BYTES + capacity)
+        try:
+            segment.allocate(fd, 0, LAYOUT["CLAIMS_OFFSET"])
+            segment.allocate(fd, segment.HEADER_BYTES, capacity)
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            self._create(
+                fd,
+                capacity,
+                max_capacity,
+                max_messages,
+                segment.pid_namespace(),
+                self._user_kind,
+                secrets.randbits(64),
+                encoded,
+            )
+            if name is not None:
+                segment.link(fd, name)
+        except BaseException:
+            self._close()
+            raise
+        self._enrol()
+
+    def _join(self, name: str | None, timeout: float | None, buffer: object = None) -> None:
+        """Open the ring of that name, or in that block, when it is ready."""
+        limit = float("inf") if timeout is None else timeout
+        if not limit >= 0:
+            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, 0 or more, or None")
+        deadline = time.monotonic() + limit
+        if buffer is not None:
+            fd, what = segment.open_block(buffer), "the SharedMemory block"
+        elif name is not None:
+            fd, what = segment.open_named(name, limit), f"{segment.DIRECTORY}/{name}"
+        else:
+            raise TypeError("attach needs a name, or the SharedMemory block as buffer=")
+        try:
+            while not self._open(fd, segment.pid_namespace(), self._user_kind):
+                if time.monotonic() >= deadline + _CREATION_GRACE_S:
+                    raise RingNotFound(
+                        errno.ENOENT, f"{what}: its creator never finished it; remove it and create it anew"
+                    )
+                time.sleep(_POLL_S)
+        except LayoutMismatch as mismatch:
+            self._close()
+            raise LayoutMismatch(f"{what}: {mismatch}") from None
+        except BaseException:
+            self._close()
+            raise
+        self._enrol()
+
+    def _enrol(self) -> None:
+        """Leave when the process ends: only then is a name given back."""
+        self._pid = os.getpid()
+        self._leave = multiprocessing.util.Finalize(self, _leave, args=(_Reference(self),), exitpriority=0)
+        multiprocessing.util.register_after_fork(self, SharedHandle._after_fork)
+
+    def _after_fork(self) -> None:
+        if not self.closed:
+            self._pid = os.getpid()
+            self._leave = multiprocessing.util.Finalize(
+                self, _leave, args=(_Reference(self),), exitpriority=0
+            )
+
+    # ---- names -------------------------------------------------------------------------
+
+    def _own_name(self) -> str:
+        """The name this ring has, or would get on demand."""
+        _, token, given = self._identity()
+        return os.fsdecode(given) if given else f"shmring-{token:016x}"
+
+    @property
+    def name(self) -> str:
+        """The file in /dev/shm; an anonymous ring is given a name when first asked."""
+        named = self._identity()[0]
+        name = self._own_name()
+        if not named:
+            self._set_named()  # before: so that whoever is last looks for it
+            segment.link(self.fileno(), name)
+        return name
+
+    def unlink(self) -> None:
+        """Remove the name now; handles that are open go on.
+
+        Raises:
+            RingNotFound: there is no name (any more).
+        """
+        if not self._identity()[0]:
+            raise RingNotFound(errno.ENOENT, f"this {type(self).__name__} has no name")
+        found = os.fstat(self.fileno())
+        segment.unlink(self._own_name(), (found.st_dev, found.st_ino))
+
+    # ---- to other processes --------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy of this handle needs to know beside the ring."""
+        return {}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A child that is being started gets the descriptor; everybody else a name.
+        if multiprocessing.context.get_spawning_popen() is not None:
+            carried = multiprocessing.reduction.DupFd(self.fileno())
+        else:
+            carried = self.name
+        return _rebuilt, (type(self), carried, self._state())
+
+    # ---- ended -----------------------------------------------------------------------------
+
+    def statistics(self) -> RingStatistics:
+        """A snapshot of what stands in the header; works from every process."""
+        return RingStatistics(**self._statistics())
+
+    def close(self) -> None:
+        """Leave the ring: this handle only, others go on.
+
+        The last process to leave a named ring removes its name.  Threads that
+        wait in this handle get RingClosed.
+
+        Raises:
+            BufferError: a view lives; close again after its end.
+        """
+        if self.closed:
+            return
+        named = self._identity()[0]
+        name = self._own_name()
+        found = os.fstat(self.fileno())
+        self._close()
+        multiprocessing.util.Finalize.cancel(self._leave)
+        if named:
+            segment.release(name, (found.st_dev, found.st_ino))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self.closed or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
+            return
+        warnings.warn(f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self)
+        try:
+            self.close()
+        except (BufferError, OSError):
+            pass  # a view lives on: the mapping goes with it
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<{type(self).__module__}.{type(self).__name__} closed>"
+        named = self._identity()[0]
+        label = self._own_name() if named else "anonymous"
+        return f"<{type(self).__module__}.{type(self).__name__} {label}>"
+
+
+class _Reference:
+    """A weak reference that multiprocessing.util.Finalize can carry."""
+
+    def __init__(self, handle: SharedHandle) -> None:
+        import weakref
+
+        self._reference = weakref.ref(handle)
+
+    def __call__(self) -> SharedHandle | None:
+        return self._reference()
+
+
+def _leave(reference: _Reference) -> None:
+    """At the end of the process: give the name back, say nothing."""
+    handle = reference()
+    if handle is not None and not handle.closed:
+        try:
+            handle.close()
+        except (BufferError, OSError):
+            pass
+
+
+def _rebuilt(cls: type[SharedHandle], carried: Any, state: dict[str, Any]) -> SharedHandle:
+    handle = cls.__new__(cls)
+    handle._restore(state)
+    if isinstance(carried, str):
+        handle._join(carried, 0.0)
+    else:
+        handle._open(carried.detach(), segment.pid_namespace(), cls._user_kind)
+        handle._enrol()
+    return handle

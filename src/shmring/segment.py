@@ -1,0 +1,369 @@
+"""A block of shared memory: anonymous, named, or the user's own; who may open
+it; when it goes.
+
+Anonymous blocks have no name in the file system (``O_TMPFILE``), so nothing
+is left behind when every process is killed.  A named block is a file in
+/dev/shm.  Every process that maps one holds ``flock(LOCK_SH)`` on its open
+file description, which the kernel drops when the last descriptor *and* the
+last mapping of that description are gone.  So an exclusive lock that is
+granted proves that nobody is left, whoever was killed: that one test serves
+the last one out, the reclaiming of a crashed run's name, and
+:func:`cleanup_stale`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from pathlib import Path
+
+from shmring.errors import (
+    AccessRefused,
+    InvalidArgument,
+    RingExists,
+    RingNotFound,
+    SharedMemoryFull,
+)
+
+__all__ = [
+    "DIRECTORY",
+    "HEADER_BYTES",
+    "LAYOUT_VERSION",
+    "MAGIC",
+    "MEMORY_MAGIC",
+    "allocate",
+    "check_name",
+    "cleanup_stale",
+    "create_anonymous",
+    "create_named",
+    "default_max_capacity",
+    "link",
+    "open_block",
+    "open_named",
+    "pid_namespace",
+    "reclaim",
+    "release",
+    "unlink",
+]
+
+DIRECTORY = "/dev/shm"
+MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_layout.h
+MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
+LAYOUT_VERSION = 1
+HEADER_BYTES = 8192
+
+_POLL_S = 0.002
+_CLEANER_S = 1.0  # another process may hold the exclusive lock this long
+
+
+def check_name(name: str) -> str:
+    """Return `name`, or raise InvalidArgument if no file in /dev/shm can bear it."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, not {type(name).__name__}")
+    if not name or name in (".", ".."):
+        raise InvalidArgument(f"name={name!r}: give at least one character other than dots")
+    if "/" in name or "\0" in name:
+        raise InvalidArgument(
+            f"name={name!r}: a name has no slash and no NUL; it is a file in {DIRECTORY}"
+        )
+    if len(os.fsencode(name)) > 255:
+        raise InvalidArgument(
+            f"name of {len(os.fsencode(name))} bytes ({name[:20]!r}…): at most 255 are allowed"
+        )
+    return name
+
+
+def pid_namespace() -> int:
+    """The inode of this process's PID namespace; 0 where /proc does not tell."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def default_max_capacity() -> int:
+    """Bytes to which an unbounded queue may grow: half of what there is.
+
+    A memory cgroup kills instead of failing, so the bound has to be ours: half
+    of the smallest of /dev/shm, physical memory and the cgroup's limit.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        shm = os.statvfs(DIRECTORY)
+        limits.append(shm.f_blocks * shm.f_frsize)
+    except OSError:
+        pass
+    try:
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass
+    half = min(limit for limit in limits if limit > 0) // 2
+    return max(1 << (half.bit_length() - 1), 1 << 20)
+
+
+def create_anonymous(size: int) -> int:
+    """Make a block of `size` bytes without a name; return its descriptor.
+
+    Nothing is allocated yet, see :func:`allocate`.  Where /dev/shm does not
+    exist the block is a memfd, which cannot be named later.
+    """
+    try:
+        fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        fd = os.memfd_create("shmring", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise _explained(error, size) from None
+    return fd
+
+
+def allocate(fd: int, offset: int, size: int) -> None:
+    """Back a range of a block with pages, so that touching it cannot fail later.
+
+    Raises:
+        SharedMemoryFull: there is no room; nothing was written.
+    """
+    try:
+        os.posix_fallocate(fd, offset, size)
+    except OSError as error:
+        raise _explained(error, size) from None
+
+
+def _explained(error: OSError, size: int) -> OSError:
+    if error.errno == errno.ENOSPC:
+        return SharedMemoryFull(
+            errno.ENOSPC,
+            f"{size} bytes of shared memory do not fit into {DIRECTORY}: close what is not needed,"
+            " run shmring.cleanup_stale(), or enlarge it (for containers: --shm-size)",
+        )
+    if error.errno == errno.EFBIG:
+        return SharedMemoryFull(
+            errno.EFBIG, f"{size} bytes of shared memory are more than RLIMIT_FSIZE allows"
+        )
+    return error
+
+
+def _path(name: str) -> str:
+    return f"{DIRECTORY}/{name}"
+
+
+def _is(fd: int, path: str) -> bool:
+    """Does `path` (still) name the file behind `fd`?"""
+    try:
+        named = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def _lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def link(fd: int, name: str) -> None:
+    """Give an anonymous, complete block a name.
+
+    A name left behind by a crashed run is reclaimed first.
+
+    Raises:
+        RingExists: the name is taken.
+    """
+    path = _path(check_name(name))
+    _lock(fd, fcntl.LOCK_SH)
+    for _ in range(10):  # each round somebody else was faster in between
+        try:
+            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
+            return
+        except FileExistsError:
+            if _is(fd, path):
+                return
+            if not reclaim(name):
+                raise RingExists(
+                    errno.EEXIST, f"{path} exists and is in use, or is not ours: choose another name"
+                ) from None
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.ENOENT):
+                raise AccessRefused(
+                    error.errno, f"a block outside {DIRECTORY} (a memfd) cannot be given the name {name!r}"
+                ) from None
+            raise
+    raise RingExists(errno.EEXIST, f"{path} keeps being created by others: choose another name")
+
+
+def create_named(name: str, size: int, header: bytes = b"") -> int:
+    """Make a named block of `size` allocated bytes that begins with `header`.
+
+    The name appears when the block is complete.  Returns the descriptor; give
+    it back with :func:`release`.
+    """
+    check_name(name)
+    fd = create_anonymous(size)
+    try:
+        allocate(fd, 0, size)
+        os.pwrite(fd, header or struct.pack("<Q", MEMORY_MAGIC), 0)
+        link(fd, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_named(name: str, timeout: float = 0.0) -> int:
+    """Open an existing named block, waiting up to `timeout` seconds for it.
+
+    Raises:
+        RingNotFound: there is none.
+        AccessRefused: it is not a regular file of this user, closed to others.
+    """
+    path = _path(check_name(name))
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            if time.monotonic() >= deadline:
+                raise RingNotFound(
+                    errno.ENOENT,
+                    f"{path} does not exist{f' after {timeout} s' if timeout else ''}:"
+                    " create it first, or attach with a timeout",
+                ) from None
+        except OSError as error:
+            raise AccessRefused(
+                error.errno, f"{path} cannot be opened: {os.strerror(error.errno or 0)}"
+            ) from None
+        else:
+            try:
+                _check_access(fd, path)
+                if _lock(fd, fcntl.LOCK_SH):
+                    if os.fstat(fd).st_nlink > 0 and _is(fd, path):
+                        return fd
+                elif time.monotonic() >= deadline + _CLEANER_S:
+                    raise AccessRefused(errno.EACCES, f"{path} is held by a cleaner that does not end")
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # removed while we opened it: look again
+        time.sleep(_POLL_S)
+
+
+def open_block(block: object) -> int:
+    """Open the file behind a user's multiprocessing.shared_memory.SharedMemory."""
+    name = getattr(block, "name", None)
+    size = getattr(block, "size", None)
+    if not isinstance(name, str) or not isinstance(size, int):
+        raise TypeError(f"buffer must be a SharedMemory block, not {type(block).__name__}")
+    try:
+        fd = os.open(_path(name.lstrip("/")), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise RingNotFound(
+            error.errno or errno.ENOENT,
+            f"the SharedMemory block {name!r} is not in {DIRECTORY}: was it unlinked?",
+        ) from None
+    _check_access(fd, _path(name))
+    return fd
+
+
+def _check_access(fd: int, path: str) -> None:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise AccessRefused(errno.EACCES, f"{path} is not a regular file")
+    if found.st_uid != os.geteuid():
+        raise AccessRefused(
+            errno.EACCES, f"{path} belongs to user {found.st_uid}, this process runs as {os.geteuid()}"
+        )
+    if found.st_mode & 0o077:
+        raise AccessRefused(
+            errno.EACCES, f"{path} has mode {stat.S_IMODE(found.st_mode):o}: it must be closed to others (600)"
+        )
+
+
+def reclaim(name: str) -> bool:
+    """Remove a block of ours that nobody has open; True if the name is free now.
+
+    Only regular files of this user that begin with one of our magic numbers
+    are removed, and only when the exclusive lock proves that nobody is left.
+    """
+    path = _path(name)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        _check_access(fd, path)
+        (magic,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
+        if magic not in (MAGIC, MEMORY_MAGIC):
+            return False
+        if not _lock(fd, fcntl.LOCK_EX):
+            return False
+        if _is(fd, path):  # else another cleaner was faster, and the name may be somebody's again
+            os.unlink(path)
+            return True
+        return not os.path.lexists(path)
+    except (AccessRefused, FileNotFoundError):
+        return False
+    finally:
+        os.close(fd)
+
+
+def release(name: str, identity: tuple[int, int]) -> None:
+    """After unmapping and closing: the last one out removes the name.
+
+    Args:
+        name: the name of the block.
+        identity: its (st_dev, st_ino), so that a newer block of the same name
+            is left alone.
+    """
+    try:
+        found = os.lstat(_path(name))
+    except OSError:
+        return
+    if (found.st_dev, found.st_ino) == identity:
+        reclaim(name)
+
+
+def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
+    """Remove the name at once; those who have the block open go on.
+
+    Raises:
+        RingNotFound: it does not exist, or names another block than `identity`.
+    """
+    path = _path(check_name(name))
+    try:
+        found = os.lstat(path)
+        if identity is not None and (found.st_dev, found.st_ino) != identity:
+            raise FileNotFoundError
+        os.unlink(path)
+    except FileNotFoundError:
+        raise RingNotFound(errno.ENOENT, f"{path} does not exist (any more)") from None
+
+
+def cleanup_stale() -> list[str]:
+    """Remove the named blocks of ours that no living process has open.
+
+    Returns the names that were removed.  Live blocks, other programs' files
+    and other users' files are left alone.
+    """
+    removed = []
+    with os.scandir(DIRECTORY) as entries:
+        names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    for name in sorted(names):
+        if os.path.lexists(_path(name)) and reclaim(name):
+            removed.append(name)
+    return removed
