@@ -14,8 +14,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-# shmring's own names, and those that the standard library invents for SharedMemory().
-NAMES = ("shmring", "psm_")
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 10, what: str = "") -> None:
@@ -51,10 +49,8 @@ def run_in_process(
 
 
 def shared_memory_names() -> set[str]:
-    """Our names in /dev/shm; empty where there is no such folder."""
-    if not SHARED_MEMORY.is_dir():
-        return set()
-    return {name for name in os.listdir(SHARED_MEMORY) if name.startswith(NAMES)}
+    """What stands in /dev/shm, whatever it is called: a ring bears the name its user gave it."""
+    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
 def used_by_others(name: str) -> bool:
