@@ -32,14 +32,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import mmap
 import os
 import select
+import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
+from shmring.errors import (
+    InvalidArgument,
+    LayoutMismatch,
+    RingExists,
+    RingNotFound,
+    ShmringError,
+)
 
 __all__ = [
     "BOARD_BYTES",
@@ -51,6 +59,7 @@ __all__ = [
     "Slot",
     "State",
     "is_process_dead",
+    "open_segment",
     "process_start_ticks",
     "wait_for_lock",
 ]
@@ -487,3 +496,77 @@ def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0
             )
         time.sleep(pause)
         pause = min(pause * 2, 0.01)
+
+
+def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
+    """Open the board of that name in /dev/shm, whoever comes first makes it.
+
+    Args:
+        name: as for a named queue.
+        timeout: bound of the race with those who close it, in seconds.
+
+    Returns:
+        storage for :class:`Board`; the name goes with the last one that closes it.
+
+    Raises:
+        RingNotFound: the race was lost until the deadline.
+        AccessRefused: it is somebody else's.
+    """
+    from shmring import segment  # the fallback has no such floor
+
+    deadline = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(RingExists):
+            return _SegmentStorage(name, segment.create_named(name, BOARD_BYTES))
+        with contextlib.suppress(RingNotFound):
+            return _SegmentStorage(name, segment.open_named(name, 0.0))
+        if time.monotonic() >= deadline:
+            raise RingNotFound(f"{name} could be neither made nor opened within {timeout:g} s")
+
+
+class _SegmentStorage:
+    """A board in a named segment of shared memory."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self._name = name
+        self._fd = fd
+        self._map = mmap.mmap(fd, BOARD_BYTES)
+        self.buffer = memoryview(self._map)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        import fcntl
+
+        # A lock of the open file, not of the process (closing any other descriptor of the file
+        # would drop that one), on a description of its own: threads exclude one another too.
+        # flock() is taken: it says how long the name lives.
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+
+            def try_lock() -> bool:
+                try:
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
+                except BlockingIOError:
+                    return False
+                return True
+
+            wait_for_lock(try_lock, self._name)
+            try:
+                yield
+            finally:
+                # Not left to close(): a child forked meanwhile has this description too.
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK))
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        from shmring import segment
+
+        self.buffer.release()
+        self._map.close()
+        segment.release(self._name, self._fd)
+
+
+def _flock(kind: int) -> bytes:
+    """``struct flock`` for the first byte: type, whence, start, length, pid."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, 0, 1, 0)

@@ -22,8 +22,12 @@ __all__ = [
     "InvalidArgument",
     "LayoutMismatch",
     "MessageTooLarge",
+    "NameInUse",
+    "NameUnknown",
     "NotSupportedByFallback",
     "PeerDied",
+    "RemoteError",
+    "RemoteTraceback",
     "RingClosed",
     "RingCorrupted",
     "RingExists",
@@ -31,6 +35,7 @@ __all__ = [
     "SharedMemoryFull",
     "ShmringError",
     "ShutDown",
+    "TaskTimeout",
     "WorkerDied",
 ]
 
@@ -72,6 +77,14 @@ class RingExists(ShmringError, FileExistsError):
 
 class RingNotFound(ShmringError, FileNotFoundError):
     """Nothing of that name exists, or it never became ready before the deadline."""
+
+
+class NameInUse(RingExists, RuntimeError):
+    """HighPerformanceIPC: something of that name exists in the namespace already."""
+
+
+class NameUnknown(RingNotFound, RuntimeError):
+    """HighPerformanceIPC: nothing of that name exists in the namespace."""
 
 
 class AccessRefused(ShmringError, PermissionError):
@@ -148,6 +161,34 @@ class WorkerDied(ShmringError):
             f"task {self.task} was given up after {self.attempts} attempt(s): "
             f"worker process {self.pid} died ({_cause_of_death(self.exitcode)})"
         )
+
+
+class TaskTimeout(ShmringError, TimeoutError):
+    """A task ran longer than ``task_timeout`` and its worker was killed.
+
+    Attributes:
+        task: the number of the task.
+        seconds: the limit.
+    """
+
+    def __init__(self, task: int, seconds: float) -> None:
+        super().__init__(task, seconds)
+        self.task = task
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"task {self.task} ran longer than task_timeout={self.seconds:g} s"
+
+
+class RemoteError(ShmringError):
+    """A handler raised something that cannot travel itself; the text says what."""
+
+
+class RemoteTraceback(ShmringError):
+    """The traceback of another process, as text: the ``__cause__`` of what it raised."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""' if self.args else ""
 
 
 class NotSupportedByFallback(ShmringError):

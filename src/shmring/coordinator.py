@@ -1,0 +1,462 @@
+"""The coordinator: hands tasks to workers, and has each of them answered exactly once.
+
+::
+
+                      +-----------------------------------------------+
+    tasks ----------> | ledger: open tasks, attempts, positions       | ----------> Report
+                      +---+---------------------^-----------^---------+
+       hand out: a few    | put, returns the    | answered  | lost(position)
+       more than are      | message's position  |           |
+       being worked on    v                     |           |
+                      task queue            result queue    |  dead worker: lock both sides
+                          |                     ^           |  (recovers them), drain the
+                          | get, writes a claim | put       |  results, read its claim
+                          v                     |           |
+                      worker: claim, handler, answer, release --- board: heartbeats, state
+
+Execution is at least once, answers are exactly once: a task whose answer was
+committed never runs again, one whose worker died with a claim on it runs
+again, and one that only stood in the queue is nobody's fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from shmring import backend
+from shmring.board import Role
+from shmring.errors import (
+    EncodeError,
+    Full,
+    InvalidArgument,
+    MessageTooLarge,
+    NotSupportedByFallback,
+    RemoteError,
+    RemoteTraceback,
+    ShmringError,
+)
+from shmring.ipc import HighPerformanceIPC, IPCStatistics
+from shmring.ledger import Failure, Ledger
+from shmring.message import Message, MessageType
+from shmring.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo, pack, unpack
+from shmring.workforce import (
+    Departure,
+    SpawnedWorkers,
+    VisitingWorkers,
+    WorkerReport,
+    Workers,
+)
+
+__all__ = ["Progress", "Report", "WorkerReport", "coordinator_process"]
+
+_LOG = logging.getLogger("shmring")
+
+# How long to wait for a result before looking after the workers, in seconds.
+_SLICE = 0.05
+# After an error or Ctrl-C: how long workers may take to finish what they hold, in seconds.
+_HASTE = 1.0
+# A worker that neither works nor beats for so long is named in the log, in seconds.
+_SILENCE = 10.0
+# Tasks that wait in the queue: enough to keep every worker busy, but no hoard of memory.
+_AHEAD_A_WORKER = 8
+_AHEAD_NBYTES = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands; ``total`` is None for tasks without a length."""
+
+    done: int
+    total: int | None
+    retried: int
+    pids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What came out of a run.
+
+    Attributes:
+        results: in the order of the tasks; with ``return_exceptions`` an
+            exception stands where a task failed.
+        workers: one row for each worker that there was, also for the dead.
+        retried: how often a task was tried again because its worker died.
+        died: how many workers died before they were dismissed.
+        heartbeats: how many HEARTBEAT messages came.
+        seconds: how long it took.
+        stats: :meth:`HighPerformanceIPC.get_stats` of the coordinator at the end.
+    """
+
+    results: list[Any]
+    workers: list[WorkerReport]
+    retried: int
+    died: int
+    heartbeats: int
+    seconds: float
+    stats: IPCStatistics
+
+
+def coordinator_process(
+    ipc: HighPerformanceIPC,
+    num_workers: int,
+    *,
+    tasks: Iterable[Any] = (),
+    spawn: bool = False,
+    handler: Callable[[Any], Any] | None = None,
+    method: str | None = None,
+    queue_name: str = "task_queue",
+    max_retries: int = 2,
+    task_timeout: float | None = None,
+    return_exceptions: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    shared_data: bytes | bytearray | memoryview = b"",
+    worker_timeout: float = 30.0,
+    shutdown_timeout: float = 10.0,
+) -> Report:
+    """Have every task answered by workers, then dismiss them.
+
+    It makes a task queue, a result queue ("result_queue") and 1 MiB of shared
+    memory ("data_buffer") in the namespace of ``ipc``, and removes them at the
+    end, however it ends; so there is one coordinator a namespace at a time.
+    Workers are :func:`~shmring.worker.worker_process`; each gets one SHUTDOWN
+    message at the end.
+
+    Args:
+        ipc: the caller's; it stays open.
+        num_workers: how many workers there are to be.
+        tasks: what the handlers are called with, one at a time; taken as needed.
+        spawn: whether to start, replace and join the workers here. Without it the
+            tasks of the dead are put back, and starting workers is the caller's.
+        handler: with ``spawn`` only: what the workers do; None returns the task.
+        method: with ``spawn`` only: the start method, None for the platform's.
+        queue_name: the name of the task queue.
+        max_retries: how often a task whose worker died is tried again; 0 is at
+            most once.
+        task_timeout: with ``spawn`` only: a worker that is at one task for longer,
+            in seconds, is killed, and the task fails.
+        return_exceptions: put failures among the results and go on; otherwise the
+            first one ends the run and is raised.
+        progress: called after each answer, in this thread.
+        shared_data: what the data buffer holds when the workers come; at most 1 MiB.
+        worker_timeout: without ``spawn``: how long to do without any worker, in seconds.
+        shutdown_timeout: how long dismissed workers may take to end, in seconds.
+
+    Returns:
+        the results and what is to be known about the run.
+
+    Raises:
+        InvalidArgument: an impossible argument; a handler that no process can be sent.
+        NameInUse: another coordinator is at work in this namespace.
+        WorkerDied: each worker that ran a task died.
+        TaskTimeout: a task ran longer than ``task_timeout``.
+        NotSupportedByFallback: a worker died, and this is not the ring: what it
+            held cannot be known.
+        ShmringError: no worker came, or they die before they have done anything.
+        BaseException: whatever a handler raised, the remote traceback as its cause.
+    """
+    _check_number("num_workers", num_workers, 1)
+    _check_number("max_retries", max_retries, 0)
+    _check_seconds("task_timeout", task_timeout)
+    _check_seconds("worker_timeout", worker_timeout)
+    _check_seconds("shutdown_timeout", shutdown_timeout)
+    if not spawn:
+        for name, value in (
+            ("handler", handler),
+            ("method", method),
+            ("task_timeout", task_timeout),
+        ):
+            if value is not None:
+                raise InvalidArgument(
+                    f"{name}={value!r} is for spawn=True: others start the workers"
+                )
+    if task_timeout is not None and backend.backend != "ring":
+        raise NotSupportedByFallback(
+            f"task_timeout={task_timeout:g}: a worker cannot be killed safely on the fallback, "
+            "its death may wedge the pipe"
+        )
+    if memoryview(shared_data).nbytes > DATA_BUFFER_BYTES:
+        raise InvalidArgument(
+            f"shared_data of {memoryview(shared_data).nbytes} bytes: "
+            f"the data buffer holds {DATA_BUFFER_BYTES}"
+        )
+    was_present = ipc.on_board
+    slot = ipc.join_board(Role.COORDINATOR)
+    try:
+        workers: Workers
+        if spawn:
+            workers = SpawnedWorkers(ipc, num_workers, queue_name, handler or echo, method)
+        else:
+            workers = VisitingWorkers(ipc, num_workers, worker_timeout)
+        run = _Run(
+            ipc=ipc,
+            queue_name=queue_name,
+            ledger=Ledger(tasks, max_retries),
+            workers=workers,
+            most_ahead=num_workers * _AHEAD_A_WORKER,
+            least_ahead=num_workers + 1,
+            task_timeout=task_timeout,
+            stop_at_failure=not return_exceptions,
+            progress=progress,
+            total=len(tasks) if hasattr(tasks, "__len__") else None,
+        )
+        return run.run(shared_data, shutdown_timeout)
+    finally:
+        slot.set_role(Role.PEER)
+        if not was_present:
+            ipc.leave_board()
+
+
+@dataclasses.dataclass(slots=True)
+class _Run:
+    """One call of :func:`coordinator_process`."""
+
+    ipc: HighPerformanceIPC
+    queue_name: str
+    ledger: Ledger
+    workers: Workers
+    most_ahead: int
+    least_ahead: int
+    task_timeout: float | None
+    stop_at_failure: bool
+    progress: Callable[[Progress], object] | None
+    total: int | None
+    died: int = 0
+    heartbeats: int = 0
+    useful: set[str] = dataclasses.field(default_factory=set)
+    silent: set[int] = dataclasses.field(default_factory=set)
+    next_look: float = 0.0
+
+    def run(self, shared_data: bytes | bytearray | memoryview, shutdown_timeout: float) -> Report:
+        started = time.monotonic()
+        try:
+            self._open(shared_data)
+            grace = _HASTE  # unless all goes well
+            try:
+                self._work()
+                grace = shutdown_timeout
+            finally:
+                self._dismiss(grace)
+            if self.stop_at_failure and self.ledger.first_failure is not None:
+                raise self.ledger.first_failure
+            return Report(
+                results=self.ledger.results(exceptions=True),
+                workers=self.workers.reports(),
+                retried=self.ledger.retried,
+                died=self.died,
+                heartbeats=self.heartbeats,
+                seconds=time.monotonic() - started,
+                stats=self.ipc.get_stats(),
+            )
+        finally:
+            self._close()
+
+    def _open(self, shared_data: bytes | bytearray | memoryview) -> None:
+        """Make the task queue last: who finds it finds the rest too."""
+        self.ipc.create_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
+        if len(shared_data):
+            self.ipc.write_shared_data(DATA_BUFFER, shared_data)
+        self.ipc.create_message_queue(RESULT_QUEUE)
+        self.ipc.create_message_queue(self.queue_name)
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.ipc.close_shared_memory, DATA_BUFFER)
+            stack.callback(self.ipc.close_message_queue, RESULT_QUEUE)
+            stack.callback(self.ipc.close_message_queue, self.queue_name)
+
+    def _work(self) -> None:
+        ledger = self.ledger
+        self.workers.start()
+        while True:
+            self._hand_out()
+            if ledger.finished or (self.stop_at_failure and ledger.first_failure is not None):
+                return
+            self._take_in(_SLICE)
+            now = time.monotonic()
+            if now >= self.next_look:
+                self._look_after_workers()
+                self.next_look = now + _SLICE
+
+    # -- tasks and results ----------------------------------------------------------------
+
+    def _hand_out(self) -> None:
+        ledger = self.ledger
+        while ledger.outstanding < self.least_ahead or (
+            ledger.outstanding < self.most_ahead and ledger.outstanding_nbytes < _AHEAD_NBYTES
+        ):
+            chosen = ledger.next_task()
+            if chosen is None:
+                return
+            number, attempt, payload = chosen
+            try:
+                position, nbytes = self._put((number, attempt, pack(payload)), number)
+            except Full:
+                ledger.unsent(number)
+                return
+            except (EncodeError, MessageTooLarge) as error:
+                self._answered(number, Failure(error))
+                if self.stop_at_failure:
+                    return
+            else:
+                ledger.sent(number, position, nbytes)
+
+    def _put(self, data: Any, number: int) -> tuple[int, int]:
+        """Put one task; returns its position, for claims, and its size in bytes."""
+        queue = self.ipc.message_queues[self.queue_name]
+
+        def put(message: Message) -> tuple[int, int]:
+            if backend.backend == "ring":
+                position: int = queue._put_position(message, _SLICE)
+            else:
+                queue.put(message, True, _SLICE)
+                position = number  # nobody claims anything here
+            return position, message.nbytes
+
+        return self.ipc.send_by(put, MessageType.DATA, data)
+
+    def _take_in(self, timeout: float) -> None:
+        """Wait for one message, then take all that are there."""
+        message = self.ipc.receive_message(RESULT_QUEUE, timeout)
+        while message is not None:
+            self._take(message)
+            message = self.ipc.receive_message(RESULT_QUEUE, 0)
+
+    def _take(self, message: Message) -> None:
+        if message.msg_type is MessageType.HEARTBEAT:
+            self.heartbeats += 1
+        elif message.msg_type is MessageType.DATA:
+            match message.data:
+                case (int() as number, int(), bool() as good, tuple() as parts):
+                    self.useful.add(message.sender_id)
+                    self._answered(number, _unpacked(good, parts))
+                case _:
+                    _LOG.warning("%s sent something that is no result", message.sender_id)
+
+    def _answered(self, number: int, result: Any) -> None:
+        if self.ledger.answered(number, result):
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(
+                Progress(self.ledger.done, self.total, self.ledger.retried, self.workers.pids())
+            )
+
+    # -- workers --------------------------------------------------------------------------
+
+    def _look_after_workers(self) -> None:
+        departed = self.workers.departed()
+        if departed:
+            self._settle(departed)
+        self._look_for_overdue()
+        self.workers.start()
+
+    def _settle(self, departed: list[Departure]) -> None:
+        """Put back what the departed held, and nothing else."""
+        if backend.backend != "ring":
+            self._take_in(0)
+            worst = departed[0]
+            raise NotSupportedByFallback(
+                f"{worst.worker_id} (process {worst.pid}) ended before it was dismissed; which "
+                "task it held cannot be known on the fallback, and a pipe may be left wedged"
+            )
+        queue = self.ipc.message_queues[self.queue_name]
+        # In this order: reading the claims locks both sides once, which recovers what the dead
+        # held of them; then the results, for an answer that was committed counts; then the claim.
+        claims = queue._claims()
+        self._take_in(0)
+        for departure in departed:
+            lost_any = False
+            for slot, pid, low, high in claims:
+                if pid != departure.pid:
+                    continue
+                if low < high:
+                    lost_any = True
+                    self._lost(low, departure)
+                queue._claim_free(slot)
+            self.died += not departure.clean
+            self.workers.bury(departure, lost_any or departure.worker_id in self.useful)
+
+    def _lost(self, position: int, departure: Departure) -> None:
+        before = self.ledger.done
+        exitcode = self.workers.exitcode_of(departure.pid)
+        number = self.ledger.lost(position, departure.pid, exitcode)
+        if number is not None:
+            _LOG.warning("%s died at task %d: %s", departure.worker_id, number, departure)
+        if self.ledger.done > before:
+            self._tell()
+
+    def _look_for_overdue(self) -> None:
+        now = time.monotonic_ns()
+        for entry in self.workers.living():
+            seconds = (now - entry.task_started_ns) / 1e9
+            if entry.task is None:
+                if entry.is_silent(_SILENCE) and entry.pid not in self.silent:
+                    self.silent.add(entry.pid)
+                    _LOG.warning(
+                        "%s (process %d) is silent for %.1f s: hung, stopped or starved; "
+                        "its tasks are not given to others",
+                        entry.process_id,
+                        entry.pid,
+                        entry.silent_for(),
+                    )
+            elif self.task_timeout is not None and seconds > self.task_timeout:
+                self.ledger.expire(entry.task, self.task_timeout)
+                self.workers.kill(entry.pid)
+
+    def _dismiss(self, grace: float) -> None:
+        """One SHUTDOWN message a worker, then wait for their end, or see to it."""
+        try:
+            with contextlib.suppress(ShmringError, Full):
+                self._discard_tasks()
+                for _ in range(self.workers.to_dismiss()):
+                    self.ipc.send_message(
+                        self.queue_name, MessageType.SHUTDOWN, None, timeout=_SLICE
+                    )
+                self._wait_until_gone(grace)
+        finally:
+            self.workers.stop(0.0 if self.workers.all_gone() else _HASTE)
+
+    def _discard_tasks(self) -> None:
+        """After an error tasks are left; nobody is to start them any more."""
+        while self.ipc.receive_message(self.queue_name, 0) is not None:
+            pass
+
+    def _wait_until_gone(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        while not self.workers.all_gone() and time.monotonic() < deadline:
+            # Results that still come are taken, so that no worker waits for room.
+            self._take_in(0.01)
+        self._take_in(0)
+
+
+def _unpacked(good: bool, parts: tuple[Any, ...]) -> Any:
+    try:
+        value = unpack(parts)
+    except Exception as error:
+        return Failure(error)
+    if good:
+        return value
+    match value:
+        case (BaseException() as error, str() as text):
+            error.__cause__ = RemoteTraceback(text)
+            return Failure(error)
+    return Failure(RemoteError(f"a worker reported a failure that is none: {value!r}"))
+
+
+def _check_number(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
+    if value < least:
+        raise InvalidArgument(f"{name}={value}: at least {least} is needed")
+
+
+def _check_seconds(name: str, value: float | None) -> None:
+    if value is not None and (math.isnan(value) or value < 0):
+        raise InvalidArgument(f"{name}={value!r}: seconds from 0 upwards")

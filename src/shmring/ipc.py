@@ -1,0 +1,660 @@
+"""HighPerformanceIPC: message queues, shared memory and heartbeats by name.
+
+One object a process.  Names live in a namespace, and the namespace has one
+board, on which every process that uses it has a slot::
+
+    process "a"                         namespace                     process "b"
+      send_message("jobs", …)  ------>  queue  jobs    ------>  receive_message("jobs")
+      write_shared_data("buf", …) --->  memory buf     ------>  read_shared_data("buf", …)
+      each call: a store   ---------->  board          ------>  check_alive_processes()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing import util
+from typing import Any, Literal, TypedDict, TypeVar
+
+from shmring import backend
+from shmring.board import (
+    BOARD_BYTES,
+    MAX_PROCESS_ID_BYTES,
+    Board,
+    BoardStorage,
+    Entry,
+    Role,
+    Slot,
+    open_segment,
+)
+from shmring.errors import (
+    Empty,
+    InvalidArgument,
+    NameInUse,
+    NameUnknown,
+    RingExists,
+    RingNotFound,
+)
+from shmring.message import Message, MessageCodec, MessageType
+
+__all__ = ["HighPerformanceIPC", "IPCStatistics"]
+
+R = TypeVar("R")
+
+# A blocked receive_message() stores a heartbeat this often, in seconds.
+_SLICE = 0.25
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[^/\\\0]+")
+_MAX_NAME_BYTES = 100
+
+
+if backend.backend == "ring":
+
+    def _create_queue(name: str, maxsize: int) -> Any:
+        return backend.Queue(maxsize, codec=MessageCodec(), name=name)
+
+    def _attach_queue(name: str, timeout: float) -> Any:
+        return backend.Queue.attach(name, timeout, codec=MessageCodec())
+
+    def _open_board(name: str) -> BoardStorage:
+        return open_segment(name)
+
+else:
+    from shmring.fallback import ServedQueue, SharedFile
+
+    def _create_queue(name: str, maxsize: int) -> Any:
+        return ServedQueue.create(name, maxsize, MessageCodec())
+
+    def _attach_queue(name: str, timeout: float) -> Any:
+        return ServedQueue.attach(name, timeout, MessageCodec())
+
+    def _open_board(name: str) -> BoardStorage:
+        return SharedFile.create_or_attach(name, BOARD_BYTES)
+
+
+class IPCStatistics(TypedDict):
+    """What :meth:`HighPerformanceIPC.get_stats` returns."""
+
+    messages_sent: int
+    messages_received: int
+    bytes_transferred: int
+    errors: int
+    process_id: str
+    alive_processes: int
+    last_heartbeat: float
+
+
+@dataclasses.dataclass(slots=True)
+class _Presence:
+    """The calling process on the board."""
+
+    board: Board
+    slot: Slot
+
+
+class HighPerformanceIPC:
+    """What one process needs to talk to the others of its namespace.
+
+    It can be passed to a child under every start method; the child then has a
+    slot of its own on the board and statistics of its own, and its
+    :meth:`cleanup` removes nothing that the parent created.
+
+    Args:
+        process_id: the name of this process, 1 to 72 bytes; what others see.
+        namespace: letters, digits, ``-`` and ``_``; None is the environment's
+            ``SHMRING_NAMESPACE``, or "default".
+
+    Attributes:
+        process_id: as given.
+        namespace: as given or found.
+        message_queues: the queues created or connected, by name.
+        shared_memories: the blocks created or connected, by name.
+        stats: counts of this process: messages_sent, messages_received,
+            bytes_transferred, errors.
+        heartbeat_interval: how often a loop should call :meth:`send_heartbeat`,
+            in seconds; nothing here calls it by itself.
+        last_heartbeat: when :meth:`send_heartbeat` was last called, in seconds
+            since the epoch; 0.0 is never.
+        alive_processes: others seen so far, and when last, in seconds of
+            ``time.monotonic()``.
+
+    Raises:
+        InvalidArgument: an impossible process_id or namespace.
+    """
+
+    def __init__(self, process_id: str, *, namespace: str | None = None) -> None:
+        if not isinstance(process_id, str):
+            raise TypeError(f"process_id={process_id!r}: a str is needed")
+        if not 0 < len(process_id.encode()) <= MAX_PROCESS_ID_BYTES:
+            raise InvalidArgument(
+                f"process_id={process_id!r}: 1 to {MAX_PROCESS_ID_BYTES} bytes are possible"
+            )
+        if namespace is None:
+            namespace = os.environ.get("SHMRING_NAMESPACE") or "default"
+        if not _NAMESPACE.fullmatch(namespace):
+            raise InvalidArgument(
+                f"namespace={namespace!r}: 1 to 64 letters, digits, '-' and '_' are possible"
+            )
+        self.process_id = process_id
+        self.namespace = namespace
+        self.heartbeat_interval = 5.0
+        self.message_queues: dict[str, Any] = {}
+        self.shared_memories: dict[str, Any] = {}
+        self._start_afresh()
+
+    # -- queues ---------------------------------------------------------------------------
+
+    def create_message_queue(self, queue_name: str, maxsize: int = 0) -> None:
+        """Make a queue that others of the namespace can connect to.
+
+        Args:
+            queue_name: 1 to 100 bytes without a slash.
+            maxsize: how many messages it holds at most; 0 is without a bound.
+
+        Raises:
+            NameInUse: (a RuntimeError) it exists; what a crash left is reclaimed.
+            InvalidArgument: an impossible name or maxsize.
+        """
+        full_name = self._full_name("q", queue_name)
+        if not isinstance(maxsize, int):
+            raise TypeError(f"maxsize={maxsize!r}: an int is needed")
+        self._beat()
+        try:
+            self.message_queues[queue_name] = _create_queue(full_name, maxsize)
+        except RingExists as error:
+            raise NameInUse(
+                f"message queue {queue_name!r} exists in namespace {self.namespace!r}: "
+                "connect_message_queue() it, or use another name or namespace"
+            ) from error
+        self._created.add(full_name)
+
+    def connect_message_queue(self, queue_name: str, timeout: float = 5.0) -> None:
+        """Open a queue that another process creates; nothing happens if it is open here.
+
+        Args:
+            queue_name: its name.
+            timeout: how long to wait for its creator, in seconds.
+
+        Raises:
+            NameUnknown: (a RuntimeError) nobody created it until the deadline.
+            InvalidArgument: an impossible name or timeout.
+        """
+        full_name = self._full_name("q", queue_name)
+        _check_timeout(timeout)
+        self._beat()
+        if queue_name in self.message_queues:
+            return
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                self.message_queues[queue_name] = _attach_queue(
+                    full_name, min(_SLICE, max(0.0, left))
+                )
+                return
+            except RingNotFound as error:
+                if left <= _SLICE:
+                    raise NameUnknown(
+                        f"nobody created message queue {queue_name!r} in namespace "
+                        f"{self.namespace!r} within timeout={timeout:g} s"
+                    ) from error
+            self._beat()
+
+    def send_message(
+        self, queue_name: str, msg_type: MessageType, data: Any, timeout: float | None = None
+    ) -> None:
+        """Send one message.
+
+        Args:
+            queue_name: a queue created or connected here.
+            msg_type: what the message is for.
+            data: any object that can be pickled; None costs nothing.
+            timeout: how long to wait while the queue is full, in seconds; None
+                is without end.
+
+        Raises:
+            InvalidArgument: (a ValueError) an unknown queue, or an impossible timeout.
+            Full: no room until the deadline.
+            EncodeError: the data cannot be pickled; nothing was sent.
+        """
+        queue = self._queue(queue_name)
+        self.send_by(lambda message: queue.put(message, True, timeout), msg_type, data)
+
+    def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
+        """Send one message by a way of one's own: a queue has more than ``put``.
+
+        Args:
+            put: puts the message that it is given.
+            msg_type: what the message is for.
+            data: as for :meth:`send_message`.
+
+        Returns:
+            what ``put`` returned; what it raises counts as an error.
+        """
+        if not isinstance(msg_type, MessageType):
+            raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
+        slot = self._beat()
+        message = Message(msg_type, self.process_id, time.time(), data)
+        with self._counted_errors():
+            result = put(message)
+        with self._guard:
+            self.stats["messages_sent"] += 1
+            self.stats["bytes_transferred"] += message.nbytes
+        slot.count(nbytes=message.nbytes, messages=1)
+        return result
+
+    def receive_message(self, queue_name: str, timeout: float | None = None) -> Message | None:
+        """Take one message. A HEARTBEAT marks its sender alive, and is returned as well.
+
+        Args:
+            queue_name: a queue created or connected here.
+            timeout: how long to wait, in seconds; 0 does not, None waits without end.
+
+        Returns:
+            the message; None if there was none until the deadline, and only then.
+
+        Raises:
+            InvalidArgument: (a ValueError) an unknown queue, or an impossible timeout.
+            DecodeError: a message was taken whose data cannot be unpickled.
+            RingClosed: the queue has gone.
+        """
+        queue = self._queue(queue_name)
+        _check_timeout(timeout)
+        with self._counted_errors():
+            message: Message | None
+            try:
+                message = queue.get(False)
+            except Empty:
+                message = self._wait_for_message(queue, queue_name, timeout)
+            if message is None:
+                return None
+            with self._guard:
+                self.stats["messages_received"] += 1
+                self.stats["bytes_transferred"] += message.nbytes
+                if message.msg_type is MessageType.HEARTBEAT:
+                    self._saw(message.sender_id, time.monotonic())
+            self._beat().count(nbytes=message.nbytes, messages=1)
+            return message
+
+    def send_heartbeat(self, queue_name: str) -> None:
+        """Send a HEARTBEAT message, for those who watch messages and not the board.
+
+        Args:
+            queue_name: a queue created or connected here.
+
+        Raises:
+            InvalidArgument: (a ValueError) an unknown queue.
+        """
+        self.send_message(queue_name, MessageType.HEARTBEAT, None)
+        self.last_heartbeat = time.time()
+
+    # -- memory ---------------------------------------------------------------------------
+
+    def create_shared_memory(self, memory_name: str, size: int) -> None:
+        """Make a block of memory that others of the namespace can connect to.
+
+        Args:
+            memory_name: 1 to 100 bytes without a slash.
+            size: in bytes.
+
+        Raises:
+            NameInUse: (a RuntimeError) it exists.
+            InvalidArgument: an impossible name or size.
+        """
+        memory = backend.SharedMemoryManager(self._full_name("m", memory_name), size)
+        self._beat()
+        if memory_name in self.shared_memories or not memory.create():
+            raise NameInUse(f"shared memory {memory_name!r} exists in namespace {self.namespace!r}")
+        self.shared_memories[memory_name] = memory
+
+    def connect_shared_memory(self, memory_name: str, size: int) -> None:
+        """Open a block of memory that another process created; nothing happens if it is open.
+
+        Args:
+            memory_name: its name.
+            size: in bytes, as its creator's.
+
+        Raises:
+            NameUnknown: (a RuntimeError) there is none.
+            InvalidArgument: an impossible name or size.
+        """
+        memory = backend.SharedMemoryManager(self._full_name("m", memory_name), size)
+        self._beat()
+        if memory_name in self.shared_memories:
+            return
+        if not memory.connect():
+            raise NameUnknown(
+                f"shared memory {memory_name!r} does not exist in namespace {self.namespace!r}"
+            )
+        self.shared_memories[memory_name] = memory
+
+    def write_shared_data(
+        self, memory_name: str, data: bytes | bytearray | memoryview, offset: int = 0
+    ) -> None:
+        """Copy bytes into a block, under its lock.
+
+        Args:
+            memory_name: a block created or connected here.
+            data: any contiguous buffer.
+            offset: where, in bytes.
+
+        Raises:
+            InvalidArgument: (a ValueError) an unknown block, a negative offset, or past the end.
+        """
+        memory = self._memory(memory_name)
+        with self._counted_errors():
+            memory.write_data(data, offset)
+        self._transferred(memoryview(data).nbytes)
+
+    def read_shared_data(self, memory_name: str, length: int, offset: int = 0) -> bytes:
+        """Copy bytes out of a block, under its lock.
+
+        Args:
+            memory_name: a block created or connected here.
+            length: how many bytes.
+            offset: from where, in bytes.
+
+        Returns:
+            a copy.
+
+        Raises:
+            InvalidArgument: (a ValueError) an unknown block, negative, or past the end.
+        """
+        memory = self._memory(memory_name)
+        with self._counted_errors():
+            data: bytes = memory.read_data(length, offset)
+        self._transferred(len(data))
+        return data
+
+    # -- who is there ---------------------------------------------------------------------
+
+    def check_alive_processes(self, timeout: float = 10.0) -> list[str]:
+        """Name the other processes that are alive, as far as can be seen.
+
+        Args:
+            timeout: how old the last sign of life may be, in seconds: a store on
+                the board, or a HEARTBEAT message received here.
+
+        Returns:
+            the ids, sorted, of those seen within it and not proven dead.
+
+        Raises:
+            InvalidArgument: an impossible timeout.
+        """
+        _check_timeout(timeout)
+        living, dead = self._look_at_board()
+        now = time.monotonic()
+        with self._guard:
+            return sorted(
+                process_id
+                for process_id, seen in self.alive_processes.items()
+                if now - seen <= timeout and not (process_id in dead and process_id not in living)
+            )
+
+    def get_stats(self) -> IPCStatistics:
+        """What this process has done so far.
+
+        Returns:
+            the counts of ``stats``, and process_id, alive_processes (how many
+            others were seen so far) and last_heartbeat.
+        """
+        if self._presence is not None:  # after cleanup() nothing is opened again
+            self._look_at_board()
+        with self._guard:
+            return IPCStatistics(
+                messages_sent=self.stats["messages_sent"],
+                messages_received=self.stats["messages_received"],
+                bytes_transferred=self.stats["bytes_transferred"],
+                errors=self.stats["errors"],
+                process_id=self.process_id,
+                alive_processes=len(self.alive_processes),
+                last_heartbeat=self.last_heartbeat,
+            )
+
+    def board_entries(self) -> list[Entry]:
+        """What every process of the namespace is doing, the dead ones included."""
+        self._beat()
+        assert self._presence is not None
+        return self._presence.board.entries()
+
+    def board_entry(self, index: int) -> Entry | None:
+        """What stands in one slot of the board.
+
+        Args:
+            index: the number of the slot.
+
+        Returns:
+            the entry, or None if the slot is free.
+        """
+        self._beat()
+        assert self._presence is not None
+        return self._presence.board.entry(index)
+
+    @property
+    def on_board(self) -> bool:
+        """Whether this process has a slot on the board; the first call of anything takes one."""
+        return self._presence is not None and self._pid == os.getpid()
+
+    def join_board(self, role: Role) -> Slot:
+        """Take part in the namespace as something other than a peer.
+
+        Args:
+            role: what this process is to the others.
+
+        Returns:
+            its slot on the board.
+        """
+        slot = self._beat()
+        slot.set_role(role)
+        return slot
+
+    def close_message_queue(self, queue_name: str) -> None:
+        """Close one queue; its creator removes it. An unknown name is no error.
+
+        Args:
+            queue_name: a queue created or connected here.
+        """
+        queue = self.message_queues.pop(queue_name, None)
+        if queue is None:
+            return
+        full_name = self._full_name("q", queue_name)
+        mine = full_name in self._created and self._pid == os.getpid()
+        self._created.discard(full_name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(queue.close)
+            # A served queue of the fallback goes with its creator's close().
+            if mine and backend.backend == "ring":
+                stack.callback(queue.unlink)
+
+    def close_shared_memory(self, memory_name: str) -> None:
+        """Close one block; its creator removes it. An unknown name is no error.
+
+        Args:
+            memory_name: a block created or connected here.
+
+        Raises:
+            BufferError: an array over it still lives.
+        """
+        memory = self.shared_memories.pop(memory_name, None)
+        if memory is not None:
+            memory.cleanup()
+
+    def leave_board(self) -> None:
+        """Say that this process leaves; the next call of anything joins again."""
+        presence, self._presence = self._presence, None
+        if presence is not None:
+            presence.slot.release()  # does nothing in a forked child: the slot is its parent's
+            presence.board.close()
+
+    def cleanup(self) -> None:
+        """Close everything, and remove what this process created. Twice is allowed.
+
+        Raises:
+            BufferError: an array over shared memory still lives; all else is closed.
+        """
+        with contextlib.ExitStack() as stack:  # goes on after an error, raises it at the end
+            stack.callback(self.leave_board)
+            for queue_name in list(self.message_queues):
+                stack.callback(self.close_message_queue, queue_name)
+            for memory_name in list(self.shared_memories):
+                stack.callback(self.close_shared_memory, memory_name)
+
+    def __enter__(self) -> HighPerformanceIPC:
+        return self
+
+    def __exit__(self, *exc_info: object) -> Literal[False]:
+        self.cleanup()
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "process_id": self.process_id,
+            "namespace": self.namespace,
+            "heartbeat_interval": self.heartbeat_interval,
+            "message_queues": dict(self.message_queues),
+            "memory_sizes": {name: each.size for name, each in self.shared_memories.items()},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sizes = state.pop("memory_sizes")
+        vars(self).update(state)
+        self.shared_memories = {}
+        self._start_afresh()
+        for name, size in sizes.items():
+            self.connect_shared_memory(name, size)
+
+    # -- inside ---------------------------------------------------------------------------
+
+    def _start_afresh(self) -> None:
+        """In a new process: nothing created, nothing counted, not on the board yet."""
+        self._pid = os.getpid()
+        self._guard = threading.Lock()
+        self._created: set[str] = set()
+        self._presence: _Presence | None = None
+        self.stats = dict.fromkeys(
+            ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
+        )
+        self.alive_processes: dict[str, float] = {}
+        self.last_heartbeat = 0.0
+        # Unlike atexit, this also runs where multiprocessing ends a child.
+        util.Finalize(None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20)
+
+    def _beat(self) -> Slot:
+        """Store a heartbeat; before the first one, take a slot on the board."""
+        presence = self._presence
+        if self._pid != os.getpid():
+            # Forked: the slot is the parent's, the mapping of the board is good.
+            board = presence.board if presence is not None else None
+            self._start_afresh()
+            presence = None
+            if board is not None:
+                presence = _Presence(board, board.register(self.process_id))
+                self._presence = presence
+        if presence is None:
+            board = Board(_open_board(f"shmring.{self.namespace}.board"))
+            try:
+                presence = _Presence(board, board.register(self.process_id))
+            except BaseException:
+                board.close()
+                raise
+            self._presence = presence
+        presence.slot.beat()
+        return presence.slot
+
+    def _wait_for_message(
+        self, queue: Any, queue_name: str, timeout: float | None
+    ) -> Message | None:
+        if timeout == 0:
+            return None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        slot = self._beat()
+        slot.waiting(queue_name)
+        try:
+            while True:
+                left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+                if left <= 0:
+                    return None
+                with contextlib.suppress(Empty):
+                    message: Message = queue.get(True, left)
+                    return message
+                slot.beat()
+        finally:
+            slot.idle()
+
+    def _look_at_board(self) -> tuple[set[str], set[str]]:
+        """Note who is there; returns the ids of living and of dead processes."""
+        living, dead = set(), set()
+        own = self._beat()
+        for entry in self.board_entries():
+            if entry.process_id == self.process_id or entry.index == own.index:
+                continue
+            if entry.is_dead():
+                dead.add(entry.process_id)
+                continue
+            living.add(entry.process_id)
+            with self._guard:
+                self._saw(entry.process_id, entry.heartbeat_ns / 1e9)
+        return living, dead
+
+    def _saw(self, process_id: str, when: float) -> None:
+        if process_id != self.process_id:
+            self.alive_processes[process_id] = max(when, self.alive_processes.get(process_id, 0.0))
+
+    def _transferred(self, nbytes: int) -> None:
+        with self._guard:
+            self.stats["bytes_transferred"] += nbytes
+        self._beat().count(nbytes=nbytes)
+
+    @contextlib.contextmanager
+    def _counted_errors(self) -> Any:
+        try:
+            yield
+        except Exception:
+            with self._guard:
+                self.stats["errors"] += 1
+            raise
+
+    def _queue(self, queue_name: str) -> Any:
+        try:
+            return self.message_queues[queue_name]
+        except KeyError:
+            raise InvalidArgument(
+                f"queue_name={queue_name!r}: create or connect it first; "
+                f"known here: {sorted(self.message_queues)}"
+            ) from None
+
+    def _memory(self, memory_name: str) -> Any:
+        try:
+            return self.shared_memories[memory_name]
+        except KeyError:
+            raise InvalidArgument(
+                f"memory_name={memory_name!r}: create or connect it first; "
+                f"known here: {sorted(self.shared_memories)}"
+            ) from None
+
+    def _full_name(self, kind: str, name: str) -> str:
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r}: a str is needed, not {type(name).__name__}")
+        if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
+            raise InvalidArgument(
+                f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
+            )
+        return f"shmring.{self.namespace}.{kind}.{name}"
+
+
+def _cleanup_at_exit(reference: weakref.ref[HighPerformanceIPC]) -> None:
+    ipc = reference()
+    if ipc is not None:
+        ipc.cleanup()
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and (math.isnan(timeout) or timeout < 0):
+        raise InvalidArgument(f"timeout={timeout!r}: None, or seconds from 0 upwards")

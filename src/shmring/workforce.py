@@ -1,0 +1,424 @@
+"""The workers as their coordinator sees them: who is there, who is gone, who replaces whom.
+
+Two kinds.  :class:`SpawnedWorkers` are children that the coordinator starts,
+replaces, kills and joins; their end is proved by their sentinels.
+:class:`VisitingWorkers` were started by somebody else; they are known from the
+board, and their end is proved by what stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+from shmring.board import Entry, Role, State
+from shmring.errors import InvalidArgument, ShmringError
+from shmring.ipc import HighPerformanceIPC
+from shmring.worker import run_spawned_worker
+
+__all__ = ["Departure", "SpawnedWorkers", "VisitingWorkers", "WorkerReport", "Workers"]
+
+# Workers that die one after another without having done anything: not tried for ever.
+_MOST_FALSE_STARTS = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One worker, as it stood on the board when it was last seen.
+
+    ``state`` is "exited", "dead" or what the living one was doing; ``exitcode``
+    is as in multiprocessing, None where the coordinator is not its parent.
+    """
+
+    worker_id: str
+    pid: int
+    tasks: int
+    nbytes: int
+    messages: int
+    heartbeats: int
+    state: str
+    exitcode: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Departure:
+    """A worker that has ended.
+
+    ``clean`` says that it left by itself, as it does when nobody needs it.
+    """
+
+    worker_id: str
+    pid: int
+    exitcode: int | None
+    clean: bool
+
+
+class Workers(Protocol):
+    """What the coordinator asks of either kind."""
+
+    def start(self) -> None:
+        """Have the workers that are needed."""
+        ...
+
+    def departed(self) -> list[Departure]:
+        """Those that have ended since the last call; still to be :meth:`bury`-ed."""
+        ...
+
+    def bury(self, departure: Departure, useful: bool) -> None:
+        """A departure has been dealt with: forget its process."""
+        ...
+
+    def living(self) -> list[Entry]:
+        """Those on the board that have not ended."""
+        ...
+
+    def to_dismiss(self) -> int:
+        """How many SHUTDOWN messages are needed."""
+        ...
+
+    def exitcode_of(self, pid: int) -> int | None:
+        """How one has ended, if that can be known; asked after its claims have been read."""
+        ...
+
+    def pids(self) -> tuple[int, ...]:
+        """The processes that have not been buried."""
+        ...
+
+    def all_gone(self) -> bool:
+        """Whether nobody is left to be waited for."""
+        ...
+
+    def kill(self, pid: int) -> bool:
+        """Kill one; False if it is not ours to kill."""
+        ...
+
+    def stop(self, grace: float) -> None:
+        """Wait for all to end, and end those that do not."""
+        ...
+
+    def reports(self) -> list[WorkerReport]:
+        """All workers that there were."""
+        ...
+
+
+class _Roll:
+    """Everybody who ever stood on the board as a worker of this run."""
+
+    def __init__(self, ipc: HighPerformanceIPC) -> None:
+        self._ipc = ipc
+        # Those of an earlier run; a visitor may well have come before its coordinator.
+        self._earlier = {self._key(entry) for entry in self._entries() if entry.is_dead()}
+        self.last_seen: dict[tuple[int, int], Entry] = {}
+
+    def look(self) -> list[Entry]:
+        """Read the board; returns the workers that stand there, also dead ones."""
+        found = [each for each in self._entries() if self._key(each) not in self._earlier]
+        for entry in found:
+            self.last_seen[self._key(entry)] = entry
+        return found
+
+    def report(self, exitcodes: dict[int, int | None]) -> list[WorkerReport]:
+        """One row for each, with the exit codes of those that have one, by PID."""
+        self.look()
+        return [
+            WorkerReport(
+                worker_id=entry.process_id,
+                pid=entry.pid,
+                tasks=entry.tasks,
+                nbytes=entry.nbytes,
+                messages=entry.messages,
+                heartbeats=entry.heartbeats,
+                state=_state_of(entry),
+                exitcode=exitcodes.get(entry.pid),
+            )
+            for entry in self.last_seen.values()
+        ]
+
+    def _entries(self) -> list[Entry]:
+        return [each for each in self._ipc.board_entries() if each.role is Role.WORKER]
+
+    @staticmethod
+    def _key(entry: Entry) -> tuple[int, int]:
+        return entry.index, entry.incarnation
+
+
+def _state_of(entry: Entry) -> str:
+    if entry.state is State.EXITED:
+        return "exited"
+    return "dead" if entry.is_dead() else entry.state.name.lower()
+
+
+class SpawnedWorkers:
+    """Children of the coordinator.
+
+    Args:
+        ipc: the coordinator's.
+        number: how many are to work at a time.
+        queue_name: the name of the task queue.
+        handler: what they do.
+        method: the start method; None is the default of the platform.
+    """
+
+    def __init__(
+        self,
+        ipc: HighPerformanceIPC,
+        number: int,
+        queue_name: str,
+        handler: Callable[[Any], Any],
+        method: str | None,
+    ) -> None:
+        self._ipc = ipc
+        self._number = number
+        self._queue_name = queue_name
+        self._handler = handler
+        self._context: Any = multiprocessing.get_context(method)
+        self._roll = _Roll(ipc)
+        self._processes: list[BaseProcess] = []
+        self._exitcodes: dict[int, int | None] = {}
+        self._started = 0
+        self._false_starts = 0
+
+    def start(self) -> None:
+        """Start as many as are missing.
+
+        Raises:
+            InvalidArgument: the handler cannot be sent to a process.
+            ShmringError: they keep dying before they have done anything.
+        """
+        while len(self._processes) < self._number:
+            if self._false_starts >= _MOST_FALSE_STARTS:
+                raise ShmringError(
+                    f"{self._false_starts} workers in a row died before they answered or even "
+                    f"took a task (exit codes {sorted(set(self._exitcodes.values()), key=repr)}): "
+                    "can they import the module of the handler?"
+                )
+            self._start_one()
+
+    def _start_one(self) -> None:
+        worker_id = f"worker-{self._started}"
+        method = self._context.get_start_method()
+        inherited = self._ipc if method == "fork" else None
+        process = self._context.Process(
+            target=run_spawned_worker,
+            name=worker_id,
+            args=(worker_id, self._queue_name, self._handler, self._ipc.namespace, inherited),
+        )
+        try:
+            process.start()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise self._unsendable(method, error) from error
+        except Exception as error:
+            if type(error).__name__ == "PicklingError":
+                raise self._unsendable(method, error) from error
+            raise
+        self._started += 1
+        self._processes.append(process)
+
+    def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
+        return InvalidArgument(
+            f"handler={self._handler!r} cannot be sent to a worker started with {method!r} "
+            f"({error}): use a function at the top level of a module"
+        )
+
+    def departed(self) -> list[Departure]:
+        """Those that have ended since the last call; not reaped yet, so no PID can return."""
+        self._roll.look()
+        ended = set(connection.wait([each.sentinel for each in self._processes], 0))
+        return [
+            Departure(each.name, each.pid or 0, None, clean=False)
+            for each in self._processes
+            if each.sentinel in ended
+        ]
+
+    def bury(self, departure: Departure, useful: bool) -> None:
+        """Reap one that has ended.
+
+        Args:
+            departure: from :meth:`departed`.
+            useful: whether it had answered or claimed a task.
+        """
+        for process in list(self._processes):
+            if process.pid == departure.pid:
+                process.join()
+                self._exitcodes[departure.pid] = process.exitcode
+                self._processes.remove(process)
+                process.close()
+        self._false_starts = 0 if useful else self._false_starts + 1
+
+    def exitcode_of(self, pid: int) -> int | None:
+        """How one has ended, reaping it: only after its claims have been read.
+
+        Args:
+            pid: the worker.
+        """
+        for process in self._processes:
+            if process.pid == pid:
+                process.join()
+                return process.exitcode
+        return self._exitcodes.get(pid)
+
+    def living(self) -> list[Entry]:
+        """Those on the board that have not ended."""
+        pids = {process.pid for process in self._processes}
+        return [each for each in self._roll.look() if each.pid in pids and not each.is_dead()]
+
+    def pids(self) -> tuple[int, ...]:
+        """The processes that were started and have not been reaped."""
+        return tuple(process.pid for process in self._processes if process.pid)
+
+    def to_dismiss(self) -> int:
+        """One SHUTDOWN message for each that lives."""
+        return len(self._processes)
+
+    def all_gone(self) -> bool:
+        """Whether all have ended."""
+        return len(connection.wait([each.sentinel for each in self._processes], 0)) == len(
+            self._processes
+        )
+
+    def kill(self, pid: int) -> bool:
+        """Kill one with SIGKILL.
+
+        Args:
+            pid: the worker.
+
+        Returns:
+            whether it was ours and alive.
+        """
+        for process in self._processes:
+            if process.pid == pid and process.is_alive():
+                process.kill()
+                return True
+        return False
+
+    def stop(self, grace: float) -> None:
+        """Join all; terminate, then kill, those that do not end.
+
+        Args:
+            grace: how long to wait before each step, in seconds.
+        """
+        try:
+            self._join(grace)
+            for process in self._processes:
+                process.terminate()
+            self._join(min(grace, 1.0))
+        finally:  # also after a second Ctrl-C
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.join()
+                self._exitcodes[process.pid or 0] = process.exitcode
+            self._roll.look()
+            for process in self._processes:
+                process.close()
+            self._processes.clear()
+
+    def _join(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def reports(self) -> list[WorkerReport]:
+        """All workers that there were and that came as far as the board."""
+        return self._roll.report(self._exitcodes)
+
+
+class VisitingWorkers:
+    """Workers that the caller starts, wherever it likes.
+
+    Args:
+        ipc: the coordinator's.
+        number: how many are expected.
+        patience: how long to do without any, in seconds.
+    """
+
+    def __init__(self, ipc: HighPerformanceIPC, number: int, patience: float) -> None:
+        self._number = number
+        self._patience = patience
+        self._roll = _Roll(ipc)
+        self._buried: set[int] = set()
+        self._last_company = time.monotonic()
+
+    def start(self) -> None:
+        """Starting is the caller's; only see to it that somebody is there.
+
+        Raises:
+            ShmringError: nobody has been for longer than the patience.
+        """
+        now = time.monotonic()
+        if self.living():
+            self._last_company = now
+        elif now - self._last_company > self._patience:
+            raise ShmringError(
+                f"no worker has been attached for {self._patience:g} s: start some with "
+                "worker_process(), or let the coordinator do it with spawn=True"
+            )
+
+    def departed(self) -> list[Departure]:
+        """Those that have ended since the last call."""
+        self._roll.look()
+        standing = {(each.index, each.incarnation) for each in self._roll.look()}
+        return [
+            Departure(entry.process_id, entry.pid, None, clean=entry.state is State.EXITED)
+            for key, entry in self._roll.last_seen.items()
+            # A slot is taken again only from the dead: no longer standing proves it too.
+            if entry.pid not in self._buried and (key not in standing or entry.is_dead())
+        ]
+
+    def bury(self, departure: Departure, useful: bool) -> None:
+        """Forget one that has ended.
+
+        Args:
+            departure: from :meth:`departed`.
+            useful: of no use here.
+        """
+        self._buried.add(departure.pid)
+
+    def exitcode_of(self, pid: int) -> int | None:
+        """Not known: the coordinator is not the parent.
+
+        Args:
+            pid: the worker.
+        """
+        return None
+
+    def living(self) -> list[Entry]:
+        """Those on the board that have not ended."""
+        return [each for each in self._roll.look() if not each.is_dead()]
+
+    def pids(self) -> tuple[int, ...]:
+        """The workers on the board that have not ended."""
+        return tuple(entry.pid for entry in self.living())
+
+    def to_dismiss(self) -> int:
+        """One SHUTDOWN message for each that lives, or may still come."""
+        self.departed()
+        return max(self._number - len(self._roll.last_seen), 0) + len(self.living())
+
+    def all_gone(self) -> bool:
+        """Whether as many as were expected have come, and all have gone."""
+        living = self.living()
+        return not living and len(self._roll.last_seen) >= self._number
+
+    def kill(self, pid: int) -> bool:
+        """Never: they are not ours."""
+        return False
+
+    def stop(self, grace: float) -> None:
+        """Wait for all to go; they are not ours to end.
+
+        Args:
+            grace: how long, in seconds.
+        """
+        deadline = time.monotonic() + grace
+        while not self.all_gone() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def reports(self) -> list[WorkerReport]:
+        """All workers that there were."""
+        return self._roll.report({})
