@@ -10,7 +10,9 @@ is no heartbeat thread, which would beat for a hung handler too.
 
 Layout, little-endian words of eight bytes::
 
-    header (one slot long)   magic | version | slots in use (high-water mark)
+    header, 256 bytes:
+      0 the storage's own        1 magic                 2 version
+      3 slots ever used
     slot, 256 bytes:
       0 pid, 0 = never used      1 start time (ticks)    2 incarnation
       3 heartbeat (ns)           4 state                 5 waiting since (ns)
@@ -70,7 +72,7 @@ _SLOT_WORDS = 32
 _SLOTS = 255
 BOARD_BYTES = (_SLOTS + 1) * _SLOT_WORDS * 8
 
-_H_MAGIC, _H_VERSION, _H_USED = 0, 1, 2
+_H_MAGIC, _H_VERSION, _H_USED = 1, 2, 3
 
 _PID, _START, _INCARNATION, _HEARTBEAT, _STATE, _WAITING_SINCE = range(6)
 _TASK_STARTED, _TASK, _TASKS, _BYTES, _MESSAGES, _HEARTBEATS = range(6, 12)
@@ -564,7 +566,9 @@ class _SegmentStorage:
 
         self.buffer.release()
         self._map.close()
-        segment.release(self._name, self._fd)
+        found = os.fstat(self._fd)
+        os.close(self._fd)
+        segment.release(self._name, (found.st_dev, found.st_ino))
 
 
 def _flock(kind: int) -> bytes:

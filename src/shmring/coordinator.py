@@ -312,7 +312,7 @@ class _Run:
 
         def put(message: Message) -> tuple[int, int]:
             if backend.backend == "ring":
-                position: int = queue._put_position(message, _SLICE)
+                position: int = queue._put_position(message, timeout=_SLICE)
             else:
                 queue.put(message, True, _SLICE)
                 position = number  # nobody claims anything here

@@ -471,7 +471,7 @@ class HighPerformanceIPC:
             stack.callback(queue.close)
             # A served queue of the fallback goes with its creator's close().
             if mine and backend.backend == "ring":
-                stack.callback(queue.unlink)
+                stack.callback(_unlink, queue)
 
     def close_shared_memory(self, memory_name: str) -> None:
         """Close one block; its creator removes it. An unknown name is no error.
@@ -647,6 +647,11 @@ class HighPerformanceIPC:
                 f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
             )
         return f"shmring.{self.namespace}.{kind}.{name}"
+
+
+def _unlink(queue: Any) -> None:
+    with contextlib.suppress(RingNotFound):  # somebody removed the file: all the same
+        queue.unlink()
 
 
 def _cleanup_at_exit(reference: weakref.ref[HighPerformanceIPC]) -> None:
