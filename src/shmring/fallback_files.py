@@ -450,8 +450,10 @@ class SharedMemoryManager:
         for side in shape:
             nbytes *= side
         self._check_range(offset, nbytes)
-        view = self._opened().buffer
-        return numpy.ndarray(shape, dtype, buffer=view, offset=offset)
+        # ndarray(buffer=…) would give the buffer back at once, and outlive the mapping.
+        count = nbytes // numpy.dtype(dtype).itemsize
+        flat = numpy.frombuffer(self._opened().buffer, dtype, count, offset)
+        return flat.reshape(shape)
 
     def cleanup(self) -> None:
         """Close; the creator removes the name too. Calling it twice is allowed.

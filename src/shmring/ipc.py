@@ -267,6 +267,7 @@ class HighPerformanceIPC:
         """
         queue = self._queue(queue_name)
         _check_timeout(timeout)
+        slot = self._beat()
         with self._counted_errors():
             message: Message | None
             try:
@@ -280,7 +281,7 @@ class HighPerformanceIPC:
                 self.stats["bytes_transferred"] += message.nbytes
                 if message.msg_type is MessageType.HEARTBEAT:
                     self._saw(message.sender_id, time.monotonic())
-            self._beat().count(nbytes=message.nbytes, messages=1)
+            slot.count(nbytes=message.nbytes, messages=1)
             return message
 
     def send_heartbeat(self, queue_name: str) -> None:
@@ -349,9 +350,10 @@ class HighPerformanceIPC:
             InvalidArgument: (a ValueError) an unknown block, a negative offset, or past the end.
         """
         memory = self._memory(memory_name)
+        slot = self._beat()
         with self._counted_errors():
             memory.write_data(data, offset)
-        self._transferred(memoryview(data).nbytes)
+        self._transferred(slot, memoryview(data).nbytes)
 
     def read_shared_data(self, memory_name: str, length: int, offset: int = 0) -> bytes:
         """Copy bytes out of a block, under its lock.
@@ -368,9 +370,10 @@ class HighPerformanceIPC:
             InvalidArgument: (a ValueError) an unknown block, negative, or past the end.
         """
         memory = self._memory(memory_name)
+        slot = self._beat()
         with self._counted_errors():
             data: bytes = memory.read_data(length, offset)
-        self._transferred(len(data))
+        self._transferred(slot, len(data))
         return data
 
     # -- who is there ---------------------------------------------------------------------
@@ -607,10 +610,10 @@ class HighPerformanceIPC:
         if process_id != self.process_id:
             self.alive_processes[process_id] = max(when, self.alive_processes.get(process_id, 0.0))
 
-    def _transferred(self, nbytes: int) -> None:
+    def _transferred(self, slot: Slot, nbytes: int) -> None:
         with self._guard:
             self.stats["bytes_transferred"] += nbytes
-        self._beat().count(nbytes=nbytes)
+        slot.count(nbytes=nbytes)
 
     @contextlib.contextmanager
     def _counted_errors(self) -> Any:
