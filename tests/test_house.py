@@ -34,7 +34,7 @@ FLOORS = [
     ["fallback_files"],
     ["fallback_server"],
     ["fallback"],
-    ["backend"],
+    ["_backend"],
     ["ipc"],
     ["worker"],
     ["ledger"],

@@ -148,15 +148,20 @@ class SharedHandle(RingHandle):
     def _enrol(self) -> None:
         """Leave when the process ends: only then is a name given back."""
         self._pid = os.getpid()
-        self._leave = multiprocessing.util.Finalize(self, _leave, args=(_Reference(self),), exitpriority=0)
+        self._exit = segment.at_exit(self)
         multiprocessing.util.register_after_fork(self, SharedHandle._after_fork)
 
     def _after_fork(self) -> None:
         if not self.closed:
             self._pid = os.getpid()
-            self._leave = multiprocessing.util.Finalize(
-                self, _leave, args=(_Reference(self),), exitpriority=0
-            )
+            self._exit = segment.at_exit(self)
+
+    def _leave(self) -> None:
+        if not self.closed:
+            try:
+                self.close()
+            except (BufferError, OSError):
+                pass  # a view lives to the end: the name is reclaimed by the next who wants it
 
     # ---- names -------------------------------------------------------------------------
 
@@ -224,7 +229,7 @@ class SharedHandle(RingHandle):
         name = self._own_name()
         found = os.fstat(self.fileno())
         self._close()
-        multiprocessing.util.Finalize.cancel(self._leave)
+        self._exit.cancel()
         if named:
             segment.release(name, (found.st_dev, found.st_ino))
 
@@ -238,10 +243,7 @@ class SharedHandle(RingHandle):
         if self.closed or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
             return
         warnings.warn(f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self)
-        try:
-            self.close()
-        except (BufferError, OSError):
-            pass  # a view lives on: the mapping goes with it
+        self._leave()
 
     def __repr__(self) -> str:
         if self.closed:
@@ -249,28 +251,6 @@ class SharedHandle(RingHandle):
         named = self._identity()[0]
         label = self._own_name() if named else "anonymous"
         return f"<{type(self).__module__}.{type(self).__name__} {label}>"
-
-
-class _Reference:
-    """A weak reference that multiprocessing.util.Finalize can carry."""
-
-    def __init__(self, handle: SharedHandle) -> None:
-        import weakref
-
-        self._reference = weakref.ref(handle)
-
-    def __call__(self) -> SharedHandle | None:
-        return self._reference()
-
-
-def _leave(reference: _Reference) -> None:
-    """At the end of the process: give the name back, say nothing."""
-    handle = reference()
-    if handle is not None and not handle.closed:
-        try:
-            handle.close()
-        except (BufferError, OSError):
-            pass
 
 
 def _rebuilt(cls: type[SharedHandle], carried: Any, state: dict[str, Any]) -> SharedHandle:

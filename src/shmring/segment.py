@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing.util
 import os
 import stat
 import struct
 import time
+import weakref
 from pathlib import Path
+from typing import Protocol
 
 from shmring.errors import (
     AccessRefused,
@@ -40,6 +43,7 @@ __all__ = [
     "cleanup_stale",
     "create_anonymous",
     "create_named",
+    "at_exit",
     "default_max_capacity",
     "link",
     "open_block",
@@ -58,6 +62,31 @@ HEADER_BYTES = 8192
 
 _POLL_S = 0.002
 _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
+
+
+class Leaver(Protocol):
+    """What holds a named block, and can leave it without a word."""
+
+    def _leave(self) -> None: ...
+
+
+def at_exit(holder: Leaver) -> multiprocessing.util.Finalize:
+    """Have `holder` leave when this process ends, if it still lives then.
+
+    By multiprocessing's own finalizers, which children run too; not when the
+    holder is collected, at which time its mapping would still be there.
+    """
+    return multiprocessing.util.Finalize(holder, _Exit(holder), exitpriority=0)
+
+
+class _Exit:
+    def __init__(self, holder: Leaver) -> None:
+        self._reference = weakref.ref(holder)
+
+    def __call__(self) -> None:
+        holder = self._reference()
+        if holder is not None:
+            holder._leave()
 
 
 def check_name(name: str) -> str:

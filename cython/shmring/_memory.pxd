@@ -1,0 +1,21 @@
+"""The map of LockedMemory: plain shared bytes behind a lock word."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+# The file: a page of header, then the bytes.
+cdef struct MemoryHeader:
+    uint64_t magic
+    uint32_t version
+    uint32_t spare
+    uint64_t padding[6]
+    uint32_t lock  # on a line of its own
+
+cdef class LockedMemory:
+    cdef MemoryHeader *header
+    cdef char *data
+    cdef readonly uint64_t size
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+    cdef int copy(self, char *target, const char *source, uint64_t bytes) except -1
+    cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF

@@ -1,0 +1,130 @@
+"""Plain shared bytes, copied in and out under a lock word that stands beside them.
+
+The lock survives its owner: after a kill inside `write` the bytes may be half
+old and half new (there is no message to be whole), but nobody is blocked.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmring._sync cimport (
+    LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, lock_release, lock_wait, sync_start,
+)
+
+import operator
+import os
+
+from shmring.errors import InvalidArgument, LayoutMismatch, RingCorrupted
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t length)
+    const int PROT_READ
+    const int PROT_WRITE
+    const int MAP_SHARED
+    void *MAP_FAILED
+
+cdef enum:
+    PAGE = 4096
+
+cdef uint32_t VERSION = 1
+
+MEMORY_HEADER_BYTES = PAGE
+
+sync_start()
+
+
+@cython.binding(False)
+cdef class LockedMemory:
+    """A mapping of a block: `size` bytes behind a page of header.
+
+    Supports the buffer protocol, without the lock.  The mapping lives as long
+    as this object, and so as long as any array made from it.
+    """
+
+    def __cinit__(self, int fd, uint64_t size, uint64_t magic):
+        cdef void *start
+        found = os.fstat(fd).st_size
+        if found < PAGE + size:
+            raise InvalidArgument(f"the block has {max(0, found - PAGE)} bytes of data, size={size} were asked for")
+        start = mmap(NULL, PAGE + size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if start == MAP_FAILED:
+            raise MemoryError(f"{size} bytes of shared memory could not be mapped")
+        self.header = <MemoryHeader *>start
+        self.size = size
+        self.data = <char *>start + PAGE
+        if self.header.magic != magic or self.header.version != VERSION:
+            raise LayoutMismatch(
+                f"not a block of SharedMemoryManager: it begins with {self.header.magic:#018x}, version"
+                f" {self.header.version}; expected {magic:#018x}, version {VERSION}"
+            )
+
+    def __dealloc__(self):
+        if self.header != NULL:
+            munmap(self.header, PAGE + self.size)
+
+    cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF:
+        """Return the offset, if [offset, offset + length) lies inside."""
+        if length < 0 or offset < 0 or offset + length > self.size:
+            raise InvalidArgument(
+                f"offset={offset}, length={length}: the block has bytes 0 to {self.size}"
+            )
+        return offset
+
+    cdef int copy(self, char *target, const char *source, uint64_t bytes) except -1:
+        cdef int result = LOCK_BUSY
+        while result == LOCK_BUSY:
+            with nogil:
+                result = lock_wait(&self.header.lock, SYNC_SLICE_NS)
+                if result != LOCK_BUSY and result != LOCK_GARBAGE:
+                    memcpy(target, source, bytes)
+                    lock_release(&self.header.lock)
+            PyErr_CheckSignals()
+        if result == LOCK_GARBAGE:
+            raise RingCorrupted("the lock word names a thread that does not exist; create the block anew")
+        return 0
+
+    def write(self, data, offset=0):
+        """Copy a contiguous bytes-like object to `offset`, under the lock."""
+        cdef Py_buffer buffer
+        cdef uint64_t at
+        PyObject_GetBuffer(data, &buffer, PyBUF_CONTIG_RO)
+        try:
+            at = self.check_range(buffer.len, operator.index(offset))
+            self.copy(self.data + at, <char *>buffer.buf, <uint64_t>buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
+
+    def read(self, length, offset=0):
+        """Copy `length` bytes from `offset`, under the lock."""
+        cdef uint64_t at = self.check_range(operator.index(length), operator.index(offset))
+        taken = PyBytes_FromStringAndSize(NULL, length)
+        self.copy(PyBytes_AS_STRING(taken), self.data + at, <uint64_t>len(taken))
+        return taken
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.shape[0] = <Py_ssize_t>self.size
+        self.strides[0] = 1
+        buffer.buf = self.data
+        buffer.obj = self
+        buffer.len = <Py_ssize_t>self.size
+        buffer.itemsize = 1
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = NULL
+        if flags & PyBUF_FORMAT:
+            buffer.format = b"B"
+        buffer.shape = NULL
+        buffer.strides = NULL
+        if flags & PyBUF_ND:
+            buffer.shape = self.shape
+        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+            buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL

@@ -1,0 +1,43 @@
+"""The map of the compiled half of Queue: objects in, objects out."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmring._core cimport Item, Segment
+from shmring._handle cimport RingHandle
+
+cdef class ObjectRing(RingHandle):
+    cdef object encoder  # obj -> (kind, segments); never called under a lock
+    cdef object decoder  # kind, head, buffers -> obj
+    cdef bint raw  # bytes travel as they are, past the codec
+
+    # a pickler that is used again and again
+    cdef object pickler_type
+    cdef object loader
+    cdef object explain_encode
+    cdef object explain_decode
+    cdef object dump
+    cdef object clear_memo
+    cdef list chunks
+    cdef list buffers
+    cdef uint32_t pickler_free
+
+    cdef int renew_pickler(self) except -1
+    cdef object encode(self, object obj)
+    cdef object decode(self, uint32_t kind, object head, object buffers)
+    cdef object split(self, uint32_t kind, char *payload, uint64_t length)
+    cdef object next_object(self, object block, object timeout)
+    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, object block, object timeout) except -1
+    cdef int visit_locks(self) except -1
+    cdef int check_slot(self, uint64_t slot) except -1
+
+# One message on its way into the ring: what it is made of, and what keeps
+# that alive.
+cdef class Parcel:
+    cdef Item item
+    cdef Segment *segments
+    cdef Py_buffer *buffers
+    cdef int opened
+    cdef uint64_t *table
+    cdef object head
+
+    cdef int pack(self, object encoded, uint32_t kind) except -1

@@ -1,0 +1,574 @@
+"""The compiled half of Queue: one call from the object to the frame.
+
+`ObjectRing` knows two hooks, an encoder and a decoder, and never imports
+pickle.  `bytes` travel as they are; everything else is what the codec made of
+it: a head, and perhaps large buffers that travel beside it, out of band.
+
+Payload of a frame whose kind carries MULTI
+    +-------+----------+-----+--------------+------+----------+-----
+    | count | length 0 | ... | length n - 1 | head | buffer 1 | ...
+    +-------+----------+-----+--------------+------+----------+-----
+      u64     u64 each                        each where the one before ends
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
+from cpython.pyport cimport PY_SSIZE_T_MAX
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmring._core cimport BUSY, DONE, EMPTY, MAY_WAIT, PARTIAL, Item, Segment, Take, count_read
+from shmring._handle cimport RingHandle, deadline_of
+from shmring._layout cimport (
+    SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
+)
+from shmring._owner cimport owner_pid
+from shmring._sync cimport (
+    compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire64, load_relaxed32, monotonic_ns,
+    store_release64, wait_announce, wait_sleep, wait_wake_all,
+)
+
+from queue import Empty, Full
+
+from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
+
+cdef enum:
+    SMALL = 4096  # taken over the stack
+    SPAN_BYTES = 65536  # what one visit of get_many takes at most
+    TABLE_MOST = 500  # segments whose table fits into SMALL
+
+cdef uint32_t RAW = 0
+cdef uint32_t PLAIN = 1  # what an encoder that returns bytes means
+cdef uint32_t MULTI = 1u << 31
+
+
+@cython.binding(False)
+@cython.freelist(16)
+cdef class Parcel:
+    """One message on its way into the ring, and what keeps its bytes alive."""
+
+    def __cinit__(self):
+        self.segments = NULL
+        self.buffers = NULL
+        self.table = NULL
+        self.opened = 0
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.opened):
+            PyBuffer_Release(&self.buffers[i])
+        PyMem_Free(self.segments)
+        PyMem_Free(self.buffers)
+        PyMem_Free(self.table)
+
+    cdef int pack(self, object encoded, uint32_t kind) except -1:
+        cdef Py_ssize_t count, i
+        cdef tuple pair
+        self.item.owner = 0
+        if PyBytes_CheckExact(encoded):
+            parts = (encoded,)
+        else:
+            pair = encoded
+            kind = pair[0]
+            parts = pair[1]
+        count = len(parts)
+        if count < 1 or kind & MULTI:
+            raise ValueError(f"the codec returned {count} segments of kind {kind}")
+        self.segments = <Segment *>PyMem_Malloc((count + 1) * sizeof(Segment))
+        self.buffers = <Py_buffer *>PyMem_Malloc(count * sizeof(Py_buffer))
+        if self.segments == NULL or self.buffers == NULL:
+            raise MemoryError
+        self.item.length = 0
+        for i in range(count):
+            PyObject_GetBuffer(parts[i], &self.buffers[i], PyBUF_CONTIG_RO)
+            self.opened += 1
+            self.segments[i + 1].data = <char *>self.buffers[i].buf
+            self.segments[i + 1].length = <uint64_t>self.buffers[i].len
+            self.item.length += <uint64_t>self.buffers[i].len
+        self.item.kind = kind
+        if count == 1:
+            self.item.segments = self.segments + 1
+            self.item.count = 1
+            return 0
+        self.table = <uint64_t *>PyMem_Malloc((count + 1) * sizeof(uint64_t))
+        if self.table == NULL:
+            raise MemoryError
+        self.table[0] = <uint64_t>count
+        for i in range(count):
+            self.table[i + 1] = self.segments[i + 1].length
+        self.segments[0].data = <char *>self.table
+        self.segments[0].length = <uint64_t>(count + 1) * sizeof(uint64_t)
+        self.item.length += self.segments[0].length
+        self.item.kind |= MULTI
+        self.item.segments = self.segments
+        self.item.count = <int>(count + 1)
+        return 0
+
+
+@cython.binding(False)
+cdef class ObjectRing(RingHandle):
+    """The compiled half of shmring.Queue."""
+
+    def _set_codec(self, encoder, decoder, bint raw, pickler_type=None, loader=None,
+                   explain_encode=None, explain_decode=None):
+        """Install the hooks.
+
+        `encoder(obj)` returns (kind, segments) and `decoder(kind, head, buffers)`
+        the object.  With `raw`, exact bytes travel past both.  `pickler_type`
+        makes a pickler that is used again and again (dump, clear_memo, chunks,
+        buffers) in place of the encoder, `loader(head)` stands in for the
+        decoder where there are no buffers; `explain_encode(obj, error)` and
+        `explain_decode(head, buffers, error)` make the exceptions of these two.
+        """
+        self.encoder = encoder
+        self.decoder = decoder
+        self.raw = raw
+        self.pickler_type = pickler_type
+        self.loader = loader
+        self.explain_encode = explain_encode
+        self.explain_decode = explain_decode
+        self.renew_pickler()
+
+    cdef int renew_pickler(self) except -1:
+        if self.pickler_type is None:
+            self.pickler_free = 0
+            return 0
+        pickler = self.pickler_type()
+        self.dump = pickler.dump
+        self.clear_memo = pickler.clear_memo
+        self.chunks = pickler.chunks
+        self.buffers = pickler.buffers
+        self.pickler_free = 1
+        return 0
+
+    cdef object encode(self, object obj):
+        """bytes, or (kind, segments)."""
+        # Taken by one thread at a time; an object that puts while it is being
+        # pickled, and another thread, use the encoder.
+        if not compare_exchange32(&self.pickler_free, 1, 0):
+            return self.encoder(obj)
+        try:
+            self.dump(obj)
+        except Exception as error:
+            self.renew_pickler()  # this one is in an unknown state
+            raise self.explain_encode(obj, error) from error
+        except BaseException:
+            self.renew_pickler()
+            raise
+        head = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        self.chunks.clear()
+        self.clear_memo()
+        if self.buffers:
+            head = (PLAIN, [head, *self.buffers])
+            self.buffers.clear()
+        self.pickler_free = 1
+        return head
+
+    # ---- put --------------------------------------------------------------------------------
+
+    def put(self, obj, block=True, timeout=None):
+        """Put one object.
+
+        Without `maxsize` this never waits for a reader that does not read: the
+        queue grows, up to `max_capacity`.
+
+        Args:
+            obj: anything the codec can encode.
+            block: wait for room; otherwise Full at once.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            queue.Full: no room in time.
+            EncodeError: the object cannot be encoded; nothing was put.
+            MessageTooLarge: it can never fit into max_capacity.
+            ShutDown: the queue was shut down.
+            RingClosed: this handle was closed.
+        """
+        if self.put_object(obj, NULL, block, timeout) == 0:
+            raise Full
+
+    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, object block, object timeout) except -1:
+        cdef Segment segment
+        cdef Item item
+        cdef Parcel parcel
+        if self.raw and PyBytes_CheckExact(obj):
+            encoded = obj
+            item.kind = RAW
+        else:
+            encoded = self.encode(obj)
+            if not PyBytes_CheckExact(encoded):
+                parcel = Parcel.__new__(Parcel)
+                parcel.pack(encoded, PLAIN)
+                return self.put_or_wait(&parcel.item, 1, position, block, timeout)
+            item.kind = PLAIN
+        segment.data = PyBytes_AS_STRING(encoded)
+        item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(encoded)
+        item.segments = &segment
+        item.count = 1
+        item.owner = 0
+        return self.put_or_wait(&item, 1, position, block, timeout)
+
+    def put_nowait(self, obj):
+        """put(obj, block=False)."""
+        self.put(obj, False)
+
+    def _put_position(self, obj, block=True, timeout=None):
+        """Put, and return the position of the message, which a claim names."""
+        cdef uint64_t position = 0
+        if self.put_object(obj, &position, block, timeout) == 0:
+            raise Full
+        return position
+
+    def put_many(self, objects, block=True, timeout=None):
+        """Encode each object of an iterable, then put them under one lock a batch.
+
+        Args: as for `put`; `timeout` is for all of them together.
+
+        Raises:
+            queue.Full: with an attribute `count`, how many went in.
+        """
+        cdef list parcels = []
+        cdef Parcel parcel
+        cdef Item *items
+        cdef Py_ssize_t n, i
+        cdef Py_ssize_t done = 0
+        for obj in objects:
+            parcel = Parcel.__new__(Parcel)
+            if self.raw and PyBytes_CheckExact(obj):
+                parcel.pack(obj, RAW)
+            else:
+                parcel.pack(self.encode(obj), PLAIN)
+            parcels.append(parcel)
+        n = len(parcels)
+        if n == 0:
+            self.check_open()
+            return
+        items = <Item *>PyMem_Malloc(n * sizeof(Item))
+        if items == NULL:
+            raise MemoryError
+        try:
+            for i in range(n):
+                parcel = <Parcel>parcels[i]
+                items[i] = parcel.item
+            done = self.put_or_wait(items, n, NULL, block, timeout)
+        finally:
+            PyMem_Free(items)
+        if done < n:
+            full = Full(f"{done} of {n} objects went in")
+            full.count = done
+            raise full
+
+    # ---- get --------------------------------------------------------------------------------
+
+    cdef object decode(self, uint32_t kind, object head, object buffers):
+        if buffers is None:
+            if self.raw and kind == RAW:
+                return head
+            if kind == PLAIN and self.loader is not None:
+                try:
+                    return self.loader(head)
+                except Exception as error:
+                    raise self.explain_decode(head, (), error) from error
+            buffers = ()
+        return self.decoder(kind, head, buffers)
+
+    cdef object split(self, uint32_t kind, char *payload, uint64_t length):
+        """Decode a MULTI payload that lies in private memory; lengths are untrusted."""
+        cdef uint64_t count, at, part, i
+        cdef list buffers = []
+        if length < 8:
+            raise RingCorrupted(f"a message of {length} bytes has no table of segments")
+        memcpy(&count, payload, 8)
+        if count < 1 or count > (length - 8) // 8:
+            raise RingCorrupted(f"a message of {length} bytes claims {count} segments")
+        at = 8 + 8 * count
+        head = None
+        for i in range(count):
+            memcpy(&part, payload + 8 + 8 * i, 8)
+            if part > length - at:
+                raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {length} bytes")
+            if i == 0:
+                head = PyBytes_FromStringAndSize(payload + at, <Py_ssize_t>part)
+            else:
+                buffers.append(PyByteArray_FromStringAndSize(payload + at, <Py_ssize_t>part))
+            at += part
+        return self.decode(kind & ~MULTI, head, buffers)
+
+    def get(self, block=True, timeout=None):
+        """Take the next object.
+
+        Args:
+            block: wait for one; otherwise Empty at once.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            queue.Empty: nothing came in time.
+            DecodeError: a message was taken and could not be decoded.
+            ShutDown: the queue was shut down and is empty.
+            RingClosed: this handle was closed.
+        """
+        return self.next_object(block, timeout)
+
+    cdef object next_object(self, object block, object timeout):
+        cdef char room[SMALL]
+        cdef Take take
+        cdef Segment targets[TABLE_MOST + 1]
+        cdef uint64_t count, part, total, i
+        cdef Segment target
+        cdef list buffers
+        cdef int result
+        take.room = room
+        take.room_bytes = SMALL
+        take.leaser = 0
+        while True:
+            result = self.take_or_wait(&take, block, timeout)
+            if result == DONE:
+                if take.kind & MULTI:
+                    return self.split(take.kind, room, take.length)
+                head = PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
+                return self.decode(take.kind, head, None)
+            if result != PARTIAL:
+                raise Empty
+            if not take.kind & MULTI:
+                head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
+                target.data = PyBytes_AS_STRING(head)
+                target.length = take.length
+                take.targets = &target
+                take.target_count = 1
+                if self.take_into(&take) == DONE:
+                    return self.decode(take.kind, head, None)
+                continue
+            memcpy(&count, room, 8)
+            if count < 1 or count > TABLE_MOST:
+                # a table larger than the stack: take it whole, then split
+                whole = PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>take.length)
+                target.data = PyByteArray_AS_STRING(whole)
+                target.length = take.length
+                take.targets = &target
+                take.target_count = 1
+                if self.take_into(&take) == DONE:
+                    return self.split(take.kind, PyByteArray_AS_STRING(whole), take.length)
+                continue
+            targets[0].data = room
+            targets[0].length = total = 8 + 8 * count
+            buffers = []
+            head = None
+            for i in range(count):
+                memcpy(&part, room + 8 + 8 * i, 8)
+                if part > take.length - total:
+                    raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {take.length} bytes")
+                total += part
+                if i == 0:
+                    head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>part)
+                    targets[1].data = PyBytes_AS_STRING(head)
+                else:
+                    buffer = PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>part)
+                    targets[i + 1].data = PyByteArray_AS_STRING(buffer)
+                    buffers.append(buffer)
+                targets[i + 1].length = part
+            if total != take.length:
+                raise RingCorrupted(f"segments of {total} bytes in a message of {take.length} bytes")
+            take.targets = targets
+            take.target_count = <int>count + 1
+            if self.take_into(&take) == DONE:
+                return self.decode(take.kind & ~MULTI, head, buffers)
+
+    def get_nowait(self):
+        """get(block=False)."""
+        return self.next_object(False, None)
+
+    def get_many(self, max_items=None, block=True, timeout=None):
+        """Wait for one object, then take what is there, in order.
+
+        Args:
+            max_items: how many at most, None for all that are there.
+            block, timeout: as for `get`, for the first one.
+
+        Returns:
+            A list of objects, at least one.
+
+        Raises: as `get`.  A DecodeError carries the objects of the same batch
+            that were decoded in its attribute `items`: nothing else is lost.
+        """
+        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max_items
+        cdef char *room
+        cdef uint64_t size = 0
+        cdef uint64_t at
+        cdef Frame *frame
+        cdef int result
+        cdef list taken
+        cdef object failed = None
+        if most < 1:
+            raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+        taken = [self.next_object(block, timeout)]
+        room = <char *>PyMem_Malloc(SPAN_BYTES)
+        if room == NULL:
+            return taken
+        try:
+            while len(taken) < most and failed is None:
+                result = self.take_span(room, SPAN_BYTES, most - len(taken), &size, 0)
+                if result == PARTIAL:
+                    try:
+                        taken.append(self.next_object(False, None))
+                        continue
+                    except Empty:
+                        break
+                    except DecodeError as error:
+                        failed = error
+                        break
+                if result != DONE:
+                    break  # an error shows itself in the next call; what was taken is not lost
+                at = 0
+                while at < size:
+                    frame = <Frame *>(room + at)
+                    try:
+                        if frame.kind & MULTI:
+                            taken.append(self.split(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
+                        else:
+                            taken.append(self.decode(frame.kind, PyBytes_FromStringAndSize(
+                                <char *>frame + SHMRING_FRAME_BYTES, <Py_ssize_t>frame.length), None))
+                    except DecodeError as error:
+                        failed = failed or error
+                    at += shmring_frame_span(frame.length)
+        finally:
+            PyMem_Free(room)
+        if failed is not None:
+            failed.items = taken
+            raise failed
+        return taken
+
+    # ---- joining ------------------------------------------------------------------------------
+
+    def _task_done(self):
+        """One message was worked off; False if there was none left to be."""
+        cdef Header *h
+        cdef uint64_t done, puts
+        self.check_open()
+        h = self.header
+        while True:
+            done = load_acquire64(&h.done_count)
+            puts = count_read(&h.put_count, &h.write_position)
+            if done >= puts:
+                return False
+            if compare_exchange64(&h.done_count, done, done + 1):
+                break
+        fence_full()
+        if done + 1 == puts:
+            wait_wake_all(&h.done_wait)
+        return True
+
+    def _unfinished(self):
+        cdef uint64_t done, puts
+        self.check_open()
+        done = load_acquire64(&self.header.done_count)
+        puts = count_read(&self.header.put_count, &self.header.write_position)
+        return puts - done if puts > done else 0
+
+    def _join_all(self, timeout=None):
+        """Wait until every message was worked off; False when time ran out."""
+        cdef Header *h
+        cdef int64_t until = deadline_of(timeout)
+        cdef uint32_t announced
+        self.check_open()
+        h = self.header
+        fetch_add64(&self.inside, 1)
+        try:
+            while True:
+                announced = wait_announce(&h.done_wait)
+                if self._unfinished() == 0 or load_relaxed32(&h.shutdown) == 2:
+                    return True
+                if monotonic_ns() >= until:
+                    return False
+                with nogil:
+                    wait_sleep(&h.done_wait, announced, until - monotonic_ns())
+                PyErr_CheckSignals()
+        finally:
+            fetch_add64(&self.inside, -1)
+
+    # ---- claims ---------------------------------------------------------------------------------
+    #
+    # A claim is the interval of positions that its holder took and has not
+    # answered.  It is written under the consumers' lock before read_position,
+    # and counts only up to read_position; so it is there whenever the message
+    # is gone, whatever instruction the holder died at.
+
+    def _claim_open(self):
+        """Claim what this handle takes from now on; returns the slot.
+
+        The claims' page of the file must have been allocated.
+        """
+        cdef Claim *claims
+        cdef uint64_t i, me
+        self.check_open()
+        claims = self.header.claims
+        me = self.myself()
+        for i in range(SHMRING_CLAIM_COUNT):
+            if load_acquire64(&claims[i].owner) == 0 and compare_exchange64(&claims[i].owner, 0, me):
+                store_release64(&claims[i].high, 0)
+                store_release64(&claims[i].low, 0)
+                self.claim = &claims[i]
+                return i
+        raise RuntimeError(f"all {SHMRING_CLAIM_COUNT} claim slots of this queue are taken")
+
+    def _claim_release(self, uint64_t slot):
+        """What was claimed is answered, and the answer is committed."""
+        self.check_slot(slot)
+        store_release64(&self.header.claims[slot].low, self.header.claims[slot].high)
+
+    def _claim_close(self, uint64_t slot):
+        """Claim no more."""
+        self._claim_release(slot)
+        self.claim = NULL
+        store_release64(&self.header.claims[slot].owner, 0)
+
+    def _claim_free(self, uint64_t slot):
+        """Free the slot of a dead holder, after what it claimed was put back."""
+        self._claim_release(slot)
+        store_release64(&self.header.claims[slot].owner, 0)
+
+    def _claims(self):
+        """[(slot, pid, low, high)] of all holders; low < high is a claim.
+
+        Takes and releases each lock once, the producers' first: that recovers
+        them if their owner died, which cancels claims that were not committed.
+        """
+        cdef uint64_t i
+        cdef Claim claim
+        cdef list found = []
+        self.check_open()
+        self.visit_locks()
+        for i in range(SHMRING_CLAIM_COUNT):
+            claim = self.header.claims[i]
+            if claim.owner != 0:
+                found.append((i, owner_pid(claim.owner), claim.low, claim.high))
+        return found
+
+    cdef int visit_locks(self) except -1:
+        cdef int result
+        cdef int side
+        for side in range(2):
+            result = BUSY
+            while result == BUSY:
+                with nogil:
+                    if side == 0:
+                        result = self.lock_producers(MAY_WAIT)
+                        if result == DONE:
+                            self.unlock_producers()
+                    else:
+                        result = self.lock_consumers(MAY_WAIT)
+                        if result == DONE:
+                            self.unlock_consumers()
+                PyErr_CheckSignals()
+            if result != DONE:
+                self.raise_outcome(result)
+        return 0
+
+    cdef int check_slot(self, uint64_t slot) except -1:
+        self.check_open()
+        if slot >= SHMRING_CLAIM_COUNT:
+            raise InvalidArgument(f"slot={slot}: a queue has {SHMRING_CLAIM_COUNT} claim slots")
+        return 0

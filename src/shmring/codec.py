@@ -1,0 +1,235 @@
+"""Objects to frames and back.
+
+A codec turns an object into a *kind* and *segments*: the head, and perhaps
+large buffers that travel beside it, so that they are copied once in and once
+out.  Kind 0 is plain bytes; 1 to 255 are the codecs' own.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
+
+from shmring.errors import DecodeError, EncodeError, InvalidArgument
+
+__all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
+
+Segment = bytes | bytearray | memoryview
+
+KIND_BYTES = 0
+KIND_PICKLE = 1
+KIND_MSGPACK = 2
+KIND_USER = 3
+
+_IN_BAND_BYTES = 512  # a buffer smaller than this costs less inside the pickle
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What ``codec=`` takes beside the names "pickle", "bytes" and "msgpack"."""
+
+    def dumps(self, obj: Any) -> Segment:
+        """Turn an object into bytes."""
+        ...
+
+    def loads(self, data: bytes) -> Any:
+        """Turn what :meth:`dumps` returned back into an object."""
+        ...
+
+
+class ReusedPickler:
+    """One C pickler, used again and again: a fresh one costs three times as much.
+
+    It knows the reducers that multiprocessing registers (ForkingPickler), also
+    those registered later.  Not for two users at a time.
+
+    Attributes:
+        chunks: what `dump` wrote, usually one piece; the caller takes it.
+        buffers: what travels out of band; the caller takes it.
+    """
+
+    __slots__ = ("buffers", "chunks", "clear_memo", "dump")
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+        self.buffers: list[memoryview] = []
+        pickler = pickle.Pickler(
+            SimpleNamespace(write=self.chunks.append),
+            protocol=5,
+            buffer_callback=self._keep_in_band,
+        )
+        registered: Any = ForkingPickler
+        pickler.dispatch_table = ChainMap(registered._extra_reducers, copyreg.dispatch_table)
+        self.dump: Callable[[Any], None] = pickler.dump
+        self.clear_memo: Callable[[], None] = pickler.clear_memo
+
+    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:
+            return True  # not contiguous
+        if raw.nbytes < _IN_BAND_BYTES:
+            return True
+        self.buffers.append(raw)
+        return False
+
+
+class PickleCodec:
+    """Pickle protocol 5 with large buffers out of band; the default."""
+
+    def encode(self, obj: Any) -> tuple[int, list[Segment]]:
+        """Pickle an object.
+
+        Returns:
+            the kind, and the pickle followed by its out-of-band buffers.
+
+        Raises:
+            EncodeError: naming the type, and the attribute that failed.
+        """
+        pickler = ReusedPickler()
+        try:
+            pickler.dump(obj)
+        except Exception as error:
+            raise encode_error(obj, error) from error
+        chunks = pickler.chunks
+        head = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return KIND_PICKLE, [head, *pickler.buffers]
+
+    def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
+        """Unpickle: this runs code of the sender's choosing.
+
+        Raises:
+            DecodeError: whatever went wrong, with the sizes.
+        """
+        if kind == KIND_BYTES and not buffers:
+            return head
+        if kind != KIND_PICKLE:
+            raise DecodeError(f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}")
+        try:
+            return pickle.loads(head, buffers=buffers)
+        except Exception as error:
+            raise decode_error(head, buffers, error) from error
+
+
+class BytesCodec:
+    """Bytes-like objects only; nothing is ever unpickled.  They arrive as bytes."""
+
+    def encode(self, obj: Any) -> tuple[int, list[Segment]]:
+        """Check that `obj` is bytes-like and contiguous; EncodeError otherwise."""
+        try:
+            view = memoryview(obj)
+        except TypeError:
+            raise EncodeError(
+                f'codec="bytes" carries bytes-like objects, not {type(obj).__name__}'
+            ) from None
+        if not view.contiguous:
+            raise EncodeError('codec="bytes" carries contiguous buffers: make a copy with bytes(...)')
+        return KIND_BYTES, [view.cast("B") if view.ndim != 1 or view.format != "B" else view]
+
+    def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> bytes:
+        """The bytes themselves; DecodeError for a frame of another codec."""
+        if kind != KIND_BYTES or buffers:
+            raise DecodeError(f"a message of {len(head)} bytes has kind {kind}, not plain bytes")
+        return head
+
+
+class UserCodec:
+    """A user's object with ``dumps`` and ``loads``."""
+
+    kind = KIND_USER
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+
+    def encode(self, obj: Any) -> tuple[int, list[Segment]]:
+        """What ``dumps`` returns; what it raises is wrapped in EncodeError."""
+        try:
+            return self.kind, [self._codec.dumps(obj)]
+        except Exception as error:
+            raise encode_error(obj, error) from error
+
+    def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
+        """What ``loads`` returns; what it raises is wrapped in DecodeError."""
+        if kind != self.kind or buffers:
+            raise DecodeError(f"a message of {len(head)} bytes has kind {kind}, not {self.kind}")
+        try:
+            return self._codec.loads(head)
+        except Exception as error:
+            raise decode_error(head, buffers, error) from error
+
+
+class MsgpackCodec(UserCodec):
+    """MessagePack by msgspec: no code is run on arrival, other languages can read it."""
+
+    kind = KIND_MSGPACK
+
+    def __init__(self) -> None:
+        try:
+            from msgspec import msgpack
+        except ImportError:
+            raise ImportError(
+                'codec="msgpack" needs msgspec: pip install "shmring[msgpack]"'
+            ) from None
+        super().__init__(SimpleNamespace(dumps=msgpack.encode, loads=msgpack.decode))
+
+
+def find_codec(codec: Any) -> Any:
+    """The codec behind a ``codec=`` argument.
+
+    Args:
+        codec: "pickle", "bytes", "msgpack", or an object with ``encode`` and
+            ``decode``, or with ``dumps`` and ``loads``.
+
+    Raises:
+        InvalidArgument: it is none of these.
+        ImportError: "msgpack" without the extra; the text names it.
+    """
+    if codec == "pickle":
+        return PickleCodec()
+    if codec == "bytes":
+        return BytesCodec()
+    if codec == "msgpack":
+        return MsgpackCodec()
+    if hasattr(codec, "encode") and hasattr(codec, "decode") and not isinstance(codec, str):
+        return codec
+    if isinstance(codec, Codec):
+        return UserCodec(codec)
+    raise InvalidArgument(
+        f'codec={codec!r}: "pickle", "bytes", "msgpack" or an object with dumps and loads'
+    )
+
+
+def encode_error(obj: Any, error: BaseException) -> EncodeError:
+    """Say which object could not be encoded and, if it can be found, which part."""
+    culprit = _culprit(obj)
+    where = f": {culprit} is the part that cannot travel" if culprit else ""
+    return EncodeError(f"a {type(obj).__qualname__} cannot be put ({error}){where}")
+
+
+def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
+    """Say how large the message was that could not be decoded; it is consumed."""
+    size = len(head) + sum(len(buffer) for buffer in buffers)
+    return DecodeError(
+        f"a message of {size} bytes was taken and cannot be decoded: {type(error).__name__}: {error}"
+    )
+
+
+def _culprit(obj: Any) -> str | None:
+    """The first attribute, item or element that cannot be pickled on its own."""
+    if isinstance(obj, dict):
+        parts = [(f"[{key!r}]", value) for key, value in obj.items()]
+    elif isinstance(obj, list | tuple | set | frozenset):
+        parts = [(f"[{index}]", value) for index, value in enumerate(obj)]
+    else:
+        parts = [(f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items()]
+    for label, value in parts[:1000]:
+        try:
+            pickle.dumps(value, protocol=5)
+        except Exception:
+            return f"{label} (a {type(value).__qualname__}){_culprit(value) or ''}"
+    return None

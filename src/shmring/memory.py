@@ -1,0 +1,194 @@
+"""SharedMemoryManager: bytes that several processes read and write in place."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import TYPE_CHECKING, Any, Self
+
+from shmring import segment
+from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
+from shmring.errors import InvalidArgument, RingClosed, RingExists, RingNotFound
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["SharedMemoryManager"]
+
+
+class SharedMemoryManager:
+    """A named block of shared memory with a lock inside.
+
+    Not :class:`multiprocessing.managers.SharedMemoryManager`, which hands out
+    blocks and removes them; this is one block.  (For that reason the name is
+    left out of ``from shmring import *``.)  No resource tracker is involved: a
+    process that merely attached never removes the block.
+
+    Args:
+        name: a file in /dev/shm.
+        size: bytes.
+
+    One process calls :meth:`create`, the others :meth:`connect`.  Reads and
+    writes exclude each other in all processes; a process that is killed inside
+    one blocks nobody, and may leave a write half done.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = segment.check_name(name)
+        self.size = operator.index(size)
+        if self.size <= 0:
+            raise InvalidArgument(f"size={size}: a block has at least 1 byte")
+        self._memory: LockedMemory | None = None
+        self._fd = -1
+        self._creator_pid = 0
+
+    def create(self) -> bool:
+        """Make the block, filled with zeros; False if the name is in use.
+
+        Raises:
+            SharedMemoryFull: /dev/shm has no room.
+        """
+        self._check_unused()
+        try:
+            fd = segment.create_named(self.name, MEMORY_HEADER_BYTES + self.size, header=self._header())
+        except RingExists:
+            return False
+        self._map(fd)
+        self._creator_pid = os.getpid()
+        return True
+
+    def connect(self) -> bool:
+        """Attach to a block that exists; False if there is none.
+
+        Raises:
+            AccessRefused: it is somebody else's.
+            LayoutMismatch: it is not a block of this class.
+            InvalidArgument: it is smaller than `size`.
+        """
+        self._check_unused()
+        try:
+            fd = segment.open_named(self.name)
+        except RingNotFound:
+            return False
+        self._map(fd)
+        return True
+
+    def _check_unused(self) -> None:
+        if self._memory is not None:
+            raise RuntimeError(f"{self.name!r} is attached already: call cleanup() first")
+
+    def _header(self) -> bytes:
+        return segment.MEMORY_MAGIC.to_bytes(8, "little") + (1).to_bytes(8, "little")
+
+    def _map(self, fd: int) -> None:
+        try:
+            self._memory = LockedMemory(fd, self.size, segment.MEMORY_MAGIC)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        self._pid = os.getpid()
+        self._exit = segment.at_exit(self)
+
+    def _attached(self) -> LockedMemory:
+        if self._memory is None:
+            raise RingClosed(f"the block {self.name!r} is closed: call create() or connect() first")
+        return self._memory
+
+    def write_data(self, data: Any, offset: int = 0) -> None:
+        """Copy a contiguous bytes-like object into the block, under the lock.
+
+        Raises:
+            InvalidArgument: `offset` is negative, or the end lies past `size`.
+        """
+        self._attached().write(data, offset)
+
+    def read_data(self, length: int, offset: int = 0) -> bytes:
+        """Copy `length` bytes out of the block, under the lock.
+
+        Raises:
+            InvalidArgument: `length` or `offset` is negative, or the end lies
+                past `size`.
+        """
+        return self._attached().read(length, offset)
+
+    def as_array(self, dtype: Any, shape: Any, offset: int = 0) -> numpy.ndarray[Any, Any]:
+        """A writable numpy view of the block, without the lock.
+
+        Args:
+            dtype: of the elements.
+            shape: an int or a tuple of ints.
+            offset: bytes from the beginning.
+
+        The view keeps the memory mapped, also after :meth:`cleanup`.
+
+        Raises:
+            InvalidArgument: the array would reach past `size`.
+            ImportError: numpy is not installed.
+        """
+        try:
+            import numpy
+        except ImportError:
+            raise ImportError('as_array needs numpy: pip install "shmring[numpy]"') from None
+        kind = numpy.dtype(dtype)
+        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        count = 1
+        for dimension in dimensions:
+            count *= operator.index(dimension)
+        memory = self._attached()
+        if offset < 0 or min(dimensions, default=0) < 0 or offset + count * kind.itemsize > self.size:
+            raise InvalidArgument(
+                f"dtype={kind}, shape={shape}, offset={offset}: {count * kind.itemsize} bytes from there"
+                f" do not lie inside the block's {self.size}"
+            )
+        return numpy.ndarray(dimensions, kind, memoryview(memory), offset)
+
+    def cleanup(self) -> None:
+        """Leave the block.  The creator removes the name; others only detach."""
+        if self._memory is None:
+            return
+        self._memory = None
+        fd, self._fd = self._fd, -1
+        self._exit.cancel()
+        found = os.fstat(fd)
+        os.close(fd)
+        identity = (found.st_dev, found.st_ino)
+        if self._creator_pid != os.getpid():
+            segment.release(self.name, identity)
+            return
+        try:
+            segment.unlink(self.name, identity)
+        except RingNotFound:
+            pass  # somebody removed it first
+
+    def _leave(self) -> None:
+        if self._pid == os.getpid():
+            try:
+                self.cleanup()
+            except OSError:
+                pass
+
+    def __del__(self) -> None:
+        if getattr(self, "_memory", None) is not None:
+            self._leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cleanup()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attached, (self.name, self.size)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._memory is None else "attached"
+        return f"<shmring.SharedMemoryManager {self.name!r} of {self.size} bytes, {state}>"
+
+
+def _attached(name: str, size: int) -> SharedMemoryManager:
+    memory = SharedMemoryManager(name, size)
+    if not memory.connect():
+        raise RingNotFound(2, f"/dev/shm/{name} does not exist (any more)")
+    return memory
+

@@ -1,0 +1,187 @@
+"""Queue, JoinableQueue and SimpleQueue: drop-ins for multiprocessing's.
+
+The names, arguments and exceptions are those of the standard library.  What
+differs on purpose: an object that cannot be pickled raises in ``put``;
+``qsize``, ``empty`` and ``full`` are true at an instant during the call;
+``close`` affects this handle only; there is no feeder thread, so a process can
+always exit.
+"""
+
+from __future__ import annotations
+
+import operator
+import pickle
+import types
+from typing import Any, Generic, Self, TypeVar
+
+from shmring import segment
+from shmring._queue import ObjectRing
+from shmring.codec import BytesCodec, PickleCodec, ReusedPickler, decode_error, encode_error, find_codec
+from shmring.errors import InvalidArgument
+from shmring.handle import SharedHandle, rounded_capacity
+
+__all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
+
+T = TypeVar("T")
+
+_FIRST_CAPACITY = 1 << 16  # small: two hundred idle queues fit into a container's 64 MiB
+
+
+class Queue(SharedHandle, ObjectRing, Generic[T]):
+    """A queue between processes, for any number of producers and consumers.
+
+    Args:
+        maxsize: how many objects it holds at most; 0 or less for no limit.
+        ctx: accepted for the sake of the standard library's signature; a queue
+            works under every start method at once.
+        codec: "pickle", "bytes" (nothing is ever unpickled), "msgpack" (extra),
+            or an object with ``dumps`` and ``loads``.
+        max_capacity: bytes to which it may grow; None is half of what /dev/shm,
+            memory and cgroup allow.
+        name: a file in /dev/shm by which others attach; None makes an anonymous
+            queue that leaves nothing behind.
+
+    Raises:
+        RingExists: the name is in use.
+        SharedMemoryFull: /dev/shm has no room.
+        InvalidArgument: an impossible name, codec or capacity.
+    """
+
+    _user_kind = 2
+
+    def __init__(
+        self,
+        maxsize: int = 0,
+        *,
+        ctx: Any = None,
+        codec: Any = "pickle",
+        max_capacity: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        try:
+            bound = max(0, operator.index(maxsize))
+        except TypeError:
+            raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
+        if bound >= 1 << 63:
+            raise InvalidArgument(f"maxsize={maxsize}: more messages than memory can ever hold")
+        if max_capacity is None:
+            limit = max(segment.default_max_capacity(), _FIRST_CAPACITY)
+        else:
+            limit = rounded_capacity("max_capacity", max_capacity)
+        self._choose(codec)
+        self._make(min(_FIRST_CAPACITY, limit), limit, bound, name)
+
+    @classmethod
+    def attach(cls, name: str, timeout: float | None = 0.0, *, codec: Any = "pickle") -> Self:
+        """Open a queue by name, from any process of this user.
+
+        Args:
+            name: as given to the constructor, or read from :attr:`name`.
+            timeout: seconds to wait for its creator; None for ever.
+            codec: as given to the constructor.
+
+        Raises:
+            RingNotFound: nothing of that name became ready in time.
+            LayoutMismatch: it is not a queue, or of another version.
+            AccessRefused: it is somebody else's, or of another PID namespace.
+        """
+        queue = cls.__new__(cls)
+        queue._choose(codec)
+        queue._join(name, timeout)
+        return queue
+
+    __class_getitem__ = classmethod(types.GenericAlias)
+
+    def _choose(self, codec: Any) -> None:
+        self._codec = codec
+        found = find_codec(codec)
+        raw = isinstance(found, PickleCodec | BytesCodec)
+        if isinstance(found, PickleCodec):
+            self._set_codec(
+                found.encode,
+                found.decode,
+                raw,
+                ReusedPickler,
+                pickle.loads,
+                encode_error,
+                decode_error,
+            )
+        else:
+            self._set_codec(found.encode, found.decode, raw)
+
+    def _state(self) -> dict[str, Any]:
+        return {"codec": self._codec}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._choose(state["codec"])
+
+    # ---- asked -----------------------------------------------------------------------------
+
+    def qsize(self) -> int:
+        """Objects in the queue, true at an instant during the call."""
+        return self._qsize()
+
+    def empty(self) -> bool:
+        """Whether there was nothing in the queue at an instant during the call."""
+        return self._qsize() == 0
+
+    def full(self) -> bool:
+        """Whether `maxsize` objects were in the queue at an instant during the call."""
+        bound = self._max_messages()
+        return bool(bound) and self._qsize() >= bound
+
+    # ---- ended -----------------------------------------------------------------------------
+
+    def shutdown(self, immediate: bool = False) -> None:
+        """Refuse further puts in every process; gets when empty, or at once.
+
+        Waiting producers, and consumers with nothing to take, get ShutDown.
+        """
+        self._shutdown(immediate)
+
+    def join_thread(self) -> None:
+        """Nothing to do: what was put is in the queue already."""
+
+    def cancel_join_thread(self) -> None:
+        """Nothing to do: a process never waits for its messages to be read."""
+
+    # ---- claims, for the coordinator ----------------------------------------------------------
+
+    def _claim_open(self) -> int:
+        # the page is backed only when the first worker asks for it
+        segment.allocate(self.fileno(), 4096, 4096)
+        return super()._claim_open()
+
+
+class JoinableQueue(Queue[T]):
+    """A Queue that counts which objects were worked off."""
+
+    _user_kind = 2
+
+    def task_done(self) -> None:
+        """An object that was taken is worked off.
+
+        Raises:
+            ValueError: called more often than there were objects.
+        """
+        if not self._task_done():
+            raise ValueError("task_done() called too many times")
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every object was worked off.
+
+        Args:
+            timeout: seconds to wait, None for ever.  A consumer that dies before
+                ``task_done`` is waited for, as in the standard library.
+
+        Returns:
+            False if time ran out.
+        """
+        return self._join_all(timeout)
+
+
+class SimpleQueue(Queue[T]):
+    """The small interface: empty, get, put and close."""
+
+    def __init__(self, *, ctx: Any = None, codec: Any = "pickle") -> None:
+        super().__init__(ctx=ctx, codec=codec)
