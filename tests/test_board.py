@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from support import run_in_process, wait_for
 
-from shmring import backend, board
+from shmring import board
+from shmring._backend import backend
 from shmring.board import (
     BOARD_BYTES,
     Board,
@@ -37,7 +38,7 @@ NAME = f"shmring.test-board-{os.getpid()}.board"
 
 
 def open_storage(name: str = NAME) -> Any:
-    if backend.backend == "ring":
+    if backend == "ring":
         return open_segment(name)
     return SharedFile.create_or_attach(name, BOARD_BYTES)
 
@@ -235,7 +236,7 @@ def test_random_bytes_in_a_slot_are_no_crash(shared: Board) -> None:
 
 def test_the_last_one_out_leaves_nothing() -> None:
     first, second = Board(open_storage()), Board(open_storage())
-    folder = "/dev/shm" if backend.backend == "ring" else fallback_folder()
+    folder = "/dev/shm" if backend == "ring" else fallback_folder()
     assert NAME in os.listdir(folder)
     first.close()
     first.close()

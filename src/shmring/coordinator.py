@@ -26,10 +26,10 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
-from shmring import backend
+from shmring._backend import backend
 from shmring.board import Role
 from shmring.errors import (
     EncodeError,
@@ -175,7 +175,7 @@ def coordinator_process(
                 raise InvalidArgument(
                     f"{name}={value!r} is for spawn=True: others start the workers"
                 )
-    if task_timeout is not None and backend.backend != "ring":
+    if task_timeout is not None and backend != "ring":
         raise NotSupportedByFallback(
             f"task_timeout={task_timeout:g}: a worker cannot be killed safely on the fallback, "
             "its death may wedge the pipe"
@@ -203,7 +203,7 @@ def coordinator_process(
             task_timeout=task_timeout,
             stop_at_failure=not return_exceptions,
             progress=progress,
-            total=len(tasks) if hasattr(tasks, "__len__") else None,
+            total=len(tasks) if isinstance(tasks, Sized) else None,
         )
         return run.run(shared_data, shutdown_timeout)
     finally:
@@ -311,7 +311,7 @@ class _Run:
         queue = self.ipc.message_queues[self.queue_name]
 
         def put(message: Message) -> tuple[int, int]:
-            if backend.backend == "ring":
+            if backend == "ring":
                 position: int = queue._put_position(message, timeout=_SLICE)
             else:
                 queue.put(message, True, _SLICE)
@@ -359,7 +359,7 @@ class _Run:
 
     def _settle(self, departed: list[Departure]) -> None:
         """Put back what the departed held, and nothing else."""
-        if backend.backend != "ring":
+        if backend != "ring":
             self._take_in(0)
             worst = departed[0]
             raise NotSupportedByFallback(
@@ -444,9 +444,9 @@ def _unpacked(good: bool, parts: tuple[Any, ...]) -> Any:
     if good:
         return value
     match value:
-        case (BaseException() as error, str() as text):
-            error.__cause__ = RemoteTraceback(text)
-            return Failure(error)
+        case (BaseException() as raised, str() as text):
+            raised.__cause__ = RemoteTraceback(text)
+            return Failure(raised)
     return Failure(RemoteError(f"a worker reported a failure that is none: {value!r}"))
 
 

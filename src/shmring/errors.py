@@ -10,7 +10,7 @@ exceptions of everyday flow, :data:`Full` and :data:`Empty`, *are* those of
 from __future__ import annotations
 
 import pickle
-import queue
+import sys
 from queue import Empty, Full
 
 __all__ = [
@@ -195,8 +195,8 @@ class NotSupportedByFallback(ShmringError):
     """Only the compiled ring can do this; the text names the reason."""
 
 
-if hasattr(queue, "ShutDown"):
-    ShutDown = queue.ShutDown
+if sys.version_info >= (3, 13):
+    from queue import ShutDown
 else:
 
     class ShutDown(Exception):

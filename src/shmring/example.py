@@ -7,7 +7,7 @@ import os
 import secrets
 from typing import Any
 
-from shmring import backend
+from shmring._backend import backend
 from shmring.coordinator import Report, coordinator_process
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import worker_process
@@ -77,7 +77,7 @@ def multiprocessing_example(
 
 def _print_summary(report: Report) -> None:
     print(
-        f"{len(report.results)} tasks in {report.seconds:.3f} s on the {backend.backend} back end"
+        f"{len(report.results)} tasks in {report.seconds:.3f} s on the {backend} back end"
     )
     for row in sorted(report.workers, key=lambda each: each.worker_id):
         print(

@@ -82,6 +82,7 @@ class Queue(Generic[T]):
     """
 
     _inner: Any
+    _closed: bool
 
     def __init__(
         self,
@@ -373,9 +374,20 @@ class JoinableQueue(Queue[T]):
         """
         self._inner.task_done()
 
-    def join(self) -> None:
-        """Wait until every message that was put has been dealt with."""
-        self._inner.join()
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every message that was put has been dealt with.
+
+        Args:
+            timeout: how long at most, in seconds; None is without end.
+
+        Returns:
+            False if time ran out.
+        """
+        check_timeout(timeout)
+        # The standard library's join(), which has no timeout, waits for the same condition.
+        done, unfinished = self._inner._cond, self._inner._unfinished_tasks
+        with done:
+            return bool(done.wait_for(unfinished._semlock._is_zero, timeout))
 
     def _drain(self) -> None:
         try:

@@ -54,6 +54,8 @@ class _Client(managers.BaseManager):
 
 
 _Client.register("queue", exposed=_METHODS)
+# Chosen by the client, as is the type of the proxy: the server only looks at the methods.
+_proxy_type = None
 
 
 class _Server(managers.Server):
@@ -95,7 +97,7 @@ class _Server(managers.Server):
         self.stop_event.set()
         # Nothing but a caller wakes accept().
         with contextlib.suppress(OSError):
-            connection.Client(self.address).close()
+            connection.Client(self.listener.address).close()
         with self._guard:
             for client in self._clients:
                 _hang_up(client)
@@ -149,7 +151,7 @@ class ServedQueue:
             key = secrets.token_bytes(32)
             # A name in Linux's abstract space goes with the process, however it ends.
             address = f"\0shmring-{secrets.token_hex(16)}" if sys.platform == "linux" else None
-            registry = {"queue": (lambda: local, _METHODS, None, managers.AutoProxy)}
+            registry = {"queue": (lambda: local, _METHODS, None, _proxy_type)}
             server = _Server(registry, address, key)
             text = json.dumps([key.hex(), _as_text(server.address)]).encode()
             endpoint.buffer[1 : 1 + len(text)] = text

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from multiprocessing import util
 from typing import Any, Literal, TypedDict, TypeVar
 
-from shmring import backend
+from shmring._backend import Queue, SharedMemoryManager, backend
 from shmring.board import (
     BOARD_BYTES,
     MAX_PROCESS_ID_BYTES,
@@ -39,6 +39,7 @@ from shmring.errors import (
     InvalidArgument,
     NameInUse,
     NameUnknown,
+    RingClosed,
     RingExists,
     RingNotFound,
 )
@@ -55,13 +56,13 @@ _NAME = re.compile(r"[^/\\\0]+")
 _MAX_NAME_BYTES = 100
 
 
-if backend.backend == "ring":
+if backend == "ring":
 
     def _create_queue(name: str, maxsize: int) -> Any:
-        return backend.Queue(maxsize, codec=MessageCodec(), name=name)
+        return Queue(maxsize, codec=MessageCodec(), name=name)
 
     def _attach_queue(name: str, timeout: float) -> Any:
-        return backend.Queue.attach(name, timeout, codec=MessageCodec())
+        return Queue.attach(name, timeout, codec=MessageCodec())
 
     def _open_board(name: str) -> BoardStorage:
         return open_segment(name)
@@ -128,6 +129,9 @@ class HighPerformanceIPC:
     Raises:
         InvalidArgument: an impossible process_id or namespace.
     """
+
+    _presence: _Presence | None
+    alive_processes: dict[str, float]
 
     def __init__(self, process_id: str, *, namespace: str | None = None) -> None:
         if not isinstance(process_id, str):
@@ -309,7 +313,7 @@ class HighPerformanceIPC:
             NameInUse: (a RuntimeError) it exists.
             InvalidArgument: an impossible name or size.
         """
-        memory = backend.SharedMemoryManager(self._full_name("m", memory_name), size)
+        memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
         if memory_name in self.shared_memories or not memory.create():
             raise NameInUse(f"shared memory {memory_name!r} exists in namespace {self.namespace!r}")
@@ -326,7 +330,7 @@ class HighPerformanceIPC:
             NameUnknown: (a RuntimeError) there is none.
             InvalidArgument: an impossible name or size.
         """
-        memory = backend.SharedMemoryManager(self._full_name("m", memory_name), size)
+        memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
         if memory_name in self.shared_memories:
             return
@@ -473,7 +477,7 @@ class HighPerformanceIPC:
         with contextlib.ExitStack() as stack:
             stack.callback(queue.close)
             # A served queue of the fallback goes with its creator's close().
-            if mine and backend.backend == "ring":
+            if mine and backend == "ring":
                 stack.callback(_unlink, queue)
 
     def close_shared_memory(self, memory_name: str) -> None:
@@ -540,11 +544,11 @@ class HighPerformanceIPC:
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._created: set[str] = set()
-        self._presence: _Presence | None = None
+        self._presence = None
         self.stats = dict.fromkeys(
             ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
         )
-        self.alive_processes: dict[str, float] = {}
+        self.alive_processes = {}
         self.last_heartbeat = 0.0
         # Unlike atexit, this also runs where multiprocessing ends a child.
         util.Finalize(None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20)
@@ -653,7 +657,8 @@ class HighPerformanceIPC:
 
 
 def _unlink(queue: Any) -> None:
-    with contextlib.suppress(RingNotFound):  # somebody removed the file: all the same
+    # Somebody removed the file, or closed the handle and the last one out removed it: all the same.
+    with contextlib.suppress(RingNotFound, RingClosed):
         queue.unlink()
 
 

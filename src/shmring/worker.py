@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pickle import PickleBuffer
 from typing import Any
 
-from shmring import backend
+from shmring._backend import backend
 from shmring.board import Role, Slot
 from shmring.codec import PickleCodec
 from shmring.errors import (
@@ -178,7 +178,7 @@ class Worker:
             return  # the coordinator made them first and removed them first: it has ended
         self._watched = self._find_coordinator()
         queue = self.ipc.message_queues[self._task_queue]
-        claim = queue._claim_open() if backend.backend == "ring" else None
+        claim = queue._claim_open() if backend == "ring" else None
         try:
             self._work(queue, claim)
         except (RingClosed, RingNotFound):
