@@ -82,9 +82,11 @@ cdef class RingCore:
     cdef object __weakref__
 
     # one attempt each: lock, look, copy, commit, unlock, wake
-    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil
+    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                       uint64_t *position, int flags) noexcept nogil
     cdef int take(self, Take *take, int flags) noexcept nogil
-    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t *bytes, int flags) noexcept nogil
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
+                       uint64_t *bytes, int flags) noexcept nogil
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
     cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil
     # what is done beside: the slow path
@@ -100,7 +102,8 @@ cdef class RingCore:
     cdef void unmap(self)
     # inside: called directly, not through the table of methods
     @final
-    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil
+    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                        uint64_t *position, int flags) noexcept nogil
     @final
     cdef int make_room(self, uint64_t pos, uint64_t span, uint64_t following, int flags) noexcept nogil
     @final

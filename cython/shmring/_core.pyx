@@ -68,8 +68,8 @@ cdef inline void count_on(Count *count, uint64_t position, uint64_t following, u
 cdef uint64_t count_read(const Count *count, const uint64_t *position) noexcept nogil:
     """A side's count without its lock."""
     cdef uint64_t stood, value = 0, at
-    cdef int turn
-    for turn in range(10000):  # bounded: the words may be garbage that never agrees
+    cdef int _turn
+    for _turn in range(10000):  # bounded: the words may be garbage that never agrees
         stood = load_acquire64(position)
         value = load_acquire64(&count.current)
         at = load_acquire64(&count.position)
@@ -214,7 +214,8 @@ cdef class RingCore:
 
     # ---- put ------------------------------------------------------------------------------
 
-    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil:
+    cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                       uint64_t *position, int flags) noexcept nogil:
         """Put as many of `items` from `done` on as fit, under one lock."""
         cdef Py_ssize_t before = done[0]
         cdef int result = self.lock_producers(flags)
@@ -227,7 +228,8 @@ cdef class RingCore:
         return result
 
     @cython.final
-    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int flags) noexcept nogil:
+    cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                        uint64_t *position, int flags) noexcept nogil:
         cdef Header *h = self.header
         cdef uint64_t pos, start, span, read, taken
         cdef uint64_t budget = 0xFFFFFFFFFFFFFFFF
@@ -571,10 +573,10 @@ cdef class RingCore:
             self.oversized = True
         h.empty_position = pos
 
-    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t *bytes, int flags) noexcept nogil:
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
+                       uint64_t *bytes, int flags) noexcept nogil:
         """Take up to `most` whole messages, frames and all, that fit into the
         room: copied as one span, split by the caller after unlocking."""
-        cdef Header *h = self.header
         cdef Take found
         cdef Frame *frame
         cdef uint64_t pos, end, length

@@ -16,7 +16,8 @@ cdef class RingHandle(RingCore):
     cdef unsigned int epoch  # of the process that opened the handle
 
     # how many of the items went in; fewer than `count` only when time ran out
-    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position, bint block, object timeout) except -1
+    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
+                                bint block, object timeout) except -1
     # DONE, PARTIAL (only the head, nothing was taken) or why nothing is there
     cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1
     # the second half of a large take; DONE or CHANGED (begin again)
@@ -27,7 +28,8 @@ cdef class RingHandle(RingCore):
     cdef int map_header(self) except -1
     cdef int open_areas(self) except -1
     cdef bint consumers_move(self) noexcept nogil
-    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int64_t until, bint first) noexcept nogil
+    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
+                       int64_t until, bint first) noexcept nogil
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil
     cdef bint spin_for_data(self) noexcept nogil
     cdef int take_slice(self, Take *take, int64_t until, bint first) noexcept nogil

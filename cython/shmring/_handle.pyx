@@ -13,7 +13,7 @@ from libc.errno cimport EBADF, EFBIG, EILSEQ, EMFILE, ENFILE, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from shmring._area cimport Mapping, area_open, area_release, area_stat
+from shmring._area cimport area_open, area_release, area_stat
 from shmring._core cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY, FULL,
     FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME, POISON_POSITIONS,
@@ -199,8 +199,8 @@ cdef class RingHandle(RingCore):
         cdef Header *h = self.header
         cdef uint64_t written, read
         cdef int error = 0
-        cdef int turn
-        for turn in range(1000):  # a generation can be given back between reading and mapping it
+        cdef int _turn
+        for _turn in range(1000):  # a generation can be given back between reading and mapping it
             written = load_acquire64(&h.write_generation)
             read = load_acquire64(&h.read_generation)
             error = area_open(h, self.fd, &self.file, written, &self.producer_mapping)
@@ -243,7 +243,8 @@ cdef class RingHandle(RingCore):
                 return True
         return False
 
-    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position, int64_t until, bint first) noexcept nogil:
+    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
+                       int64_t until, bint first) noexcept nogil:
         """One slice of a waiting put; looks last, so that its answer is fresh."""
         cdef Header *h = self.header
         cdef uint32_t announced
@@ -273,7 +274,8 @@ cdef class RingHandle(RingCore):
             return FULL
         return result
 
-    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position, bint block, object timeout) except -1:
+    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
+                                bint block, object timeout) except -1:
         cdef Py_ssize_t done = 0
         cdef Py_ssize_t i
         cdef int64_t until = 0
@@ -340,11 +342,11 @@ cdef class RingHandle(RingCore):
         cdef Header *h = self.header
         cdef uint32_t cpu = current_cpu()
         cdef uint32_t other = load_relaxed32(&h.producer_cpu)
-        cdef int i
+        cdef int _turn
         store_relaxed32(&h.consumer_cpu, cpu)
         if other == cpu or other == SHMRING_NO_CPU:
             return False
-        for i in range(SPIN_TURNS):
+        for _turn in range(SPIN_TURNS):
             if load_acquire64(&h.write_position) != load_relaxed64(&h.read_position):
                 return True
             spin_pause()
@@ -539,10 +541,10 @@ cdef class RingHandle(RingCore):
         """Messages in the ring: true at an instant during the call."""
         cdef Header *h
         cdef uint64_t written, puts, gets
-        cdef int turn
+        cdef int _turn
         self.check_open()
         h = self.header
-        for turn in range(1000):
+        for _turn in range(1000):
             written = load_acquire64(&h.write_position)
             puts = count_read(&h.put_count, &h.write_position)
             gets = count_read(&h.get_count, &h.read_position)

@@ -14,14 +14,16 @@ Payload of a frame whose kind carries MULTI
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
+)
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._core cimport BUSY, DONE, EMPTY, MAY_WAIT, PARTIAL, Item, Segment, Take, count_read
+from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take, count_read
 from shmring._handle cimport RingHandle, deadline_of
 from shmring._layout cimport (
     SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,

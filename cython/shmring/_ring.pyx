@@ -12,17 +12,18 @@ from cpython.buffer cimport (
     PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release,
     PyObject_CheckBuffer, PyObject_GetBuffer,
 )
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
+)
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport uint64_t
 
 from shmring._area cimport area_release
-from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, MAY_WAIT, Item, Segment, Take
+from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, Item, Segment, Take
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, handle_enter, handle_leave, sync_epoch, sync_start
+from shmring._sync cimport fetch_add64, sync_epoch, sync_start
 
 import threading
 from queue import Empty, Full
@@ -412,12 +413,12 @@ cdef class FrameView:
     def __dealloc__(self):
         # a block that was never left: its generator or frame was dropped
         cdef int result = BUSY
-        cdef int turn
+        cdef int _turn
         if self.live and self.epoch == sync_epoch() and self.ring.header != NULL:
             if self.writable:
                 self.ring.finish_reservation(self.payload, self.position, False)
             else:
-                for turn in range(20):
+                for _turn in range(20):
                     if result == BUSY:
                         result = self.ring.finish_lease(self.position, False)
             area_release(self.mapping)

@@ -63,8 +63,8 @@ class ReusedPickler:
             protocol=5,
             buffer_callback=self._keep_in_band,
         )
-        registered: Any = ForkingPickler
-        pickler.dispatch_table = ChainMap(registered._extra_reducers, copyreg.dispatch_table)
+        registered: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        pickler.dispatch_table = ChainMap(registered, copyreg.dispatch_table)  # type: ignore[arg-type]
         self.dump: Callable[[Any], None] = pickler.dump
         self.clear_memo: Callable[[], None] = pickler.clear_memo
 
@@ -109,7 +109,9 @@ class PickleCodec:
         if kind == KIND_BYTES and not buffers:
             return head
         if kind != KIND_PICKLE:
-            raise DecodeError(f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}")
+            raise DecodeError(
+                f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}"
+            )
         try:
             return pickle.loads(head, buffers=buffers)
         except Exception as error:
@@ -128,7 +130,9 @@ class BytesCodec:
                 f'codec="bytes" carries bytes-like objects, not {type(obj).__name__}'
             ) from None
         if not view.contiguous:
-            raise EncodeError('codec="bytes" carries contiguous buffers: make a copy with bytes(...)')
+            raise EncodeError(
+                'codec="bytes" carries contiguous buffers: make a copy with bytes(...)'
+            )
         return KIND_BYTES, [view.cast("B") if view.ndim != 1 or view.format != "B" else view]
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> bytes:
@@ -215,7 +219,8 @@ def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> D
     """Say how large the message was that could not be decoded; it is consumed."""
     size = len(head) + sum(len(buffer) for buffer in buffers)
     return DecodeError(
-        f"a message of {size} bytes was taken and cannot be decoded: {type(error).__name__}: {error}"
+        f"a message of {size} bytes was taken and cannot be decoded:"
+        f" {type(error).__name__}: {error}"
     )
 
 

@@ -7,6 +7,7 @@ child that is being started, by name to everybody else), and closes it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing.context
 import multiprocessing.reduction
@@ -134,7 +135,8 @@ class SharedHandle(RingHandle):
             while not self._open(fd, segment.pid_namespace(), self._user_kind):
                 if time.monotonic() >= deadline + _CREATION_GRACE_S:
                     raise RingNotFound(
-                        errno.ENOENT, f"{what}: its creator never finished it; remove it and create it anew"
+                        errno.ENOENT,
+                        f"{what}: its creator never finished it; remove it and create it anew",
                     )
                 time.sleep(_POLL_S)
         except LayoutMismatch as mismatch:
@@ -158,10 +160,9 @@ class SharedHandle(RingHandle):
 
     def _leave(self) -> None:
         if not self.closed:
-            try:
+            # a view may live to the end: the name is then reclaimed by the next who wants it
+            with contextlib.suppress(BufferError, OSError):
                 self.close()
-            except (BufferError, OSError):
-                pass  # a view lives to the end: the name is reclaimed by the next who wants it
 
     # ---- names -------------------------------------------------------------------------
 
@@ -202,6 +203,7 @@ class SharedHandle(RingHandle):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A child that is being started gets the descriptor; everybody else a name.
+        carried: Any
         if multiprocessing.context.get_spawning_popen() is not None:
             carried = multiprocessing.reduction.DupFd(self.fileno())
         else:
@@ -242,7 +244,9 @@ class SharedHandle(RingHandle):
     def __del__(self) -> None:
         if self.closed or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
             return
-        warnings.warn(f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self)
+        warnings.warn(
+            f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
+        )
         self._leave()
 
     def __repr__(self) -> str:

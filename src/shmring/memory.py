@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
+import struct
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     import numpy
 
 __all__ = ["SharedMemoryManager"]
+
+_HEADER = struct.pack("<QQ", segment.MEMORY_MAGIC, 1)  # as MemoryHeader in _memory.pxd
 
 
 class SharedMemoryManager:
@@ -50,7 +54,7 @@ class SharedMemoryManager:
         """
         self._check_unused()
         try:
-            fd = segment.create_named(self.name, MEMORY_HEADER_BYTES + self.size, header=self._header())
+            fd = segment.create_named(self.name, MEMORY_HEADER_BYTES + self.size, _HEADER)
         except RingExists:
             return False
         self._map(fd)
@@ -76,9 +80,6 @@ class SharedMemoryManager:
     def _check_unused(self) -> None:
         if self._memory is not None:
             raise RuntimeError(f"{self.name!r} is attached already: call cleanup() first")
-
-    def _header(self) -> bytes:
-        return segment.MEMORY_MAGIC.to_bytes(8, "little") + (1).to_bytes(8, "little")
 
     def _map(self, fd: int) -> None:
         try:
@@ -136,10 +137,11 @@ class SharedMemoryManager:
         for dimension in dimensions:
             count *= operator.index(dimension)
         memory = self._attached()
-        if offset < 0 or min(dimensions, default=0) < 0 or offset + count * kind.itemsize > self.size:
+        nbytes = count * kind.itemsize
+        if offset < 0 or min(dimensions, default=0) < 0 or offset + nbytes > self.size:
             raise InvalidArgument(
-                f"dtype={kind}, shape={shape}, offset={offset}: {count * kind.itemsize} bytes from there"
-                f" do not lie inside the block's {self.size}"
+                f"dtype={kind}, shape={shape}, offset={offset}: {nbytes} bytes from there do not"
+                f" lie inside the block's {self.size}"
             )
         return numpy.ndarray(dimensions, kind, memoryview(memory), offset)
 
@@ -156,17 +158,13 @@ class SharedMemoryManager:
         if self._creator_pid != os.getpid():
             segment.release(self.name, identity)
             return
-        try:
+        with contextlib.suppress(RingNotFound):  # somebody removed it first
             segment.unlink(self.name, identity)
-        except RingNotFound:
-            pass  # somebody removed it first
 
     def _leave(self) -> None:
         if self._pid == os.getpid():
-            try:
+            with contextlib.suppress(OSError):
                 self.cleanup()
-            except OSError:
-                pass
 
     def __del__(self) -> None:
         if getattr(self, "_memory", None) is not None:
@@ -191,4 +189,3 @@ def _attached(name: str, size: int) -> SharedMemoryManager:
     if not memory.connect():
         raise RingNotFound(2, f"/dev/shm/{name} does not exist (any more)")
     return memory
-

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import operator
 import pickle
-import types
 from typing import Any, Generic, Self, TypeVar
 
 from shmring import segment
 from shmring._queue import ObjectRing
-from shmring.codec import BytesCodec, PickleCodec, ReusedPickler, decode_error, encode_error, find_codec
+from shmring.codec import (
+    BytesCodec,
+    PickleCodec,
+    ReusedPickler,
+    decode_error,
+    encode_error,
+    find_codec,
+)
 from shmring.errors import InvalidArgument
 from shmring.handle import SharedHandle, rounded_capacity
 
@@ -89,8 +95,6 @@ class Queue(SharedHandle, ObjectRing, Generic[T]):
         queue._choose(codec)
         queue._join(name, timeout)
         return queue
-
-    __class_getitem__ = classmethod(types.GenericAlias)
 
     def _choose(self, codec: Any) -> None:
         self._codec = codec

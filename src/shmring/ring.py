@@ -59,14 +59,18 @@ class Ring(SharedHandle, BytesRing):
             raise InvalidArgument(f"max_capacity={max_capacity} is less than capacity={capacity}")
         if buffer is not None:
             if name is not None or max_capacity is not None:
-                raise InvalidArgument("a ring in a block has the block's name and never grows: give buffer= alone")
+                raise InvalidArgument(
+                    "a ring in a block has the block's name and never grows: give buffer= alone"
+                )
             size = limit = _capacity_in(buffer)
         ring = cls.__new__(cls)
         ring._make(size, limit, name=name, buffer=buffer)
         return ring
 
     @classmethod
-    def attach(cls, name: str | None = None, timeout: float | None = 0.0, *, buffer: Any = None) -> Self:
+    def attach(
+        cls, name: str | None = None, timeout: float | None = 0.0, *, buffer: Any = None
+    ) -> Self:
         """Open a ring that another process made.
 
         Args:

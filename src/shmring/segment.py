@@ -13,6 +13,7 @@ the last one out, the reclaiming of a crashed run's name, and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import multiprocessing.util
@@ -39,11 +40,11 @@ __all__ = [
     "MAGIC",
     "MEMORY_MAGIC",
     "allocate",
+    "at_exit",
     "check_name",
     "cleanup_stale",
     "create_anonymous",
     "create_named",
-    "at_exit",
     "default_max_capacity",
     "link",
     "open_block",
@@ -121,15 +122,11 @@ def default_max_capacity() -> int:
     of the smallest of /dev/shm, physical memory and the cgroup's limit.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
+    with contextlib.suppress(OSError):
         shm = os.statvfs(DIRECTORY)
         limits.append(shm.f_blocks * shm.f_frsize)
-    except OSError:
-        pass
-    try:
+    with contextlib.suppress(OSError, ValueError):
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass
     half = min(limit for limit in limits if limit > 0) // 2
     return max(1 << (half.bit_length() - 1), 1 << 20)
 
@@ -216,19 +213,23 @@ def link(fd: int, name: str) -> None:
     _lock(fd, fcntl.LOCK_SH)
     for _ in range(10):  # each round somebody else was faster in between
         try:
-            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
+            # src_dir_fd does nothing for an absolute path, but makes Python call linkat(),
+            # which follows the link in /proc where link() does not
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
             return
         except FileExistsError:
             if _is(fd, path):
                 return
             if not reclaim(name):
                 raise RingExists(
-                    errno.EEXIST, f"{path} exists and is in use, or is not ours: choose another name"
+                    errno.EEXIST,
+                    f"{path} exists and is in use, or is not ours: choose another name",
                 ) from None
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.ENOENT):
                 raise AccessRefused(
-                    error.errno, f"a block outside {DIRECTORY} (a memfd) cannot be given the name {name!r}"
+                    error.errno,
+                    f"a block outside {DIRECTORY} (a memfd) cannot be given the name {name!r}",
                 ) from None
             raise
     raise RingExists(errno.EEXIST, f"{path} keeps being created by others: choose another name")
@@ -282,7 +283,9 @@ def open_named(name: str, timeout: float = 0.0) -> int:
                     if os.fstat(fd).st_nlink > 0 and _is(fd, path):
                         return fd
                 elif time.monotonic() >= deadline + _CLEANER_S:
-                    raise AccessRefused(errno.EACCES, f"{path} is held by a cleaner that does not end")
+                    raise AccessRefused(
+                        errno.EACCES, f"{path} is held by a cleaner that does not end"
+                    )
             except BaseException:
                 os.close(fd)
                 raise
@@ -313,11 +316,13 @@ def _check_access(fd: int, path: str) -> None:
         raise AccessRefused(errno.EACCES, f"{path} is not a regular file")
     if found.st_uid != os.geteuid():
         raise AccessRefused(
-            errno.EACCES, f"{path} belongs to user {found.st_uid}, this process runs as {os.geteuid()}"
+            errno.EACCES,
+            f"{path} belongs to user {found.st_uid}, this process runs as {os.geteuid()}",
         )
     if found.st_mode & 0o077:
         raise AccessRefused(
-            errno.EACCES, f"{path} has mode {stat.S_IMODE(found.st_mode):o}: it must be closed to others (600)"
+            errno.EACCES,
+            f"{path} has mode {stat.S_IMODE(found.st_mode):o}: it must be closed to others (600)",
         )
 
 

@@ -1,0 +1,44 @@
+"""Ring: bytes in, bytes out, and views in place."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Literal
+
+from typing_extensions import Buffer
+
+from shmring._handle import RingHandle
+
+class BytesRing(RingHandle):
+    def put(self, data: Buffer, block: bool = True, timeout: float | None = None) -> None: ...
+    def put_nowait(self, data: Buffer) -> None: ...
+    def put_many(
+        self, messages: Iterable[Buffer], block: bool = True, timeout: float | None = None
+    ) -> None: ...
+    def get(self, block: bool = True, timeout: float | None = None) -> bytes: ...
+    def get_nowait(self) -> bytes: ...
+    def get_many(
+        self, max_items: int | None = None, block: bool = True, timeout: float | None = None
+    ) -> list[bytes]: ...
+    def reserve(
+        self, nbytes: int, block: bool = True, timeout: float | None = None
+    ) -> FrameView: ...
+    def peek(self, block: bool = True, timeout: float | None = None) -> FrameView: ...
+
+class FrameView:
+    def __init__(
+        self,
+        ring: BytesRing,
+        writable: bool,
+        length: int,
+        block: bool,
+        timeout: float | None,
+    ) -> None: ...
+    def __enter__(self) -> memoryview: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> Literal[False]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
