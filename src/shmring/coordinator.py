@@ -388,7 +388,13 @@ class _Run:
         exitcode = self.workers.exitcode_of(departure.pid)
         number = self.ledger.lost(position, departure.pid, exitcode)
         if number is not None:
-            _LOG.warning("%s died at task %d: %s", departure.worker_id, number, departure)
+            _LOG.warning(
+                "%s (process %d, exit code %s) died at task %d",
+                departure.worker_id,
+                departure.pid,
+                exitcode,
+                number,
+            )
         if self.ledger.done > before:
             self._tell()
 

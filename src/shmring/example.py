@@ -57,20 +57,21 @@ def multiprocessing_example(
         )
         for number in range(num_workers)
     ]
-    try:
-        for worker in workers:
-            worker.start()
-        with HighPerformanceIPC("coordinator", namespace=namespace) as ipc:
+    # The IPC outlives the workers: the last one out removes the board.
+    with HighPerformanceIPC("coordinator", namespace=namespace) as ipc:
+        try:
+            for worker in workers:
+                worker.start()
             report = coordinator_process(ipc, num_workers, tasks=range(num_tasks))
-    except BaseException:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.kill()
-        raise
-    finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.join()
+        except BaseException:
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.kill()
+            raise
+        finally:
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.join()
     _print_summary(report)
     return report.results
 

@@ -129,7 +129,7 @@ class SharedFile:
     def __init__(self, path: Path, fd: int, size: int) -> None:
         self.path = path
         self._fd = fd
-        self._map = mmap.mmap(fd, size)
+        self._map: mmap.mmap | None = mmap.mmap(fd, size)
         self._buffer: memoryview | None = memoryview(self._map)
 
     @classmethod
@@ -265,18 +265,11 @@ class SharedFile:
     def close(self) -> None:
         """Let go; the last one removes the file. Closing twice is allowed.
 
-        Raises:
-            BufferError: a view of the buffer is still in use; closing later works.
+        Views of the buffer that live on keep the memory mapped.
         """
         if self._buffer is None:
             return
-        self._buffer.release()
-        try:
-            self._map.close()
-        except BufferError:
-            self._buffer = memoryview(self._map)
-            raise
-        self._buffer = None
+        self._buffer = self._map = None
         os.close(self._fd)
         _remove_if_unused(self.path)
 
@@ -435,7 +428,7 @@ class SharedMemoryManager:
             offset: where it begins, in bytes.
 
         Returns:
-            a writable view; :meth:`cleanup` is refused while it lives.
+            a writable view, which keeps the memory mapped, also after :meth:`cleanup`.
 
         Raises:
             InvalidArgument: negative, or past the end.
@@ -450,17 +443,12 @@ class SharedMemoryManager:
         for side in shape:
             nbytes *= side
         self._check_range(offset, nbytes)
-        # ndarray(buffer=…) would give the buffer back at once, and outlive the mapping.
         count = nbytes // numpy.dtype(dtype).itemsize
         flat = numpy.frombuffer(self._opened().buffer, dtype, count, offset)
         return flat.reshape(shape)
 
     def cleanup(self) -> None:
-        """Close; the creator removes the name too. Calling it twice is allowed.
-
-        Raises:
-            BufferError: an array of :meth:`as_array` still lives; calling again works.
-        """
+        """Close; the creator removes the name too. Calling it twice is allowed."""
         if self._file is None:
             return
         if self._creator_pid == os.getpid():  # not its forked children

@@ -485,9 +485,6 @@ class HighPerformanceIPC:
 
         Args:
             memory_name: a block created or connected here.
-
-        Raises:
-            BufferError: an array over it still lives.
         """
         memory = self.shared_memories.pop(memory_name, None)
         if memory is not None:
@@ -501,11 +498,7 @@ class HighPerformanceIPC:
             presence.board.close()
 
     def cleanup(self) -> None:
-        """Close everything, and remove what this process created. Twice is allowed.
-
-        Raises:
-            BufferError: an array over shared memory still lives; all else is closed.
-        """
+        """Close everything, and remove what this process created. Twice is allowed."""
         with contextlib.ExitStack() as stack:  # goes on after an error, raises it at the end
             stack.callback(self.leave_board)
             for queue_name in list(self.message_queues):

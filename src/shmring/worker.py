@@ -156,6 +156,7 @@ class Worker:
         self._slot: Slot = ipc.join_board(Role.WORKER)
         self._watched: _CoordinatorWatch | None = None
         self._heartbeat_due = 0.0
+        self._look_due = 0.0
 
     def beat(self) -> None:
         """Say on the board that the worker is alive; a long handler may call this."""
@@ -182,6 +183,7 @@ class Worker:
         try:
             self._work(queue, claim)
         except (RingClosed, RingNotFound):
+            self._look_due = 0.0
             if not self._coordinator_is_gone():
                 raise
         # Not after an error: the claim then says which task is unanswered.
@@ -257,6 +259,10 @@ class Worker:
         watched = self._watched
         if watched is None:
             return True
+        now = time.monotonic()
+        if now < self._look_due:  # it costs more than a small task
+            return False
+        self._look_due = now + _SLICE
         entry = self.ipc.board_entry(watched.index)
         return (
             entry is None
