@@ -1,0 +1,14 @@
+"""shmring beside what the standard library has, on the same work.
+
+``make bench`` runs the ``bench_*.py`` files, one question each, with
+pytest-benchmark; ``python -m benchmarks.figures`` prints the figures the
+project promises, with the runs of the competitors interleaved.
+
+    work.py       what is sent, and how its arrival is checked
+    adapters.py   how it is sent: each transport behind the same few names
+    sessions.py   who sends it to whom, and when the clock runs
+    costs.py      what a queue costs that does nothing, or whose users were killed
+
+A new peer is one class in ``adapters.py``.  No speed is asserted anywhere:
+only wrong content is an error.
+"""

@@ -1,0 +1,294 @@
+"""Who sends to whom, and when the clock runs.
+
+A session is made, entered (the child is forked, everything is warm, nothing
+runs), run (which returns seconds) and left (the child is dead and joined)::
+
+    parent                              child
+      fork ------------------------------>
+           <------------- a few messages    warms both up
+           <--------------------- "ready"
+    clock
+        "go" ----------------------------->
+           <------------------ the messages
+    clock
+      kill, join
+
+Everything has a deadline: an alarm raises TimeoutError in the parent wherever
+it waits, and another ends the child even when the parent was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from benchmarks.adapters import Transport
+from benchmarks.work import (
+    BATCH,
+    Work,
+    WrongContent,
+    receive_batches,
+    receive_each,
+    receive_sums,
+    send_batches,
+    send_each,
+)
+
+__all__ = ["OneProcess", "OneWay", "RoundTrips", "Session", "deadline", "two_cpus"]
+
+DEADLINE_S = (
+    60.0  # under pytest's faulthandler_timeout, so that it is the session that says what hung
+)
+
+_WARM_UP = 2  # messages; more large ones would not fit into a pipe that nobody reads yet
+_WARM_UP_TRIPS = 50
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Raise TimeoutError in the main thread, wherever it waits, after so many seconds.
+
+    A signal, because half of the transports know no time-out, and because
+    asking for one would be part of what is measured.
+    """
+
+    def ring(signum: int, frame: object) -> None:
+        raise TimeoutError(f"{what}: not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def two_cpus() -> tuple[int, int] | None:
+    """Two CPUs this process may run on; None if it has only one, or the platform does not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cpus = sorted(os.sched_getaffinity(0))
+    return (cpus[0], cpus[1]) if len(cpus) > 1 else None
+
+
+class Session:
+    """The producer and consumer of some work over some transport, for one run.
+
+    Attributes:
+        count: how many messages a run has.
+    """
+
+    directions: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        transport: type[Transport],
+        work: Work,
+        *,
+        scale: float = 1.0,
+        count: int | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.label = f"{work.name} over {transport.label}"
+        self.work = work
+        self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
+        self._transport = transport
+        self._deadline_s = deadline_s
+
+    def __enter__(self) -> Self:
+        self._exit = contextlib.ExitStack()
+        with self._exit:
+            self._lines = [self._transport(self.work) for _ in range(self.directions)]
+            for line in self._lines:
+                self._exit.callback(line.close)
+            with deadline(self._deadline_s, f"{self.label}, starting"):
+                self._prepare()
+            self._exit = self._exit.pop_all()  # nothing went wrong: keep it all until the end
+        gc.collect()  # not while the clock runs, and not because of somebody else's garbage
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    def run(self) -> float:
+        """Seconds from the go to the last message received; once a session."""
+        with deadline(self._deadline_s, self.label):
+            return self._run()
+
+    def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> float:
+        raise NotImplementedError
+
+    def _fork(self, body: Callable[..., None], *args: Any) -> Connection:
+        """Run ``body(control, ...)`` in a child that does not outlive this session."""
+        context = multiprocessing.get_context("fork")
+        control, far_end = context.Pipe()
+        child = context.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
+        child.start()
+        self._exit.callback(_end, child)
+        far_end.close()
+        self._exit.callback(control.close)
+        return control
+
+
+def _child(deadline_s: float, body: Callable[..., None], *args: Any) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process, whatever it is doing
+    signal.alarm(math.ceil(2 * deadline_s) + 1)  # for starting and running
+    body(*args)
+
+
+def _end(child: Any) -> None:
+    child.join(0.5)  # it has nothing left to do, unless something went wrong
+    child.kill()
+    child.join()
+    child.close()
+
+
+def _expect_ready(control: Connection) -> None:
+    if control.recv() != "ready":
+        raise WrongContent("the child said something else than that it is ready")
+
+
+class OneWay(Session):
+    """One process sends, another receives.
+
+    With `batches`, a transport that has put_many and get_many uses them, and
+    one that has not sends one by one.
+    """
+
+    def __init__(
+        self, transport: type[Transport], work: Work, *, batches: bool = False, **options: Any
+    ) -> None:
+        super().__init__(transport, work, **options)
+        self._batches = batches and transport.batches
+        if self._batches:
+            self.count = math.ceil(self.count / BATCH) * BATCH
+
+    def _prepare(self) -> None:
+        (line,) = self._lines
+        self._control = self._fork(self._produce, line)
+        for _ in range(_WARM_UP):
+            if self.work.kind == "array":
+                line.take_sum()
+            else:
+                line.get()
+        _expect_ready(self._control)
+
+    def _run(self) -> float:
+        (line,) = self._lines
+        start = time.perf_counter()
+        self._control.send("go")
+        if self.work.kind == "array":
+            receive_sums(line.take_sum, self.work.sums, self.count)
+        elif self._batches:
+            receive_batches(line.get_many, self.work.pool, self.count)
+        else:
+            receive_each(line.get, self.work.pool, self.count)
+        return time.perf_counter() - start
+
+    def _produce(self, control: Connection, line: Transport) -> None:
+        pool = self.work.pool
+        for message in pool[:_WARM_UP]:
+            line.put(message)
+        control.send("ready")
+        control.recv()
+        if self._batches:
+            send_batches(line.put_many, pool, self.count)
+        else:
+            send_each(line.put, pool, self.count)
+        line.flush()
+
+
+class RoundTrips(Session):
+    """A message there and the same one back, one at a time, each of them timed.
+
+    Attributes:
+        samples_ns: what each round trip of the run took.
+    """
+
+    directions = 2
+
+    def __init__(
+        self, transport: type[Transport], work: Work, *, apart: bool = False, **options: Any
+    ) -> None:
+        """With `apart`, the two processes are bound to one CPU each."""
+        super().__init__(transport, work, **options)
+        self._cpus = two_cpus() if apart else None
+        self.samples_ns: list[int] = []
+
+    def _prepare(self) -> None:
+        there, back = self._lines
+        if self._cpus is not None:
+            self._exit.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {self._cpus[0]})
+        _expect_ready(self._fork(self._echo, there, back))
+        self._trips(_WARM_UP_TRIPS)
+
+    def _run(self) -> float:
+        start = time.perf_counter()
+        self.samples_ns = self._trips(self.count)
+        return time.perf_counter() - start
+
+    def _trips(self, count: int) -> list[int]:
+        there, back = self._lines
+        put, get, clock = there.put, back.get, time.perf_counter_ns
+        message = self.work.pool[0]
+        samples = []
+        for _ in range(count):
+            start = clock()
+            put(message)
+            answer = get()
+            samples.append(clock() - start)
+            if answer != message:
+                raise WrongContent(f"{message!r:.80} went there and {answer!r:.80} came back")
+        return samples
+
+    def _echo(self, control: Connection, there: Transport, back: Transport) -> None:
+        if self._cpus is not None:
+            os.sched_setaffinity(0, {self._cpus[1]})
+        put, get = back.put, there.get
+        control.send("ready")
+        for _ in range(_WARM_UP_TRIPS + self.count):
+            put(get())
+        back.flush()
+
+
+class OneProcess(Session):
+    """put, then get, in the same thread: what the calls themselves cost."""
+
+    def _prepare(self) -> None:
+        (line,) = self._lines
+        for message in self.work.pool:  # all of them compared, once
+            line.put(message)
+            answer = line.get()
+            if answer != message:
+                raise WrongContent(f"{message!r:.80} was put, {answer!r:.80} came out")
+
+    def _run(self) -> float:
+        (line,) = self._lines
+        put, get, message = line.put, line.get, self.work.pool[1]
+        start = time.perf_counter()
+        for _ in range(self.count):
+            put(message)
+            answer = get()
+        seconds = time.perf_counter() - start
+        if answer != message:
+            raise WrongContent(f"{message!r:.80} was put, {answer!r:.80} came out")
+        return seconds
