@@ -6,8 +6,8 @@ from shmring._area cimport Mapping
 from shmring._handle cimport RingHandle
 
 cdef class BytesRing(RingHandle):
-    cdef object reserving  # the threads inside reserve(), by ident
-    cdef object peeking  # the threads inside peek()
+    cdef set reserving  # the threads inside reserve(), by ident
+    cdef set peeking  # the threads inside peek()
 
     cdef int check_reentry(self, object threads, str what) except -1
 

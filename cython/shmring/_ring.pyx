@@ -162,13 +162,13 @@ cdef class BytesRing(RingHandle):
         take.room = room
         take.room_bytes = SMALL
         take.leaser = 0
+        if self.peeking:
+            self.check_reentry(self.peeking, "get() inside peek()")  # it would wait for itself
         while True:
             result = self.take_or_wait(&take, block, timeout)
             if result == DONE:
                 return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
             if result != PARTIAL:
-                if self.peeking:
-                    self.check_reentry(self.peeking, "get() inside peek()")
                 raise Empty
             message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
             target.data = PyBytes_AS_STRING(message)

@@ -1,0 +1,575 @@
+"""Ring: bytes in, bytes out, in place, with waiting, growth, and bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from multiprocessing import shared_memory
+
+import numpy as np
+import pytest
+
+from shmring import (
+    InvalidArgument,
+    LayoutMismatch,
+    MessageTooLarge,
+    Ring,
+    RingClosed,
+    RingCorrupted,
+    RingExists,
+    RingNotFound,
+    ShutDown,
+)
+from shmring.errors import Empty, Full
+from support import run_in_process, wait_for
+
+
+@pytest.fixture
+def ring():
+    with Ring.create() as made:
+        yield made
+
+
+# ---- messages ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 64, 4095, 4096, 4097, 60_000])
+def test_what_goes_in_comes_out(ring, length):
+    message = os.urandom(length)
+    for _ in range(5):  # past the end of the area, where frames wrap in the second mapping
+        ring.put(message)
+        assert ring.get() == message
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, "u1")])
+def test_any_contiguous_buffer_can_be_put(ring, kind):
+    ring.put(kind(b"abcdefgh"))
+    ring.put_many([kind(b"ij"), kind(b"")])
+    assert ring.get_many() == [b"abcdefgh", b"ij", b""]
+
+
+def test_first_in_first_out(ring):
+    messages = [b"%d" % i for i in range(1000)]
+    ring.put_many(messages)
+    assert ring.qsize() == 1000
+    assert ring.get_many(10) == messages[:10]
+    assert ring.get() == messages[10]
+    assert ring.get_many() == messages[11:]
+    assert ring.qsize() == 0
+
+
+def test_get_many_takes_large_and_small_in_order():
+    with Ring.create(1 << 20) as ring:
+        messages = [os.urandom(n) for n in (10, 70_000, 5, 5_000, 200_000, 1, 1)]
+        ring.put_many(messages)
+        assert ring.get_many() == messages
+
+
+def test_full_and_empty(ring):
+    with pytest.raises(Empty):
+        ring.get_nowait()
+    with pytest.raises(Empty):
+        ring.get(timeout=0.01)
+    with pytest.raises(Full) as caught:
+        ring.put_many([bytes(968)] * 100, block=False)
+    assert caught.value.count == 65  # of 1000 bytes each, the header included
+    assert ring.qsize() == 65
+    with pytest.raises(Full):
+        ring.put(bytes(968), timeout=0.01)
+    assert ring.get() == bytes(968)
+    ring.put_nowait(bytes(968))
+
+
+def test_a_blocked_get_wakes_for_a_put(ring):
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(ring.get(timeout=30)))
+    thread.start()
+    wait_for(lambda: ring.statistics().consumers_waiting, what="the consumer to sleep")
+    begun = time.monotonic()
+    ring.put(b"wake")
+    thread.join(10)
+    assert taken == [b"wake"]
+    assert time.monotonic() - begun < 1
+
+
+def test_a_blocked_put_wakes_for_a_get(ring):
+    with pytest.raises(Full):
+        ring.put_many([bytes(1000)] * 1000, block=False)
+    thread = threading.Thread(target=lambda: ring.put(b"l" * 1000, timeout=30))
+    thread.start()
+    wait_for(lambda: ring.statistics().producers_waiting, what="the producer to sleep")
+    taken = ring.get_many()
+    thread.join(10)
+    assert not thread.is_alive()
+    while ring.qsize():
+        taken += ring.get_many()
+    assert taken[-1] == b"l" * 1000
+
+
+def test_many_threads_lose_and_double_nothing():
+    with Ring.create(1 << 14) as ring:
+        taken: list[bytes] = []
+
+        def produce(who: int) -> None:
+            for i in range(2000):
+                ring.put(b"%d:%d" % (who, i), timeout=60)
+
+        def consume() -> None:
+            while (message := ring.get(timeout=60)) != b"end":
+                taken.append(message)
+
+        producers = [threading.Thread(target=produce, args=(i,)) for i in range(3)]
+        consumers = [threading.Thread(target=consume) for _ in range(3)]
+        for thread in producers + consumers:
+            thread.start()
+        for thread in producers:
+            thread.join(60)
+        for _ in consumers:
+            ring.put(b"end", timeout=60)
+        for thread in consumers:
+            thread.join(60)
+        assert sorted(taken) == sorted(b"%d:%d" % (w, i) for w in range(3) for i in range(2000))
+
+
+def _count_up(ring: Ring, count: int) -> None:
+    for i in range(count):
+        ring.put(i.to_bytes(8, "little"), timeout=60)
+
+
+def test_many_processes_lose_and_double_nothing():
+    with Ring.create(1 << 14) as ring:
+        with run_in_process(_count_up, ring, 20_000), run_in_process(_count_up, ring, 20_000):
+            taken = [int.from_bytes(ring.get(timeout=60), "little") for _ in range(40_000)]
+        assert sorted(taken) == sorted([*range(20_000)] * 2)
+
+
+# ---- growth --------------------------------------------------------------------------------
+
+
+def allocated(ring: Ring) -> int:
+    return os.fstat(ring.fileno()).st_blocks * 512
+
+
+def test_grows_without_a_reader_and_gives_memory_back():
+    with Ring.create(1 << 16, max_capacity=1 << 26) as ring:
+        messages = [bytes([i % 256]) * 100_000 for i in range(300)]
+        for message in messages:
+            ring.put(message, timeout=10)
+        assert allocated(ring) > 30_000_000
+        assert [ring.get() for _ in messages] == messages
+        time_of_last_growth_passed = threading.Event()
+        time_of_last_growth_passed.wait(
+            0.3
+        )  # memory is given back 0.25 s after growing, not before
+        ring.put(b"x")
+        assert ring.get() == b"x"
+        assert allocated(ring) < 200_000
+
+
+def test_an_idle_consumer_gives_memory_back():
+    with Ring.create(1 << 16, max_capacity=1 << 24) as ring:
+        ring.put(bytes(5_000_000))
+        assert len(ring.get()) == 5_000_000
+        with pytest.raises(Empty):
+            ring.get(timeout=0.2)
+        assert allocated(ring) < 200_000
+
+
+def test_max_capacity_bounds_the_memory():
+    with Ring.create(1 << 16, max_capacity=1 << 20) as ring:
+        with pytest.raises(Full) as caught:
+            ring.put_many([bytes(10_000)] * 1000, block=False)
+        assert 50 < caught.value.count < 110
+        assert allocated(ring) <= (1 << 20) + 8192
+        assert len(ring.get_many()) == caught.value.count
+
+
+def test_other_handles_follow_growth_and_shrinking(start_method):
+    with Ring.create(1 << 16, max_capacity=1 << 24) as ring:
+        with run_in_process(_put_growing, ring, method=start_method) as child:
+            sizes = [len(ring.get(timeout=60)) for _ in range(60)]
+            child.join(60)
+        assert sizes == [1 << (i % 20) for i in range(60)]
+
+
+def _put_growing(ring: Ring) -> None:
+    for i in range(60):
+        ring.put(bytes(1 << (i % 20)), timeout=60)
+
+
+# ---- in place -------------------------------------------------------------------------------
+
+
+def test_reserve_publishes_on_a_clean_exit(ring):
+    with ring.reserve(8) as view:
+        np.frombuffer(view, "u1")[:] = range(8)
+        assert ring.statistics().messages == 1
+        with pytest.raises(Empty):
+            ring.get(timeout=0.01)
+    assert ring.get() == bytes(range(8))
+
+
+def test_reserve_publishes_nothing_on_an_exception(ring):
+    with pytest.raises(ZeroDivisionError), ring.reserve(8):
+        raise ZeroDivisionError
+    ring.put(b"next")
+    assert ring.get(timeout=1) == b"next"
+
+
+def test_others_produce_beside_a_reservation_and_order_is_kept(ring):
+    with ring.reserve(5) as view:
+        ring.put(b"second")
+        view[:] = b"first"
+    assert ring.get_many() == [b"first", b"second"]
+
+
+def test_peek_consumes_on_a_clean_exit_and_leaves_on_an_exception(ring):
+    ring.put(b"message")
+    with pytest.raises(ZeroDivisionError), ring.peek() as view:
+        assert view == b"message"
+        raise ZeroDivisionError
+    with ring.peek() as view:
+        assert view == b"message"
+        assert view.readonly
+    assert ring.qsize() == 0
+
+
+def test_other_consumers_wait_behind_a_peek(ring):
+    ring.put_many([b"first", b"second"])
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(ring.get(timeout=30)))
+    with ring.peek() as view:
+        thread.start()
+        wait_for(lambda: ring.statistics().consumers_waiting, what="the consumer to sleep")
+        assert view == b"first"
+    thread.join(10)
+    assert taken == [b"second"]
+
+
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_leaving_with_a_living_array_is_refused_and_loses_nothing(ring, side):
+    ring.put(b"whole")
+    block = ring.reserve(5) if side == "reserve" else ring.peek()
+    with pytest.raises(BufferError, match="alive"), block as view:
+        kept = np.frombuffer(view, "u1")
+    with pytest.raises(BufferError):
+        ring.close()
+    if side == "peek":
+        with pytest.raises(Empty):
+            ring.get_nowait()  # the lease goes on
+        assert bytes(kept) == b"whole"
+    del kept, view
+    assert ring.get(timeout=1) == b"whole"
+    ring.put(b"more")
+    assert ring.get(timeout=1) == b"more"
+
+
+def test_a_slice_counts_as_an_export(ring):
+    with pytest.raises(BufferError), ring.reserve(8) as view:
+        kept = view[2:4]
+    kept.release()
+    ring.put(b"next")
+    assert ring.get(timeout=1) == b"next"
+
+
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_the_same_side_twice_in_one_thread_raises(ring, side):
+    ring.put_many([b"1", b"2"])
+    enter = (lambda: ring.reserve(1)) if side == "reserve" else ring.peek
+    with enter(), pytest.raises(RuntimeError, match="same thread"), enter():
+        pass
+
+
+def test_get_inside_ones_own_peek_raises_instead_of_waiting_for_ever(ring):
+    ring.put(b"1")
+    with ring.peek(), pytest.raises(RuntimeError, match="inside peek"):
+        ring.get()
+
+
+def test_a_view_survives_the_growth_of_its_ring():
+    with Ring.create(1 << 14, max_capacity=1 << 22) as ring:
+        with ring.reserve(1000) as view:
+            for _ in range(20):
+                ring.put(bytes(100_000))
+            view[:] = b"r" * 1000
+        assert ring.get() == b"r" * 1000
+        assert [len(m) for m in ring.get_many()] == [100_000] * 20
+
+
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_a_forked_child_cannot_end_its_parents_block(ring, side):
+    ring.put(b"front")
+    block = ring.reserve(4) if side == "reserve" else ring.peek()
+    with block as view:
+        pid = os.fork()
+        if pid == 0:  # the child leaves the inherited block and must not commit it
+            code = 1
+            try:
+                block.__exit__(None, None, None)
+            except RuntimeError:
+                code = 0
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        if side == "reserve":
+            view[:] = b"mine"
+    left = [ring.get() for _ in range(ring.qsize())]
+    assert left == ([b"front", b"mine"] if side == "reserve" else [])
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+def _echo(name: str) -> None:
+    with Ring.attach(name, timeout=30) as ring:
+        ring.put(b"from the child")
+
+
+def test_attach_by_name(start_method):
+    with Ring.create(name="test-ring-by-name") as ring:
+        with run_in_process(_echo, "test-ring-by-name", method=start_method) as child:
+            assert ring.get(timeout=60) == b"from the child"
+            child.join(60)
+        assert child.exitcode == 0
+    assert not os.path.exists("/dev/shm/test-ring-by-name")
+
+
+def test_attach_waits_for_the_creator():
+    made: list[Ring] = []
+    timer = threading.Timer(0.05, lambda: made.append(Ring.create(name="test-ring-late")))
+    timer.start()
+    with Ring.attach("test-ring-late", timeout=30) as ring:
+        wait_for(lambda: made)
+        made[0].put(b"x")
+        assert ring.get(timeout=10) == b"x"
+    made[0].close()
+
+
+def test_the_last_one_out_removes_the_name():
+    ring = Ring.create(name="test-ring-last")
+    other = Ring.attach("test-ring-last")
+    ring.close()
+    assert os.path.exists("/dev/shm/test-ring-last")
+    other.close()
+    assert not os.path.exists("/dev/shm/test-ring-last")
+
+
+def test_unlink_removes_the_name_and_leaves_the_ring():
+    with Ring.create(name="test-ring-unlink") as ring:
+        ring.unlink()
+        with pytest.raises(RingNotFound):
+            Ring.attach("test-ring-unlink")
+        ring.put(b"x")
+        assert ring.get() == b"x"
+        with pytest.raises(RingNotFound):
+            ring.unlink()
+
+
+def test_shared_memory_opens_a_named_ring():
+    with Ring.create(name="test-ring-block") as ring:
+        block = shared_memory.SharedMemory("test-ring-block")
+        from multiprocessing import resource_tracker
+
+        resource_tracker.unregister(block._name, "shared_memory")
+        assert bytes(block.buf[:8]) == b"SHM RING"
+        block.close()
+        assert ring.qsize() == 0
+
+
+def test_inside_a_block_of_the_user():
+    block = shared_memory.SharedMemory(create=True, size=1 << 16)
+    try:
+        with Ring.create(buffer=block) as ring, Ring.attach(buffer=block) as other:
+            assert ring.capacity == 1 << 15
+            ring.put(bytes(30_000))
+            assert len(other.get()) == 30_000
+            for i in range(100):
+                ring.put(b"%d" % i * 1000)
+                assert other.get() == b"%d" % i * 1000
+    finally:
+        block.close()
+        block.unlink()
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 1 << 60])
+def test_impossible_capacities(capacity):
+    with pytest.raises(InvalidArgument, match=f"capacity={capacity}"):
+        Ring.create(capacity)
+
+
+@pytest.mark.parametrize("capacity", ["64k", 1.5, None])
+def test_capacities_of_the_wrong_type(capacity):
+    with pytest.raises(TypeError, match=type(capacity).__name__):
+        Ring.create(capacity)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "x" * 256])
+def test_impossible_names(name):
+    with pytest.raises(InvalidArgument, match="name"):
+        Ring.create(name=name)
+    with pytest.raises(InvalidArgument, match="name"):
+        Ring.attach(name)
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
+@pytest.mark.parametrize("call", ["get", "put", "peek", "reserve"])
+def test_impossible_timeouts(ring, call, timeout):
+    ring.put(b"here")
+    with pytest.raises(InvalidArgument, match="timeout"):
+        match call:
+            case "get":
+                ring.get(timeout=timeout)
+            case "put":
+                ring.put(b"x", timeout=timeout)
+            case "peek":
+                ring.peek(timeout=timeout).__enter__()
+            case "reserve":
+                ring.reserve(1, timeout=timeout).__enter__()
+    assert ring.get() == b"here"
+
+
+def test_what_is_not_bytes(ring):
+    for bad in ("text", 5, None, [b"list"]):
+        with pytest.raises(TypeError, match=type(bad).__name__):
+            ring.put(bad)
+    with pytest.raises(TypeError, match="str"):
+        ring.put_many([b"ok", "text"])
+    with pytest.raises((BufferError, ValueError)):
+        ring.put(np.zeros((4, 4))[:, ::2])
+    with pytest.raises(InvalidArgument):
+        ring.reserve(-1)
+    with pytest.raises(InvalidArgument):
+        ring.get_many(0)
+    assert ring.qsize() == 0
+
+
+def test_a_message_that_can_never_fit(ring):
+    with pytest.raises(MessageTooLarge, match="65536"):
+        ring.put(bytes(65_536))
+    ring.put(bytes(65_536 - 32))
+    assert len(ring.get()) == 65_536 - 32
+
+
+def test_names_in_use_and_names_of_nothing():
+    with Ring.create(name="test-ring-taken"), pytest.raises(RingExists, match="in use"):
+        Ring.create(name="test-ring-taken")
+    begun = time.monotonic()
+    with pytest.raises(RingNotFound, match="does not exist"):
+        Ring.attach("test-ring-nothing", timeout=0.05)
+    assert 0.05 <= time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(20_000), b"x" * 20_000])
+def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
+    path = "/dev/shm/test-ring-foreign"
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(content)
+    try:
+        with pytest.raises((LayoutMismatch, RingNotFound), match="not a ring|never finished"):
+            Ring.attach("test-ring-foreign")
+        with pytest.raises(RingExists):  # and it is not ours to remove
+            Ring.create(name="test-ring-foreign")
+        assert os.path.exists(path)
+    finally:
+        os.unlink(path)
+
+
+def test_attach_to_another_version():
+    with Ring.create(name="test-ring-version") as ring:
+        os.pwrite(ring.fileno(), (99).to_bytes(4, "little"), 8)
+        with pytest.raises(LayoutMismatch, match="version 99"):
+            Ring.attach("test-ring-version")
+
+
+def test_use_after_close(ring):
+    ring.close()
+    ring.close()
+    for call in (
+        lambda: ring.put(b""),
+        ring.get,
+        ring.get_many,
+        lambda: ring.put_many([]),
+        ring.qsize,
+        ring.statistics,
+        lambda: ring.peek().__enter__(),
+        lambda: ring.name,
+    ):
+        with pytest.raises(RingClosed, match="closed"):
+            call()
+    assert issubclass(RingClosed, ValueError)
+
+
+def test_closing_wakes_a_thread_that_waits(ring):
+    raised = []
+
+    def wait() -> None:
+        try:
+            ring.get()
+        except RingClosed as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_for(lambda: ring.statistics().consumers_waiting, what="the consumer to sleep")
+    ring.close()
+    thread.join(10)
+    assert raised
+
+
+def test_shutdown_refuses_puts_and_drains(ring):
+    ring.put_many([b"1", b"2"])
+    ring.shutdown()
+    with pytest.raises(ShutDown):
+        ring.put(b"3")
+    assert ring.get_many() == [b"1", b"2"]
+    with pytest.raises(ShutDown):
+        ring.get()
+
+
+def test_immediate_shutdown_refuses_gets_too(ring):
+    ring.put(b"1")
+    ring.shutdown(immediate=True)
+    with pytest.raises(ShutDown):
+        ring.get()
+
+
+def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
+    ring.put(b"x" * 100)
+    with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
+        file.seek(8192)
+        file.write(b"\xff" * 32)
+    for _ in range(2):
+        with pytest.raises(RingCorrupted, match="position 0"):
+            ring.get()
+    with pytest.raises(RingCorrupted):
+        ring.put(b"y")
+    assert ring.statistics().poisoned
+
+
+def test_garbage_in_a_lock_word_is_an_error_in_time(ring):
+    ring.put(b"x")
+    with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
+        file.seek(384)
+        file.write((0x3FFFFFFF).to_bytes(4, "little"))
+    with pytest.raises(RingCorrupted, match="lock word"):
+        ring.get(timeout=5)
+
+
+def test_ctrl_c_reaches_a_blocked_get(ring):
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ring.get()
+    assert time.monotonic() - begun < 2
+    timer.join()
+
+
+def test_dropping_it_open_warns():
+    ring = Ring.create()
+    with pytest.warns(ResourceWarning, match="dropped open"):
+        del ring
