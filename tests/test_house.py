@@ -42,6 +42,7 @@ FLOORS = [
     ["coordinator"],
     ["example"],
     ["executor"],
+    ["demo"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,8 @@
+"""``python -m shmring`` is the command ``shmring``."""
+
+import sys
+
+from shmring.cli import main
+
+if __name__ == "__main__":  # a spawned worker imports this module under another name
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""The command ``shmring``: ``demo`` is the main job, ``rm --stale`` tidies up.
+
+Exit status: 0 all is well, 1 it is not, 2 the command line asks for something
+impossible, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shmring import _backend as backends
+from shmring.demo import (
+    MOST_WORKERS,
+    Outcome,
+    Skipped,
+    Tell,
+    find_files,
+    find_sources,
+    run_demo,
+)
+from shmring.errors import NotSupportedByFallback, ShmringError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["main"]
+
+_WRONG, _IMPOSSIBLE, _INTERRUPTED = 1, 2, 130
+
+# The bar is drawn by hand: a thread that draws would be alive while workers are forked.
+_BAR_INTERVAL = 0.1
+# On a terminal; redirected, stderr names them all.
+_MOST_NAMES = 20
+
+
+class _Stop(Exception):
+    """The command ends here: what to say, and the exit status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _Stop(f"{message} (see {self.prog} --help)", _IMPOSSIBLE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: without the name of the program; None is ``sys.argv``'s.
+
+    Returns:
+        the exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # words and names may be beyond the terminal
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = _parser().parse_args(arguments)
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except _Stop as stop:
+        print(f"shmring: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        print("shmring: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # as in `shmring demo | head`; the flush at exit would raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _WRONG
+    except (ShmringError, OSError) as error:
+        print(f"shmring: {type(error).__name__}: {error}", file=sys.stderr)
+        return _WRONG
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="shmring", description="Message queues in shared memory.")
+    version = sys.modules["shmring"].__version__  # imported already, and no floor to import from
+    parser.add_argument("--version", action="version", version=f"shmring {version}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    demo = commands.add_parser(
+        "demo",
+        help="count the words of files in several processes",
+        description="Count the words of every text file under PATH with workers of their own "
+        "process, check the result, and compare the queues.",
+    )
+    demo.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a folder or a file; the standard library's sources otherwise",
+    )
+    demo.add_argument(
+        "--workers",
+        type=_number_of_workers,
+        default=_cores(),
+        metavar="N",
+        help="how many processes count (as many as there are cores: %(default)s)",
+    )
+    demo.add_argument(
+        "--kill", action="store_true", help="kill a worker halfway; the result is still right"
+    )
+    demo.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+    demo.set_defaults(run=_demo)
+
+    rm = commands.add_parser(
+        "rm",
+        help="remove what crashed programs left in shared memory",
+        description="Remove from /dev/shm what crashed programs left there.",
+    )
+    rm.add_argument(
+        "--stale",
+        action="store_true",
+        required=True,
+        help="what no living process has open, and nothing else",
+    )
+    rm.set_defaults(run=_rm)
+    return parser
+
+
+def _number_of_workers(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_WORKERS}")
+    return number
+
+
+def _cores() -> int:
+    """The cores that this process may use: in a container fewer than there are."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(usable, MOST_WORKERS)
+
+
+def _rm(options: argparse.Namespace) -> int:
+    removed = backends.cleanup_stale()
+    for name in removed:
+        print(f"removed {_printable(name)}")
+    if not removed:
+        print("nothing to remove")
+    return 0
+
+
+# -- demo ---------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.kill and backends.backend != "ring":
+        raise _Stop(
+            "--kill needs the ring, this is the fallback: there a killed worker may wedge the pipe",
+            _IMPOSSIBLE,
+        )
+    console = None if options.json else _console()
+    try:
+        files, skipped = find_sources() if options.path is None else find_files(options.path)
+    except FileNotFoundError:
+        raise _Stop(f"PATH {_printable(options.path)}: nothing is there", _IMPOSSIBLE) from None
+    if console is None:
+        outcome = _run(files, options, lambda stage, done, total: None)
+    else:
+        console.print(
+            f"Counting the words of {len(files):,} files with {options.workers} workers "
+            f"({backends.backend} back end)"
+        )
+        with _bars(console) as tell:
+            outcome = _run(files, options, tell)
+    _name_skipped(skipped + outcome.skipped, outcome.unchecked)
+    if console is None:
+        print(json.dumps(_summary(outcome, options.workers)))
+    else:
+        _show(outcome, console)
+    return 0 if outcome.correct else _WRONG
+
+
+def _run(files: list[str], options: argparse.Namespace, tell: Tell) -> Outcome:
+    try:
+        return run_demo(files, options.workers, kill=options.kill, tell=tell)
+    except NotSupportedByFallback as error:
+        raise _Stop(str(error), _WRONG) from error
+
+
+def _summary(outcome: Outcome, workers: int) -> dict[str, Any]:
+    return {
+        "correct": outcome.correct,
+        "files": outcome.files,
+        "words": outcome.words,
+        "workers": workers,
+        "killed": outcome.killed,
+        "retried": outcome.retried,
+        "seconds": outcome.seconds,
+        "rate_shmring": outcome.rates.shmring,
+        "rate_multiprocessing": outcome.rates.multiprocessing,
+        "ratio": outcome.rates.ratio,
+    }
+
+
+def _name_skipped(skipped: list[Skipped], unchecked: list[str]) -> None:
+    named = [f"skipped {_printable(each.path)}: {each.reason}" for each in skipped]
+    named += [f"unchecked {_printable(path)}: changed meanwhile" for path in unchecked]
+    shown = named[:_MOST_NAMES] if sys.stderr.isatty() else named
+    for line in shown:
+        print(line, file=sys.stderr)
+    if len(shown) < len(named):
+        print(f"... and {len(named) - len(shown):,} more: 2>FILE names them all", file=sys.stderr)
+
+
+def _printable(name: str) -> str:
+    """A name of a file can hold anything, even what moves the cursor."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+
+
+# -- on the terminal ----------------------------------------------------------------------
+
+
+def _console() -> Console:
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise _Stop(
+            'the bar and the tables need rich: pip install "shmring[cli]", or use --json', _WRONG
+        ) from None
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def _bars(console: Console) -> Iterator[Tell]:
+    """One bar a stage."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    titles = {"count": "count", "check": "check alone", "compare": "compare queues"}
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, auto_refresh=False, expand=True) as progress:
+        bars: dict[str, TaskID] = {}
+        due = 0.0
+
+        def tell(stage: str, done: int, total: int) -> None:
+            nonlocal due
+            if stage not in bars:
+                bars[stage] = progress.add_task(titles[stage])
+            progress.update(bars[stage], completed=done, total=total)
+            now = time.monotonic()
+            if now >= due or done == total:
+                progress.refresh()
+                due = now + _BAR_INTERVAL
+
+        yield tell
+
+
+def _show(outcome: Outcome, console: Console) -> None:
+    from rich.table import Table
+
+    console.print()
+    if outcome.top:
+        side_by_side = Table.grid(padding=(0, 3, 0, 0))
+        side_by_side.add_row(_words_table(outcome), _workers_table(outcome))
+        console.print(side_by_side)
+    else:
+        console.print("There was no word to count.")
+        console.print(_workers_table(outcome))
+    console.print()
+    console.print(
+        f"{outcome.words:,} words in {outcome.files:,} files: {outcome.seconds:.2f} s, "
+        f"one process alone {outcome.plain_seconds:.2f} s"
+    )
+    if outcome.killed:
+        tried = "1 task was" if outcome.retried == 1 else f"{outcome.retried} tasks were"
+        console.print(f"{outcome.killed} worker was killed with SIGKILL; {tried} tried again")
+    if outcome.rates.ratio is not None:
+        console.print()
+        console.print(_rates_table(outcome))
+        console.print()
+    if outcome.correct:
+        console.print("The result is right: one process alone counts the same.", style="green")
+    else:
+        console.print("THE RESULT IS WRONG: one process alone counts otherwise.", style="bold red")
+
+
+def _words_table(outcome: Outcome) -> Table:
+    table = _table("word", "times")
+    for word, times in outcome.top:
+        table.add_row(word, f"{times:,}")
+    return table
+
+
+def _workers_table(outcome: Outcome) -> Table:
+    table = _table("worker", "tasks", "bytes", "heartbeats", "state")
+    for row in sorted(outcome.workers, key=lambda each: (len(each.worker_id), each.worker_id)):
+        table.add_row(
+            row.worker_id,
+            f"{row.tasks:,}",
+            f"{row.nbytes:,}",
+            f"{row.heartbeats:,}",
+            "killed" if row.exitcode == -9 else row.state,
+        )
+    return table
+
+
+def _rates_table(outcome: Outcome) -> Table:
+    rates = outcome.rates
+    table = _table(f"{rates.messages:,} messages of the job", "messages/s", "")
+    table.add_row("multiprocessing.Queue", f"{rates.multiprocessing:,.0f}", "1.0 x")
+    table.add_row("shmring.Queue", f"{rates.shmring:,.0f}", f"{rates.ratio:.1f} x")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=30)
+    for title in others:
+        table.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
+    return table
