@@ -72,14 +72,18 @@ def rate_row(work: str, times: int, label: str, rates: Rates, show: Callable[[fl
     """`label` against the baseline: medians, their ratio, and how the runs lay apart."""
     ours, theirs = rates[label], rates[BASELINE]
     ratio = statistics.median(ours) / statistics.median(theirs)
+
+    def between(rates: list[float]) -> str:
+        low, high = (min(rates), max(rates)) if show is per_second else (max(rates), min(rates))
+        return f"{show(low)}-{show(high)}"
+
     pairs = [one / other for one, other in zip(ours, theirs, strict=True)]
     return Row(
         work,
         f"at least {times} times",
         f"{show(statistics.median(ours))} against {show(statistics.median(theirs))}",
         f"{ratio:.1f} times",
-        f"{min(pairs):.1f}-{max(pairs):.1f} times;"
-        f" {show(min(ours))}-{show(max(ours))} against {show(min(theirs))}-{show(max(theirs))}",
+        f"{min(pairs):.1f}-{max(pairs):.1f} times; {between(ours)} against {between(theirs)}",
         {"target": times, "ratio": ratio, "ratios": pairs, label: ours, BASELINE: theirs},
     )
 
@@ -145,10 +149,10 @@ def unused_row() -> Row:
         counts = ", ".join(
             f"{counted} {noun}"
             for noun, counted in (
-                ("descriptors", one["descriptors"]),
-                ("threads", one["threads"]),
-                ("processes", one["processes"]),
-                ("files in /dev/shm", len(one["names"])),
+                ("descriptor(s)", one["descriptors"]),
+                ("thread(s)", one["threads"]),
+                ("process(es)", one["processes"]),
+                ("file(s) in /dev/shm", len(one["names"])),
             )
         )
         if "allocated_bytes" not in one:

@@ -123,7 +123,8 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._exit.close()
+        with deadline(self._deadline_s, f"{self.label}, ending"):
+            self._exit.close()
 
     def run(self) -> float:
         """Seconds from the go to the last message received; once a session."""

@@ -1,0 +1,219 @@
+"""The benchmarks measure what they say: content is carried, and wrong content is noticed.
+
+Nothing here is about speed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if sys.platform != "linux":
+    pytest.skip("the benchmarks fork, and read /proc", allow_module_level=True)
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("tests without their benchmarks", allow_module_level=True)
+pytest.importorskip("numpy")
+sys.path.insert(0, str(ROOT))
+
+# ruff: noqa: E402  (the path first)
+from benchmarks import costs, figures
+from benchmarks.adapters import (
+    TRANSPORTS,
+    MultiprocessingPipe,
+    MultiprocessingQueue,
+    ShmringQueue,
+    Transport,
+    able,
+)
+from benchmarks.sessions import OneProcess, OneWay, RoundTrips, two_cpus
+from benchmarks.work import BATCH, Work, WrongContent, arrays, bytes_of, small_dicts
+
+WORKS = {"bytes": bytes_of(64), "object": small_dicts(), "array": arrays(1 << 20, count=10)}
+PAIRS = [(kind, transport) for kind in WORKS for transport in able(kind)]
+
+
+def name(value: object) -> str:
+    return value.label if isinstance(value, type) else str(value)
+
+
+@pytest.fixture(autouse=True)
+def no_child_left() -> Any:
+    yield
+    assert not multiprocessing.active_children()
+
+
+def usable(transport: type[Transport]) -> type[Transport]:
+    if reason := transport.missing():
+        pytest.skip(reason)
+    return transport
+
+
+@pytest.mark.parametrize(("kind", "transport"), PAIRS, ids=name)
+def test_one_way(kind: str, transport: type[Transport]) -> None:
+    count = 10 if kind == "array" else 600
+    with OneWay(usable(transport), WORKS[kind], count=count) as session:
+        assert session.run() > 0
+        assert session.count == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "transport"), [pair for pair in PAIRS if pair[0] != "array"], ids=name
+)
+def test_batches(kind: str, transport: type[Transport]) -> None:
+    with OneWay(usable(transport), WORKS[kind], batches=True, count=7 * BATCH) as session:
+        assert session.run() > 0
+        assert session.count == 7 * BATCH
+
+
+@pytest.mark.parametrize("transport", able("bytes"), ids=name)
+@pytest.mark.parametrize("apart", [False, True], ids=["free", "apart"])
+def test_round_trips(transport: type[Transport], apart: bool) -> None:
+    before = os.sched_getaffinity(0)
+    if apart and two_cpus() is None:
+        pytest.skip("one CPU")
+    with RoundTrips(usable(transport), WORKS["bytes"], apart=apart, count=20) as session:
+        assert session.run() > 0
+        assert len(session.samples_ns) == 20
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("transport", able("bytes", between_processes=False), ids=name)
+def test_one_process(transport: type[Transport]) -> None:
+    with OneProcess(usable(transport), WORKS["bytes"], count=20) as session:
+        assert session.run() > 0
+
+
+def test_labels_are_distinct() -> None:
+    labels = [transport.label for transport in TRANSPORTS]
+    assert len(set(labels)) == len(labels)
+
+
+# ---- what a transport can do wrong is noticed -----------------------------------------------
+
+
+class Faulty(MultiprocessingPipe):
+    """Does something to the 100th message it delivers."""
+
+    label = "faulty"
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._deliver, self._delivered = self.get, 0
+        self.get = self._get
+
+    def _get(self) -> Any:
+        self._delivered += 1
+        message = self._deliver()
+        return self.harm(message) if self._delivered == 100 else message
+
+    def harm(self, message: Any) -> Any:
+        raise NotImplementedError
+
+
+class Losing(Faulty):
+    def harm(self, message: Any) -> Any:
+        return self._deliver()
+
+
+class Doubling(Faulty):
+    def harm(self, message: Any) -> Any:
+        once, self._deliver = self._deliver, lambda: message
+
+        def restore() -> Any:
+            self._deliver = once
+            return message
+
+        self._deliver = restore
+        return message
+
+
+class Silent(Faulty):
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.put = lambda message: None
+
+
+class Altering(MultiprocessingPipe):
+    """Every array arrives with one element changed."""
+
+    label = "altering"
+
+    def take_sum(self) -> float:
+        return super().take_sum() + 1
+
+
+@pytest.mark.parametrize("transport", [Losing, Doubling])
+def test_messages_lost_or_doubled_are_noticed(transport: type[Transport]) -> None:
+    with (
+        OneWay(transport, WORKS["bytes"], count=600) as session,
+        pytest.raises(WrongContent, match="a turn began"),
+    ):
+        session.run()
+
+
+def test_an_altered_array_is_noticed() -> None:
+    with (
+        OneWay(Altering, WORKS["array"], count=4) as session,
+        pytest.raises(WrongContent, match="adds up to"),
+    ):
+        session.run()
+
+
+def test_a_session_that_hangs_ends() -> None:
+    with (
+        pytest.raises(TimeoutError, match=r"starting: not done after 0\.3 s"),
+        OneWay(Silent, WORKS["bytes"], deadline_s=0.3),
+    ):
+        pass
+
+
+# ---- the programs ---------------------------------------------------------------------------
+
+
+def test_rows_of_the_figures() -> None:
+    rates = figures.take_turns(
+        2,
+        {
+            transport.label: lambda transport=transport: OneWay(
+                transport, WORKS["bytes"], count=300
+            )
+            for transport in (ShmringQueue, MultiprocessingQueue)
+        },
+    )
+    row = figures.rate_row("64 B", 30, ShmringQueue.label, rates, figures.per_second)
+    assert str(row).startswith("| 64 B | at least 30 times | ")
+    assert str(row).count("|") == 6
+
+
+def test_costs_are_counted() -> None:
+    spent = costs.blocked(0.1, consumers=1)
+    assert [used["cpu_ms"] >= 0 for kind in spent.values() for used in kind] == [True, True]
+    found = costs.unused()
+    assert found["multiprocessing.Queue"]["descriptors"] > 0
+    killed = costs.killed()
+    assert killed["processes"] == 4
+    assert killed["names"] == []
+
+
+def test_pytest_collects_and_runs_them() -> None:
+    pytest.importorskip("pytest_benchmark")
+    options = ["--benchmark-only", "--rounds", "1", "--scale", "0.001", "benchmarks"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *options],
+        cwd=ROOT,
+        env=costs._environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "machine: cpu" in done.stdout
+    assert "times multiprocessing.Queue" in done.stdout
