@@ -14,7 +14,7 @@ protocol.
 """
 
 cimport cython
-from libc.errno cimport EILSEQ
+from libc.errno cimport EILSEQ, ENOSPC
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -23,7 +23,7 @@ from shmring._area cimport (
 )
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
-    SHMRING_HEADER_BYTES, SHMRING_RESERVED, SHMRING_WHOLE,
+    SHMRING_HEADER_BYTES, SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE,
     Count, Frame, Header, shmring_area_of, shmring_frame_span,
 )
 from shmring._owner cimport owner_is_dead, owner_self
@@ -347,6 +347,9 @@ cdef class RingCore:
         if wanted == 0:
             return FULL
         error = area_grow(h, self.fd, &self.file, wanted, &m)
+        while error == ENOSPC and wanted // 2 >= span and wanted > SHMRING_MIN_CAPACITY:
+            wanted //= 2  # less than hoped for is better than waiting
+            error = area_grow(h, self.fd, &self.file, wanted, &m)
         if error != 0:
             return -error
         self.producer_stale = self.producer_mapping

@@ -1,0 +1,328 @@
+"""Processes are killed, stopped and forked in the middle; the others go on.
+
+The kills fall at random moments of loops that spend most of their time under
+a lock; `recoveries` in the ring's statistics counts the lock owners that were
+found dead, so each test knows that it killed what it meant to kill.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from shmring import Queue, Ring
+from shmring.errors import Empty, Full
+from support import run_in_process, shared_memory_names, wait_for
+
+LARGE = 4_000_000  # copying this takes most of a call, under the lock
+KILLS_UNDER_THE_LOCK = 3
+ROUNDS = 300  # by then the lock was hit, unless something is wrong
+
+
+def _stamped(number: int) -> bytes:
+    return number.to_bytes(8, "little") * (LARGE // 8)
+
+
+def _whole(message: bytes) -> bool:
+    return len(message) == LARGE and message == message[:8] * (LARGE // 8)
+
+
+def _put_for_ever(ring: Ring) -> None:
+    number = 0
+    while True:
+        ring.put(_stamped(number))
+        number += 1
+
+
+def _get_for_ever(ring: Ring) -> None:
+    while True:
+        ring.get()
+
+
+def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody():
+    moments = random.Random(1)
+    with Ring.create(1 << 24) as ring:
+        for _ in range(ROUNDS):
+            with run_in_process(_put_for_ever, ring):
+                for _ in range(moments.randrange(1, 6)):
+                    assert _whole(ring.get(timeout=10))
+            begun = time.monotonic()
+            ring.put(b"still alive", timeout=1)
+            left = ring.get_many(timeout=1)
+            assert time.monotonic() - begun < 2
+            assert left.pop() == b"still alive"
+            assert all(map(_whole, left))
+            assert ring.qsize() == 0
+            if ring.statistics().recoveries >= KILLS_UNDER_THE_LOCK:
+                return
+    pytest.fail("no kill hit the lock")
+
+
+def test_consumers_killed_inside_get_lose_at_most_what_they_took():
+    moments = random.Random(2)
+    with Ring.create(1 << 24) as ring:
+        number = 0
+        for _ in range(ROUNDS):
+            with run_in_process(_get_for_ever, ring):
+                for _ in range(moments.randrange(3, 9)):
+                    ring.put(_stamped(number), timeout=10)
+                    number += 1
+            left = [ring.get(timeout=10) for _ in range(ring.qsize())]
+            # what is left is the unbroken tail of what was put
+            assert [int.from_bytes(m[:8], "little") for m in left] == list(
+                range(number - len(left), number)
+            )
+            assert all(map(_whole, left))
+            statistics = ring.statistics()
+            assert statistics.messages_put == statistics.messages_taken == number
+            if statistics.recoveries >= KILLS_UNDER_THE_LOCK:
+                return
+    pytest.fail("no kill hit the lock")
+
+
+def test_growing_producers_killed_leave_memory_accounted_for():
+    moments = random.Random(5)
+    with Ring.create(1 << 16, max_capacity=1 << 27) as ring:
+        for _ in range(20):
+            with run_in_process(_put_for_ever, ring) as child:
+                target = ring.statistics().messages_put + moments.randrange(1, 20)
+                wait_for(
+                    lambda: ring.statistics().messages_put >= target or not child.is_alive()  # noqa: B023
+                )
+            while ring.qsize():
+                assert _whole(ring.get(timeout=10))
+        with pytest.raises(Empty):
+            ring.get(timeout=0.3)  # an idle slice gives back what is not needed
+        ring.put(b"x")
+        assert ring.get() == b"x"
+        held = os.fstat(ring.fileno()).st_blocks * 512
+        assert held <= 4 * ring.capacity + 8192, f"{held} bytes for a capacity of {ring.capacity}"
+
+
+def test_a_sleeping_consumer_killed_takes_no_wake_with_it():
+    with Ring.create() as ring:
+        for _ in range(20):
+            with run_in_process(ring.get) as victim, run_in_process(_echo_length, ring, os.getpid()):
+                wait_for(lambda: ring.statistics().consumers_waiting)
+                victim.kill()
+                victim.join()
+                ring.put(b"for the other one")
+                wait_for(lambda: ring.qsize() == 0, timeout=2, what="the living consumer to take it")
+
+
+def _echo_length(ring: Ring, parent: int) -> None:
+    while os.getppid() == parent:
+        ring.get(timeout=30)
+
+
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_killed_inside_a_block(side):
+    with Ring.create() as ring:
+        ring.put(b"front")
+        with run_in_process(_hold, ring, side):
+            wait_for(lambda: ring.statistics().messages == (3 if side == "reserve" else 2))
+            with pytest.raises(Empty):
+                (ring.get(timeout=0.05), ring.get(timeout=0.05))
+        begun = time.monotonic()
+        left = [ring.get(timeout=5) for _ in range(ring.qsize() - (side == "reserve"))]
+        assert time.monotonic() - begun < 1
+        assert left == ([b"behind"] if side == "reserve" else [b"front", b"behind"])
+
+
+def _hold(ring: Ring, side: str) -> None:
+    with ring.reserve(10) if side == "reserve" else ring.peek():
+        ring.put(b"behind")
+        signal.pause()
+
+
+def test_a_stopped_lock_holder_is_waited_for_and_never_robbed():
+    with Ring.create(1 << 24) as ring, run_in_process(_put_for_ever, ring) as holder:
+        process = psutil.Process(holder.pid)
+        try:
+            for _ in range(ROUNDS):  # until a stop falls under the lock
+                ring.get_many(timeout=10)  # so that it has room and is copying
+                process.suspend()
+                wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+                begun = time.monotonic()
+                try:
+                    ring.put_nowait(b"")
+                except Full:
+                    if _room(ring):
+                        break
+                process.resume()
+            else:
+                pytest.fail("no stop fell under the lock")
+            assert time.monotonic() - begun < 0.5  # a millisecond, on a machine that is not busy
+            with pytest.raises(Full):
+                ring.put(b"", timeout=0.15)
+        finally:
+            process.resume()
+        assert ring.get(timeout=10) is not None
+        assert ring.statistics().recoveries == 0
+
+
+def _room(ring: Ring) -> bool:
+    return ring.statistics().used_bytes < ring.capacity - 1000
+
+
+def test_fork_while_another_thread_is_inside_put():
+    with Ring.create(1 << 24) as ring:
+        stop = threading.Event()
+
+        def produce() -> None:
+            while not stop.is_set():
+                ring.put(_stamped(1), timeout=30)
+                ring.get_many(timeout=30)
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        try:
+            for _ in range(30):
+                with run_in_process(ring.put, b"child", True, 30) as child:
+                    child.join(30)
+                    assert child.exitcode == 0
+        finally:
+            stop.set()
+            thread.join(30)
+
+
+def test_a_producer_exits_at_once_and_everything_arrives():
+    queue = Queue()
+    with queue, run_in_process(_put_many_objects, queue, 20_000) as child:
+        child.join(30)  # before anyone reads: the classic deadlock of the standard library
+        assert child.exitcode == 0
+        assert [queue.get()["i"] for _ in range(20_000)] == list(range(20_000))
+
+
+def _put_many_objects(queue: Queue[dict[str, int]], count: int) -> None:
+    for i in range(count):
+        queue.put({"i": i})
+
+
+PROGRAM = """
+import os, sys
+from shmring import Queue
+queue = Queue()
+queue.put_many([bytes(100_000)] * 50)
+if os.fork() == 0:
+    queue.get()
+os.write(1, b"ready\n")
+queue.get_many()
+while True:
+    queue.get()
+"""
+
+
+def test_all_processes_killed_leave_nothing_of_anonymous_queues():
+    before = shared_memory_names()
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+    finally:
+        os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
+        program.stdout.close()
+    assert shared_memory_names() == before
+
+
+def test_a_crashed_runs_name_is_usable_again():
+    name = "test-faults-crashed"
+    with run_in_process(_create_and_die, name) as child:
+        child.join(30)
+    assert os.path.exists(f"/dev/shm/{name}")
+    with Queue(name=name) as queue:
+        queue.put(1)
+        assert queue.get() == 1
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def _create_and_die(name: str) -> None:
+    queue = Queue(name=name)
+    queue.put("left behind")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_cleanup_removes_what_is_stale_and_nothing_else(tmp_path):
+    from shmring import cleanup_stale
+
+    stale, foreign = "test-faults-stale", "/dev/shm/test-faults-foreign"
+    with run_in_process(_create_and_die, stale) as child:
+        child.join(30)
+    with open(foreign, "wb") as file:
+        file.write(b"somebody else's")
+    try:
+        with Queue(name="test-faults-live") as live:
+            removed = cleanup_stale()
+            assert stale in removed
+            assert "test-faults-live" not in removed
+            assert os.path.exists(foreign)
+            with Queue.attach("test-faults-live") as other:
+                live.put(1)
+                assert other.get() == 1
+    finally:
+        os.unlink(foreign)
+
+
+def test_an_interpreter_exits_with_a_thread_blocked_in_get():
+    program = (
+        "import threading; from shmring import Queue; queue = Queue();"
+        "threading.Thread(target=queue.get, daemon=True).start()"
+    )
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_full_file_system_fails_by_name_and_leaves_nothing(tmp_path):
+    """In a mount namespace of its own, with a /dev/shm of one MiB."""
+    program = (
+        "import os, shmring\n"
+        "queue = shmring.Queue(max_capacity=64 << 20)\n"
+        "try:\n"
+        "    shmring.Ring.create(8 << 20)\n"
+        "except shmring.SharedMemoryFull as error:\n"
+        "    print(error)\n"
+        "try:\n"
+        "    queue.put(bytes(4 << 20))\n"
+        "except shmring.SharedMemoryFull as error:\n"
+        "    print(error)\n"
+        "try:\n"
+        "    queue.put_many([bytes(1000)] * 5000, timeout=0.3)\n"
+        "except shmring.errors.Full as error:\n"
+        "    taken = queue.get_many()\n"
+        "    assert len(taken) == error.count > 100, (len(taken), error.count)\n"
+        "queue.put(1)\n"
+        "assert queue.get() == 1\n"
+        "queue.close()\n"
+        "assert os.listdir('/dev/shm') == []\n"
+    )
+    script = tmp_path / "full.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-c"),
+            'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" "$1"',
+            *(sys.executable, str(script)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert "8388608 bytes" in done.stdout
+    assert "no room to grow" in done.stdout
+    assert "shared memory is full" in done.stderr  # the log line that names the remedy
