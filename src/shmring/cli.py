@@ -170,14 +170,14 @@ def _demo(options: argparse.Namespace) -> int:
     console = None if options.json else _console()
     try:
         files, skipped = find_sources() if options.path is None else find_files(options.path)
-    except FileNotFoundError:
-        raise _Stop(f"PATH {_printable(options.path)}: nothing is there", _IMPOSSIBLE) from None
+    except FileNotFoundError as error:
+        raise _Stop(_printable(str(error)), _IMPOSSIBLE) from error
     if console is None:
         outcome = _run(files, options, lambda stage, done, total: None)
     else:
         console.print(
-            f"Counting the words of {len(files):,} files with {options.workers} workers "
-            f"({backends.backend} back end)"
+            f"Counting the words of {_many(len(files), 'file')} with "
+            f"{_many(options.workers, 'worker')} ({backends.backend} back end)"
         )
         with _bars(console) as tell:
             outcome = _run(files, options, tell)
@@ -226,6 +226,10 @@ def _printable(name: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
 
 
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 # -- on the terminal ----------------------------------------------------------------------
 
 
@@ -265,8 +269,8 @@ def _bars(console: Console) -> Iterator[Tell]:
         def tell(stage: str, done: int, total: int) -> None:
             nonlocal due
             if stage not in bars:
-                bars[stage] = progress.add_task(titles[stage])
-            progress.update(bars[stage], completed=done, total=total)
+                bars[stage] = progress.add_task(titles[stage], total=total)
+            progress.update(bars[stage], completed=done)
             now = time.monotonic()
             if now >= due or done == total:
                 progress.refresh()
@@ -288,12 +292,15 @@ def _show(outcome: Outcome, console: Console) -> None:
         console.print(_workers_table(outcome))
     console.print()
     console.print(
-        f"{outcome.words:,} words in {outcome.files:,} files: {outcome.seconds:.2f} s, "
+        f"{_many(outcome.words, 'word')} in {_many(outcome.files, 'file')}: "
+        f"{outcome.seconds:.2f} s, "
         f"one process alone {outcome.plain_seconds:.2f} s"
     )
     if outcome.killed:
-        tried = "1 task was" if outcome.retried == 1 else f"{outcome.retried} tasks were"
-        console.print(f"{outcome.killed} worker was killed with SIGKILL; {tried} tried again")
+        console.print(
+            f"{_many(outcome.killed, 'worker')} killed with SIGKILL, "
+            f"{_many(outcome.retried, 'task')} tried again"
+        )
     if outcome.rates.ratio is not None:
         console.print()
         console.print(_rates_table(outcome))

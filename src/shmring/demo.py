@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 from shmring import _backend as backends
 from shmring.coordinator import Progress, Report, coordinator_process
-from shmring.errors import NotSupportedByFallback, ShmringError
+from shmring.errors import Full, NotSupportedByFallback, ShmringError
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import DATA_BUFFER, current_worker
 from shmring.workforce import WorkerReport
@@ -234,10 +234,11 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[list[str], l
     """
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"PATH {path!r} does not exist") from error
     except (OSError, ValueError) as error:  # a file taken for a folder, a circle, a NUL
-        raise FileNotFoundError(str(error)) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileNotFoundError(f"PATH {path!r} cannot be found: {reason}") from error
     files: list[str] = []
     skipped: list[Skipped] = []
     if not is_folder:
@@ -368,19 +369,21 @@ def _count_in_workers(files: list[str], workers: int, kill: bool, tell: Tell) ->
 
     namespace = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     with HighPerformanceIPC("demo", namespace=namespace) as ipc, contextlib.ExitStack() as stack:
-        killed = stack.enter_context(_executioner(ipc)) if victim is not None else []
+        executioner = stack.enter_context(_Executioner(ipc))
         release = stack.enter_context(_interrupts_held())
 
         def tasks() -> Iterator[str]:
             # The first task is asked for when the workers have been started; they inherit that
             # Ctrl-C is blocked, and cannot die of it before they have learnt to ignore it.
             release()
+            if victim is not None:
+                executioner.start()
             yield from files
 
         report = coordinator_process(
             ipc, workers, tasks=tasks(), spawn=True, handler=handler, progress=progress
         )
-    return report, len(killed)
+    return report, executioner.killed
 
 
 def _count_or_die(path: str, victim: str) -> Counted | Skipped:
@@ -402,31 +405,45 @@ def _count_or_die(path: str, victim: str) -> Counted | Skipped:
     return answer
 
 
-@contextlib.contextmanager
-def _executioner(ipc: HighPerformanceIPC) -> Iterator[list[int]]:
-    """Kill the worker that announces itself; gives the list of those that were."""
-    killed: list[int] = []
-    over = threading.Event()
+class _Executioner:
+    """Kills the worker that announces itself in the data buffer; a context manager.
 
-    def watch() -> None:
-        while not over.wait(0.005):
-            memory = ipc.shared_memories.get(DATA_BUFFER)
+    Args:
+        ipc: the coordinator's.
+
+    Attributes:
+        killed: how many were.
+    """
+
+    def __init__(self, ipc: HighPerformanceIPC) -> None:
+        self.killed = 0
+        self._ipc = ipc
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="executioner")
+
+    def start(self) -> None:
+        """Begin to watch: not before the workers run, for a fork copies what a thread holds."""
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            memory = self._ipc.shared_memories.get(DATA_BUFFER)
             if memory is None:
                 continue
             with contextlib.suppress(ShmringError, OSError):  # all is over, in either case
                 pid = int.from_bytes(memory.read_data(_PID_NBYTES), "little")
                 if pid:
                     os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
+                    self.killed += 1
                     return
 
-    thread = threading.Thread(target=watch, name="executioner")
-    thread.start()
-    try:
-        yield killed
-    finally:
-        over.set()
-        thread.join()
+    def __enter__(self) -> _Executioner:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 @contextlib.contextmanager
@@ -502,7 +519,8 @@ def compare_queues(messages: list[Any], tell: Tell) -> Rates:
     except BaseException:
         if consumer.pid is not None:
             consumer.kill()
-        theirs.cancel_join_thread()  # nobody reads any more what its thread still writes
+        for queue in (theirs, ours):  # nobody reads any more what a thread still writes
+            queue.cancel_join_thread()
         raise
     finally:
         if consumer.pid is not None:
@@ -524,17 +542,25 @@ def _send(queue: Any, messages: list[Any], times: int, here: Any) -> float:
     _hear(here)  # ready
     began = time.perf_counter()
     put = queue.put
-    for message in itertools.chain.from_iterable(itertools.repeat(messages, times)):
-        put(message)
+    try:
+        for message in itertools.chain.from_iterable(itertools.repeat(messages, times)):
+            # A ring that may grow no more waits, and nobody might be there to make room.
+            put(message, True, _COMPARISON_TIMEOUT)
+    except Full as error:
+        raise _standstill() from error
     _hear(here)  # done
     return time.perf_counter() - began
 
 
+def _standstill() -> ShmringError:
+    return ShmringError(
+        f"the comparison stands still: no sign of its consumer for {_COMPARISON_TIMEOUT:g} s"
+    )
+
+
 def _hear(here: Any) -> Any:
     if not connection.wait([here], _COMPARISON_TIMEOUT):
-        raise ShmringError(
-            f"the comparison stands still: no sign of its consumer for {_COMPARISON_TIMEOUT:g} s"
-        )
+        raise _standstill()
     try:
         return here.recv()
     except (EOFError, OSError) as error:
