@@ -207,7 +207,7 @@ def _put_many_objects(queue: Queue[dict[str, int]], count: int) -> None:
         queue.put({"i": i})
 
 
-PROGRAM = """
+PROGRAM = r"""
 import os, sys
 from shmring import Queue
 queue = Queue()

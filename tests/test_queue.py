@@ -1,0 +1,516 @@
+"""Queue: objects in, objects out, through every way of starting a process."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import pickle
+import queue as standard_queue
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import shmring
+from shmring import (
+    AccessRefused,
+    DecodeError,
+    EncodeError,
+    InvalidArgument,
+    JoinableQueue,
+    LayoutMismatch,
+    MessageTooLarge,
+    Queue,
+    Ring,
+    RingNotFound,
+    ShutDown,
+    SimpleQueue,
+)
+from shmring.errors import Empty, Full
+from support import run_in_process, wait_for
+
+
+@pytest.fixture
+def queue():
+    with Queue() as made:
+        yield made
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
+    return left == right
+
+
+Point = collections.namedtuple("Point", "x y")
+
+OBJECTS = [
+    None,
+    0,
+    1 << 100,
+    1.5,
+    "",
+    "text \ud800 with a lone surrogate",
+    b"",
+    b"x" * 100_000,
+    bytearray(b"mutable"),
+    (1, [2, {3: {4}}]),
+    {"key": ["value"] * 1000},
+    Point(1, 2),
+    "long" * 50_000,
+]
+
+
+@pytest.mark.parametrize("obj", OBJECTS, ids=lambda obj: type(obj).__name__)
+def test_what_goes_in_comes_out(queue, obj):
+    for _ in range(3):
+        queue.put(obj)
+        taken = queue.get(timeout=1)
+        assert type(taken) is type(obj)
+        assert taken == obj
+
+
+ARRAYS = [
+    np.arange(10),
+    np.arange(1_000_000, dtype="f4"),
+    np.zeros((0, 3)),
+    np.asfortranarray(np.arange(600_000.0).reshape(600, 1000)),
+    np.arange(100_000)[::2],
+    np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]),
+    np.array([{"an": "object"}, None], dtype=object),
+    np.array(7.0),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda a: f"{a.dtype}{a.shape}")
+def test_arrays_arrive_equal_and_writable(queue, array):
+    queue.put(array)
+    taken = queue.get(timeout=10)
+    assert same(taken, array)
+    assert taken.flags.writeable
+    assert taken.flags.f_contiguous or not array.flags.f_contiguous or array.ndim < 2
+    taken[...] = taken  # and nobody else sees it
+    queue.put({"several": [array, array[:1] if array.ndim else array], "name": "x"})
+    assert same(queue.get(timeout=10)["several"][0], array)
+
+
+def test_identity_and_recursion_inside_one_object(queue):
+    shared = [1]
+    recursive: list[object] = [shared, shared]
+    recursive.append(recursive)
+    queue.put(recursive)
+    taken = queue.get()
+    assert taken[0] is taken[1]
+    assert taken[2] is taken
+
+
+def test_more_buffers_than_the_stack_has_room_for(queue):
+    arrays = [np.full(1000, i) for i in range(700)]
+    queue.put(arrays)
+    assert all(same(a, b) for a, b in zip(queue.get(timeout=10), arrays, strict=True))
+
+
+def test_put_many_and_get_many(queue):
+    objects = [{"i": i, "data": np.full(i * 10, i)} for i in range(300)]
+    queue.put_many(objects)
+    assert queue.qsize() == 300
+    taken = queue.get_many(100) + queue.get_many()
+    assert [t["i"] for t in taken] == list(range(300))
+    assert all(same(t["data"], o["data"]) for t, o in zip(taken, objects, strict=True))
+
+
+def test_what_is_mutated_after_put_was_sent_before(queue):
+    data = {"state": "before", "array": np.zeros(100_000)}
+    queue.put(data)
+    data["state"] = "after"
+    data["array"][:] = 1
+    taken = queue.get()
+    assert taken["state"] == "before"
+    assert not taken["array"].any()
+
+
+# ---- maxsize -------------------------------------------------------------------------------
+
+
+def test_maxsize():
+    with Queue(2) as queue:
+        queue.put(1)
+        assert not queue.full()
+        queue.put(2)
+        assert queue.full()
+        with pytest.raises(Full):
+            queue.put_nowait(3)
+        with pytest.raises(Full):
+            queue.put(3, timeout=0.05)
+        with pytest.raises(Full) as caught:
+            queue.put_many([3, 4], timeout=0.05)
+        assert caught.value.count == 0
+        assert queue.get() == 1
+        with pytest.raises(Full) as caught:
+            queue.put_many([3, 4], timeout=0.05)
+        assert caught.value.count == 1
+        assert queue.get_many() == [2, 3]
+        assert queue.empty()
+        assert Empty is standard_queue.Empty
+        assert Full is standard_queue.Full
+
+
+def test_a_blocked_put_goes_on_when_there_is_room():
+    with Queue(1) as queue:
+        queue.put("first")
+        thread = threading.Thread(target=queue.put, args=("second",))
+        thread.start()
+        wait_for(lambda: queue.statistics().producers_waiting)
+        assert queue.get() == "first"
+        assert queue.get(timeout=10) == "second"
+        thread.join(10)
+
+
+def test_unbounded_put_never_waits():
+    with Queue() as queue:
+        begun = time.monotonic()
+        for _ in range(200):
+            queue.put(bytes(100_000), timeout=5)
+        assert time.monotonic() - begun < 10
+        assert queue.qsize() == 200
+
+
+# ---- processes -----------------------------------------------------------------------------
+
+
+def _square(tasks: Queue[int], results: Queue[tuple[int, int]]) -> None:
+    while (number := tasks.get(timeout=60)) >= 0:
+        results.put((number, number**2))
+
+
+def test_through_process_arguments(start_method):
+    with Queue() as tasks, Queue() as results:
+        with (
+            run_in_process(_square, tasks, results, method=start_method) as one,
+            run_in_process(_square, tasks, results, method=start_method) as two,
+        ):
+            tasks.put_many([*range(500), -1, -1])
+            taken = dict(results.get(timeout=60) for _ in range(500))
+            one.join(60)
+            two.join(60)
+            assert (one.exitcode, two.exitcode) == (0, 0)
+        assert taken == {i: i * i for i in range(500)}
+
+
+def _forward(queue: Queue[object]) -> None:
+    inner = queue.get(timeout=60)
+    assert isinstance(inner, Queue)
+    inner.put(os.getpid())
+    with pytest.raises(Empty):
+        queue.get(timeout=0.01)
+
+
+def test_through_another_queue(queue, start_method):
+    with Queue() as inner:
+        with run_in_process(_forward, queue, method=start_method) as child:
+            queue.put(inner)
+            assert inner.get(timeout=60) == child.pid
+            child.join(60)
+            assert child.exitcode == 0
+        name = inner.name
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def test_to_a_grandchild(queue):
+    with run_in_process(_start_grandchild, queue, method="spawn") as child:
+        assert queue.get(timeout=60) == "from a grandchild"
+        child.join(60)
+        assert child.exitcode == 0
+
+
+def _start_grandchild(queue: Queue[str]) -> None:
+    with run_in_process(queue.put, "from a grandchild", method="spawn") as grandchild:
+        grandchild.join(60)
+        assert grandchild.exitcode == 0
+
+
+def test_attach_by_name_from_an_unrelated_program():
+    with Queue(name="test-queue-by-name") as queue:
+        program = "import shmring; shmring.Queue.attach('test-queue-by-name').put({'a': 1})"
+        done = subprocess.run(
+            [sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=True
+        )
+        assert "leaked" not in done.stderr  # the resource tracker has nothing to say
+        assert queue.get(timeout=10) == {"a": 1}
+        assert queue.name == "test-queue-by-name"
+        with Queue.attach(queue.name) as other:
+            other.put(2)
+        assert queue.get() == 2
+
+
+def test_the_name_of_an_anonymous_queue_comes_on_demand(queue):
+    before = set(os.listdir("/dev/shm"))
+    name = queue.name
+    assert set(os.listdir("/dev/shm")) - before == {name}
+    with Queue.attach(name) as other:
+        other.put("by name")
+    assert queue.get() == "by name"
+    assert queue.name == name
+
+
+def test_a_copy_by_pickle_is_the_same_queue(queue):
+    copy = pickle.loads(pickle.dumps(queue))
+    with copy:
+        copy.put(1)
+        assert queue.get() == 1
+
+
+# ---- what it costs -------------------------------------------------------------------------
+
+
+def test_an_unused_queue_costs_little():
+    descriptors = len(os.listdir("/proc/self/fd"))
+    threads = threading.active_count()
+    children = len(multiprocessing.active_children())
+    names = os.listdir("/dev/shm")
+    with Queue() as queue:
+        found = os.fstat(queue.fileno())
+        assert max(found.st_size, found.st_blocks * 512) < 128 << 10
+        assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+        assert threading.active_count() == threads
+        assert len(multiprocessing.active_children()) == children
+        assert os.listdir("/dev/shm") == names
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_two_hundred_queues_fit_into_64_mib():
+    queues = [Queue() for _ in range(200)]
+    for each in queues:
+        each.put(1)
+    assert sum(os.fstat(each.fileno()).st_blocks * 512 for each in queues) < 64 << 20
+    for each in queues:
+        each.close()
+
+
+def _wait_and_report(queue: Queue[object], report: Queue[float]) -> None:
+    begun = time.process_time()
+    assert queue.get() == "go"
+    report.put(time.process_time() - begun)
+
+
+def test_waiting_costs_next_to_nothing(queue):
+    with Queue() as report, run_in_process(_wait_and_report, queue, report):
+        wait_for(lambda: queue.statistics().consumers_waiting)
+        threading.Event().wait(1)
+        queue.put("go")
+        assert report.get(timeout=30) < 0.05  # 2 ms in 10 s on a quiet machine
+
+
+# ---- codecs --------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling this would be seen."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("/dev/shm/test-queue-was-unpickled",)
+
+
+def test_bytes_codec_carries_bytes_and_never_unpickles():
+    with Queue(codec="bytes", name="test-queue-bytes") as queue:
+        for data in (b"x", bytearray(b"y"), memoryview(b"z"), np.arange(1000)):
+            queue.put(data)
+        assert queue.get_many() == [b"x", b"y", b"z", np.arange(1000).tobytes()]
+        with pytest.raises(EncodeError, match="dict"):
+            queue.put({})
+        with Queue.attach("test-queue-bytes") as wrong:  # a sender that pickles
+            wrong.put(Hostile())
+            wrong.put(b"fine")
+        with pytest.raises(DecodeError, match="kind"):
+            queue.get()
+        assert queue.get() == b"fine"
+    assert not os.path.exists("/dev/shm/test-queue-was-unpickled")
+
+
+def test_msgpack_codec():
+    with Queue(codec="msgpack") as queue:
+        queue.put({"a": [1, 2.5, None, "ü"], "b": b"raw"})
+        assert queue.get() == {"a": [1, 2.5, None, "ü"], "b": b"raw"}
+        with pytest.raises(EncodeError, match="object"):
+            queue.put(object())
+        queue.put(b"bytes are encoded as well")
+        assert queue.get() == b"bytes are encoded as well"
+
+
+class Reversed:
+    def dumps(self, obj: bytes) -> bytes:
+        return obj[::-1]
+
+    def loads(self, data: bytes) -> bytes:
+        return data[::-1]
+
+
+def test_a_codec_of_ones_own(start_method):
+    with Queue(codec=Reversed()) as queue:
+        with run_in_process(queue.put, b"abc", method=start_method):
+            assert queue.get(timeout=60) == b"abc"
+
+
+def test_an_unknown_codec():
+    for bad in ("json", 5, None):
+        with pytest.raises(InvalidArgument, match="codec"):
+            Queue(codec=bad)
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+
+class Carrier:
+    def __init__(self, part: object) -> None:
+        self.good = 1
+        self.part = part
+
+
+def test_what_cannot_be_pickled_raises_in_put_and_names_the_part(queue):
+    with pytest.raises(EncodeError, match=r"Carrier.*\.part \(a lock\)"):
+        queue.put(Carrier(threading.Lock()))
+    with pytest.raises(EncodeError, match="function"):
+        queue.put_many([1, lambda: None])
+    assert queue.empty()
+    queue.put("still works")
+    assert queue.get() == "still works"
+    assert issubclass(EncodeError, pickle.PicklingError)
+
+
+class Grudging:
+    def __reduce__(self) -> tuple[object, ...]:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise KeyError("not here")
+
+
+def test_what_cannot_be_unpickled_raises_in_get_and_takes_only_itself(queue):
+    queue.put_many([1, Grudging(), 2])
+    assert queue.get() == 1
+    with pytest.raises(DecodeError, match=r"bytes was taken.*KeyError") as caught:
+        queue.get()
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert queue.get() == 2
+    queue.put_many([1, Grudging(), 2])
+    with pytest.raises(DecodeError) as caught:
+        queue.get_many()
+    assert caught.value.items == [1, 2]
+    assert queue.empty()
+
+
+def test_an_object_that_puts_while_it_is_being_pickled(queue):
+    queue.put(_PutsItself(queue))
+    assert sorted(queue.get_many(), key=str) == ["from __reduce__", "rebuilt"]
+
+
+class _PutsItself:
+    def __init__(self, queue: Queue[object]) -> None:
+        self.queue = queue
+
+    def __reduce__(self) -> tuple[object, ...]:
+        self.queue.put("from __reduce__")
+        return str, ("rebuilt",)
+
+
+@pytest.mark.parametrize("maxsize", ["3", 1.5, None])
+def test_maxsize_of_the_wrong_type(maxsize):
+    with pytest.raises(TypeError, match="maxsize"):
+        Queue(maxsize)
+
+
+def test_a_message_larger_than_max_capacity():
+    with Queue(max_capacity=1 << 16) as queue:
+        with pytest.raises(MessageTooLarge, match="max_capacity"):
+            queue.put(bytes(100_000))
+        queue.put("small")
+        assert queue.get() == "small"
+
+
+def test_attach_to_what_is_not_a_queue():
+    with pytest.raises(RingNotFound):
+        Queue.attach("test-queue-nothing")
+    with Ring.create(name="test-queue-a-ring"), pytest.raises(LayoutMismatch, match="class"):
+        Queue.attach("test-queue-a-ring")
+
+
+def test_attach_to_what_others_could_open():
+    with Queue(name="test-queue-open") as queue:
+        os.fchmod(queue.fileno(), 0o666)
+        with pytest.raises(AccessRefused, match="666"):
+            Queue.attach("test-queue-open")
+        os.fchmod(queue.fileno(), 0o600)
+        os.fchown(queue.fileno(), 12345, -1)
+        with pytest.raises(AccessRefused, match="12345"):
+            Queue.attach("test-queue-open")
+        os.fchown(queue.fileno(), os.geteuid(), -1)
+
+
+def test_a_descriptor_that_was_closed_behind_its_back():
+    with Queue() as queue:
+        stolen = os.open("/dev/null", os.O_RDWR)
+        try:
+            kept = os.dup(queue.fileno())
+            os.dup2(stolen, queue.fileno())
+            with pytest.raises(OSError, match="descriptor"):
+                queue.put(bytes(1 << 20))
+            os.dup2(kept, queue.fileno())
+            os.close(kept)
+            queue.put(bytes(1 << 20))
+            assert len(queue.get()) == 1 << 20
+        finally:
+            os.close(stolen)
+
+
+def test_use_after_close(queue):
+    queue.close()
+    queue.join_thread()
+    for call in (lambda: queue.put(1), queue.get, queue.qsize, queue.empty, queue.full):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_shutdown(queue):
+    queue.put(1)
+    queue.shutdown()
+    with pytest.raises(ShutDown):
+        queue.put(2)
+    assert queue.get() == 1
+    with pytest.raises(ShutDown):
+        queue.get()
+    if hasattr(standard_queue, "ShutDown"):
+        assert ShutDown is standard_queue.ShutDown
+
+
+# ---- the other two -------------------------------------------------------------------------
+
+
+def test_joinable():
+    with JoinableQueue() as queue:
+        queue.put_many(range(3))
+        assert not queue.join(timeout=0.01)
+        worker = threading.Thread(target=lambda: [(queue.get(), queue.task_done()) for _ in range(3)])
+        worker.start()
+        queue.join()
+        worker.join(10)
+        with pytest.raises(ValueError, match="too many"):
+            queue.task_done()
+
+
+def test_simple():
+    with SimpleQueue() as queue:
+        assert queue.empty()
+        queue.put([1])
+        assert queue.get() == [1]
+
+
+def test_it_says_what_it_is(queue):
+    assert "Queue anonymous" in repr(queue)
+    assert queue.statistics().messages == 0
+    assert shmring.backend == "ring"
+    assert Queue[int]
