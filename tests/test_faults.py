@@ -110,15 +110,20 @@ def test_growing_producers_killed_leave_memory_accounted_for():
 def test_a_sleeping_consumer_killed_takes_no_wake_with_it():
     with Ring.create() as ring:
         for _ in range(20):
-            with run_in_process(ring.get) as victim, run_in_process(_echo_length, ring, os.getpid()):
+            with (
+                run_in_process(ring.get) as victim,
+                run_in_process(_echo_length, ring, os.getpid()),
+            ):
                 wait_for(lambda: ring.statistics().consumers_waiting)
                 victim.kill()
                 victim.join()
                 ring.put(b"for the other one")
-                wait_for(lambda: ring.qsize() == 0, timeout=2, what="the living consumer to take it")
+                wait_for(
+                    lambda: ring.qsize() == 0, timeout=2, what="the living consumer to take it"
+                )
 
 
-def _echo_length(ring: Ring, parent: int) -> None:
+def _take(ring: Ring, parent: int) -> None:
     while os.getppid() == parent:
         ring.get(timeout=30)
 

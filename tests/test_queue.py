@@ -42,7 +42,9 @@ def queue():
 
 def same(left: object, right: object) -> bool:
     if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
+        return (
+            left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
+        )
     return left == right
 
 
@@ -350,9 +352,11 @@ class Reversed:
 
 
 def test_a_codec_of_ones_own(start_method):
-    with Queue(codec=Reversed()) as queue:
-        with run_in_process(queue.put, b"abc", method=start_method):
-            assert queue.get(timeout=60) == b"abc"
+    with (
+        Queue(codec=Reversed()) as queue,
+        run_in_process(queue.put, b"abc", method=start_method),
+    ):
+        assert queue.get(timeout=60) == b"abc"
 
 
 def test_an_unknown_codec():
@@ -494,12 +498,20 @@ def test_joinable():
     with JoinableQueue() as queue:
         queue.put_many(range(3))
         assert not queue.join(timeout=0.01)
-        worker = threading.Thread(target=lambda: [(queue.get(), queue.task_done()) for _ in range(3)])
+        worker = threading.Thread(
+            target=lambda: [(queue.get(), queue.task_done()) for _ in range(3)]
+        )
         worker.start()
         queue.join()
         worker.join(10)
         with pytest.raises(ValueError, match="too many"):
             queue.task_done()
+
+
+def _work_off(queue: JoinableQueue[object], count: int) -> None:
+    for _ in range(count):
+        queue.get(timeout=10)
+        queue.task_done()
 
 
 def test_simple():
