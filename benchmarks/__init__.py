@@ -2,7 +2,9 @@
 
 ``make bench`` runs the ``bench_*.py`` files, one question each, with
 pytest-benchmark; ``python -m benchmarks.figures`` prints the figures the
-project promises, with the runs of the competitors interleaved.
+project promises, with the runs of both sides interleaved: quote those.  Under
+pytest each transport has its rounds in a row, so that a drift of the machine
+looks like a difference.
 
     work.py       what is sent, and how its arrival is checked
     adapters.py   how it is sent: each transport behind the same few names

@@ -123,7 +123,7 @@ def _unused(name: str) -> dict[str, Any]:
     queue = _MAKERS[name]()
     after = _count()
     found: dict[str, Any] = {key: after[key] - before[key] for key in after}
-    found["names"] = sorted(_names() - names - _in_use_by_others())
+    found["names"] = _left_since(names)
     if hasattr(queue, "fileno"):
         status = os.fstat(queue.fileno())
         found["allocated_bytes"] = status.st_blocks * 512
@@ -160,8 +160,11 @@ def killed() -> dict[str, Any]:
     with deadline(DEADLINE_S, "killed processes"):
         while any(map(_alive, said["pids"])):
             time.sleep(0.01)
-    left = sorted(_names() - before - _in_use_by_others())
-    return {"processes": len(said["pids"]), "queues": said["queues"], "names": left}
+    return {
+        "processes": len(said["pids"]),
+        "queues": said["queues"],
+        "names": _left_since(before),
+    }
 
 
 def _victim() -> None:
@@ -194,6 +197,21 @@ def _work(tasks: Any, results: Any) -> None:
 
 def _names() -> set[str]:
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+
+
+def _left_since(before: set[str]) -> list[str]:
+    """New names that stay, and that no other process uses.
+
+    Looked at more than once: another program's block has a name for a moment
+    before it is mapped, and after.
+    """
+    left = _names() - before
+    for _ in range(5):
+        if not left:
+            break
+        time.sleep(0.1)
+        left &= _names() - _in_use_by_others()
+    return sorted(left)
 
 
 def _in_use_by_others() -> set[str]:
