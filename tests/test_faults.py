@@ -112,7 +112,7 @@ def test_a_sleeping_consumer_killed_takes_no_wake_with_it():
         for _ in range(20):
             with (
                 run_in_process(ring.get) as victim,
-                run_in_process(_echo_length, ring, os.getpid()),
+                run_in_process(_take, ring, os.getpid()),
             ):
                 wait_for(lambda: ring.statistics().consumers_waiting)
                 victim.kill()

@@ -31,3 +31,4 @@ cdef class FrameView:
 
     cdef int finish(self, bint keep) except -1
     cdef int let_go(self) except -1
+    cdef int forget(self) except -1

@@ -371,11 +371,12 @@ cdef class FrameView:
         fetch_add64(&self.ring.views, -1)
         return 0
 
-    def forget(self):
+    cdef int forget(self) except -1:
         """After a fork: the parent's block, of which nothing is ours to finish."""
         if self.live:
             self.live = False
             fetch_add64(&self.ring.views, -1)
+        return 0
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         if not self.live or self.abandoned:
