@@ -35,6 +35,7 @@ DEADLINE = 60
 SHMRING = [sys.executable, "-m", "shmring"]
 
 ring_only = pytest.mark.skipif(shmring.backend != "ring", reason="the fallback survives no kill")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and groups of POSIX")
 
 
@@ -240,7 +241,7 @@ def test_what_is_no_text_is_named_and_skipped(tree: Path) -> None:
     }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/mem, unreadable even for root")
+@linux_only  # /proc/self/mem is unreadable even for root
 def test_an_unreadable_file_is_named(tree: Path) -> None:
     (tree / "memory").symlink_to("/proc/self/mem")
     done = run("demo", tree, "--json")
@@ -462,7 +463,8 @@ def test_it_reads_well_on_a_terminal(tree: Path) -> None:
 # -- Ctrl-C, and what a crash leaves ------------------------------------------------------
 
 
-@posix_only
+@pytest.mark.both_backends
+@linux_only
 def test_ctrl_c_leaves_nothing(started: subprocess.Popen[str]) -> None:
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, stderr = started.communicate(timeout=DEADLINE)
