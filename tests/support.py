@@ -56,13 +56,19 @@ def shared_memory_names() -> set[str]:
 def used_by_others(name: str) -> bool:
     """Whether a process outside this test run (its process group) has mapped ``name``.
 
-    Another run of the suite on the same machine is no leak of this one.
+    Another run of the suite on the same machine is no leak of this one.  The file is
+    recognised by device and inode: one that was linked later has no path in the maps.
     """
-    needle = f" {SHARED_MEMORY / name}".encode()
+    try:
+        found = (SHARED_MEMORY / name).stat()
+    except FileNotFoundError:
+        return True  # gone in the meantime, so it was somebody's who cleans up
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.getpgid(int(process.name)) == os.getpgrp():
                 continue
-            if needle in (process / "maps").read_bytes():
-                return True
+            for line in (process / "maps").read_text().splitlines():
+                if line.split()[3:5] == [device, str(found.st_ino)]:
+                    return True
     return False

@@ -76,7 +76,7 @@ cdef class RingCore:
     cdef uint64_t known_limit  # bytes up to here are committed and in this area
     cdef Claim *claim  # where this handle claims what it takes, or NULL
     # of the handle
-    cdef bint oversized  # a get found the ring empty and far too large
+    cdef uint64_t oversized  # a get found the ring empty and far too large: what would do
     cdef uint64_t owner  # this process, found out when first needed
     cdef uint32_t owner_epoch
     cdef object __weakref__
@@ -97,7 +97,7 @@ cdef class RingCore:
     cdef void wake_producers(self) noexcept nogil
     cdef void pass_baton(self) noexcept nogil
     cdef void clear_the_way(self, Take *found, int outcome) noexcept nogil
-    cdef void settle(self) noexcept nogil
+    cdef void settle(self, uint64_t capacity) noexcept nogil
     cdef uint64_t myself(self) noexcept nogil
     cdef void unmap(self)
     # inside: called directly, not through the table of methods

@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._area cimport (
-    Mapping, area_grow, area_next_capacity, area_open, area_reap, area_release, area_tidy,
+    Mapping, area_grow, area_next_capacity, area_open, area_power_of_two, area_reap, area_release, area_tidy,
 )
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
@@ -337,10 +337,8 @@ cdef class RingCore:
             return DONE
         if not flags & MAY_GROW:
             return FULL
-        if following > m.capacity and following > span:
-            wanted = following if following < h.max_capacity // 2 else span
-        else:
-            wanted = span
+        # room for what follows, and for two of the kind: one is written while one is read
+        wanted = following if following > 2 * span else 2 * span
         wanted = area_next_capacity(h, m.capacity, wanted)
         if wanted == 0:
             wanted = area_next_capacity(h, m.capacity, span)
@@ -567,14 +565,21 @@ cdef class RingCore:
     @cython.final
     cdef void note_empty(self, uint64_t pos) noexcept nogil:
         """The ring may be empty, and its area is larger than the first one.  Much
-        larger than all that came since it was last empty: give memory back."""
+        larger than all that passed since it was last empty: give memory back.
+        A steady flow passes as much between two empty moments as it needs room."""
         cdef Header *h = self.header
+        cdef uint64_t passed, wanted
         if load_acquire64(&h.write_position) != pos:
             return
-        if (pos - h.empty_position <= self.consumer_mapping.capacity // 8
-                and monotonic_ns() - <int64_t>h.grown_ns > SHRINK_AFTER_NS):
-            self.oversized = True
+        passed = pos - h.empty_position
         h.empty_position = pos
+        if passed > self.consumer_mapping.capacity // 16:
+            return
+        wanted = area_power_of_two(4 * passed)
+        if wanted < h.min_capacity:
+            wanted = h.min_capacity
+        if wanted < self.consumer_mapping.capacity and monotonic_ns() - <int64_t>h.grown_ns > SHRINK_AFTER_NS:
+            self.oversized = wanted
 
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
                        uint64_t *bytes, int flags) noexcept nogil:
@@ -646,8 +651,8 @@ cdef class RingCore:
         self.unlock_consumers()
         self.wake_consumers()
 
-    cdef void settle(self) noexcept nogil:
-        """Return to the small area, if the ring is empty.  Two steps, each under
+    cdef void settle(self, uint64_t capacity) noexcept nogil:
+        """Move to a smaller area, if the ring is empty.  Two steps, each under
         its own lock; whoever comes by later takes the second one."""
         cdef Header *h = self.header
         cdef Mapping *m
@@ -659,9 +664,9 @@ cdef class RingCore:
             return
         if (h.write_position == load_acquire64(&h.read_position)
                 and h.write_generation == load_acquire64(&h.read_generation)
-                and shmring_area_of(h, h.write_generation).capacity > h.min_capacity
+                and shmring_area_of(h, h.write_generation).capacity > capacity
                 and load_relaxed64(&h.lease_owner) == 0
-                and area_grow(h, self.fd, &self.file, h.min_capacity, &m) == 0):
+                and area_grow(h, self.fd, &self.file, capacity, &m) == 0):
             if self.producer_stale != NULL:
                 area_release(self.producer_stale)
             self.producer_stale = self.producer_mapping

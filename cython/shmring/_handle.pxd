@@ -27,7 +27,8 @@ cdef class RingHandle(RingCore):
     cdef int raise_outcome(self, int outcome) except -1
     cdef int map_header(self) except -1
     cdef int open_areas(self) except -1
-    cdef bint consumers_move(self) noexcept nogil
+    cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                               uint64_t *position) noexcept nogil
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
                        int64_t until, bint first) noexcept nogil
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil

@@ -3,7 +3,7 @@
 `RingHandle` turns the attempts of `_core.pyx` into calls that wait with a
 deadline, raise the exceptions of `shmring.errors`, and end well when another
 thread closes the handle.  A wait is a loop of slices: release the GIL, spin
-if the other side runs on another CPU, announce, look, sleep at most 50 ms,
+if the other side runs on another CPU, announce, look, sleep for a slice at most,
 look; take the GIL, check signals.
 """
 
@@ -56,6 +56,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef int SPIN_TURNS = 150  # of a pause each: about 8 us on the machine of BASELINE.md
 cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
+cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move
 cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
 
 logger = logging.getLogger("shmring")
@@ -224,24 +225,29 @@ cdef class RingHandle(RingCore):
 
     # ---- put --------------------------------------------------------------------------------
 
-    cdef bint consumers_move(self) noexcept nogil:
-        """Before growing: wait up to a millisecond, but only while consumers
-        make progress; fresh pages cost several times what warm ones do."""
+    cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                               uint64_t *position) noexcept nogil:
+        """Before growing: try again for up to a millisecond, but only while
+        consumers make progress.  Fresh pages cost several times what warm ones
+        do, and a ring that stays small stays in the cache."""
         cdef Header *h = self.header
-        cdef int64_t until = monotonic_ns() + GROWTH_PAUSE_NS
+        cdef int64_t now = monotonic_ns()
+        cdef int64_t until = now + GROWTH_PAUSE_NS
+        cdef int64_t moved = now
         cdef uint64_t seen = load_acquire64(&h.read_position)
-        cdef uint64_t now
+        cdef uint64_t read
         cdef uint32_t announced
-        while monotonic_ns() < until:
+        cdef int result = FULL
+        while result == FULL and now < until and now - moved < STANDSTILL_NS:
             announced = wait_announce(&h.space_wait)
-            wait_sleep(&h.space_wait, announced, 100000)
-            now = load_acquire64(&h.read_position)
-            if now == seen:
-                return False
-            seen = now
-            if load_acquire64(&h.write_position) - now <= self.producer_mapping.capacity // 2:
-                return True
-        return False
+            wait_sleep(&h.space_wait, announced, STANDSTILL_NS // 3)
+            now = monotonic_ns()
+            read = load_acquire64(&h.read_position)
+            if read != seen:
+                seen = read
+                moved = now
+                result = self.put_items(items, count, done, position, MAY_WAIT)
+        return result
 
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
                        int64_t until, bint first) noexcept nogil:
@@ -250,8 +256,8 @@ cdef class RingHandle(RingCore):
         cdef uint32_t announced
         cdef int result = self.put_items(items, count, done, position, MAY_WAIT)
         if result == FULL and h.max_capacity != h.min_capacity:
-            if first and self.consumers_move():
-                result = self.put_items(items, count, done, position, MAY_WAIT)
+            if first:
+                result = self.put_behind_moving(items, count, done, position)
             if result == FULL:
                 result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
         if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.producer_mapping.capacity:
@@ -373,7 +379,7 @@ cdef class RingHandle(RingCore):
             if (monotonic_ns() - slept >= SYNC_SLICE_NS
                     and (self.consumer_mapping.capacity != h.min_capacity
                          or h.write_generation != h.read_generation)):
-                self.settle()
+                self.settle(h.min_capacity)
         elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
             self.clear_the_way(take, result)
         return result
@@ -399,7 +405,7 @@ cdef class RingHandle(RingCore):
             take.target_count = 0
             result = self.take(take, 0)
             if result == DONE or result == PARTIAL or (result == EMPTY and not block):
-                if self.oversized:
+                if self.oversized != 0:
                     self.give_back()
                 return result
             if ends_wait(result):
@@ -456,17 +462,18 @@ cdef class RingHandle(RingCore):
                 return CHANGED
             if result != DONE and result != CHANGED:
                 self.raise_outcome(result)
-            if self.oversized:
+            if self.oversized != 0:
                 self.give_back()
             return result
         finally:
             handle_leave(&self.inside)
 
     cdef int give_back(self) except -1:
-        self.oversized = False
+        cdef uint64_t capacity = self.oversized
+        self.oversized = 0
         fetch_add64(&self.inside, 1)
         with nogil:
-            self.settle()
+            self.settle(capacity)
         fetch_add64(&self.inside, -1)
         return 0
 

@@ -40,4 +40,4 @@ cdef class Parcel:
     cdef uint64_t *table
     cdef object head
 
-    cdef int pack(self, object encoded, uint32_t kind) except -1
+    cdef int pack(self, tuple encoded) except -1

@@ -67,16 +67,12 @@ cdef class Parcel:
         PyMem_Free(self.buffers)
         PyMem_Free(self.table)
 
-    cdef int pack(self, object encoded, uint32_t kind) except -1:
+    cdef int pack(self, tuple encoded) except -1:
+        """Take in what an encoder returned: (kind, segments)."""
         cdef Py_ssize_t count, i
-        cdef tuple pair
+        cdef uint32_t kind
+        kind, parts = encoded
         self.item.owner = 0
-        if PyBytes_CheckExact(encoded):
-            parts = (encoded,)
-        else:
-            pair = encoded
-            kind = pair[0]
-            parts = pair[1]
         count = len(parts)
         if count < 1 or kind & MULTI:
             raise ValueError(f"the codec returned {count} segments of kind {kind}")
@@ -204,7 +200,7 @@ cdef class ObjectRing(RingHandle):
             encoded = self.encode(obj)
             if not PyBytes_CheckExact(encoded):
                 parcel = Parcel.__new__(Parcel)
-                parcel.pack(encoded, PLAIN)
+                parcel.pack(encoded)
                 return self.put_or_wait(&parcel.item, 1, position, block, timeout)
             item.kind = PLAIN
         segment.data = PyBytes_AS_STRING(encoded)
@@ -233,32 +229,50 @@ cdef class ObjectRing(RingHandle):
         Raises:
             queue.Full: with an attribute `count`, how many went in.
         """
-        cdef list parcels = []
+        cdef list held = []
         cdef Parcel parcel
         cdef Item *items
+        cdef Segment *segments
         cdef Py_ssize_t n, i
         cdef Py_ssize_t done = 0
         for obj in objects:
-            parcel = Parcel.__new__(Parcel)
             if self.raw and PyBytes_CheckExact(obj):
-                parcel.pack(obj, RAW)
+                held.append(RAW)
+                held.append(obj)
+                continue
+            encoded = self.encode(obj)
+            held.append(PLAIN)
+            if PyBytes_CheckExact(encoded):
+                held.append(encoded)
             else:
-                parcel.pack(self.encode(obj), PLAIN)
-            parcels.append(parcel)
-        n = len(parcels)
+                parcel = Parcel.__new__(Parcel)
+                parcel.pack(encoded)
+                held.append(parcel)
+        n = len(held) // 2
         if n == 0:
             self.check_open()
             return
         items = <Item *>PyMem_Malloc(n * sizeof(Item))
-        if items == NULL:
-            raise MemoryError
+        segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
         try:
+            if items == NULL or segments == NULL:
+                raise MemoryError
             for i in range(n):
-                parcel = <Parcel>parcels[i]
-                items[i] = parcel.item
+                encoded = held[2 * i + 1]
+                if PyBytes_CheckExact(encoded):
+                    segments[i].data = PyBytes_AS_STRING(encoded)
+                    segments[i].length = <uint64_t>PyBytes_GET_SIZE(encoded)
+                    items[i].segments = &segments[i]
+                    items[i].count = 1
+                    items[i].kind = held[2 * i]
+                    items[i].length = segments[i].length
+                    items[i].owner = 0
+                else:
+                    items[i] = (<Parcel>encoded).item
             done = self.put_or_wait(items, n, NULL, block, timeout)
         finally:
             PyMem_Free(items)
+            PyMem_Free(segments)
         if done < n:
             full = Full(f"{done} of {n} objects went in")
             full.count = done

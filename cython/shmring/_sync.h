@@ -50,7 +50,7 @@
 
 #define SYNC_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define SYNC_SLOW static __attribute__((noinline, unused)) /* kept out of the hot path */
-#define SYNC_SLICE_NS 50000000LL /* the longest sleep: a lost wake costs this much */
+#define SYNC_SLICE_NS 80000000LL /* the longest sleep: a lost wake costs this much */
 
 /* ---- atomics: each name carries its memory order ------------------------- */
 
