@@ -139,7 +139,16 @@ def test_without_pidfd_death_is_still_proved(monkeypatch: pytest.MonkeyPatch) ->
     assert is_process_dead(os.getpid(), process_start_ticks(os.getpid()) + 1)
 
 
-def test_slots_of_the_dead_and_the_departed_are_used_again(shared: Board) -> None:
+def test_the_dead_keep_their_slots_for_a_while(shared: Board) -> None:
+    shared.register("departed").release()
+    assert shared.register("next").index == 1
+    assert find(shared, "departed").state is State.EXITED
+
+
+def test_slots_of_the_dead_and_the_departed_are_used_again(
+    shared: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "_KEPT_NS", 0)
     shared.register("keeps its slot")
     with run_in_process(stay, NAME, "mortal") as process:
         wait_for(lambda: find(shared, "mortal"), what="the slot")

@@ -26,7 +26,7 @@ All-zero is a valid empty board, so nobody ever waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
 killed; the PID is stored last, so that a half-made slot is still free.
 Nothing is wiped when a process ends or dies: its slot stays readable until
-another process takes it.
+another process takes it, which for ten seconds none does while there is room.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ _ID_OFFSET, MAX_PROCESS_ID_BYTES = 15 * 8, 72
 _ON_OFFSET, _ON_BYTES = 24 * 8, 64
 
 _U64 = (1 << 64) - 1
+
+# For so long the slot of a dead process is not taken while there are others.
+_KEPT_NS = 10_000_000_000
 
 
 class State(enum.IntEnum):
@@ -448,16 +451,21 @@ class Board:
         return min(self._words[_H_USED], _SLOTS)
 
     def _find_free(self) -> int:
-        used = self._used()
+        words, used = self._words, self._used()
+        now = time.monotonic_ns()
+        oldest: tuple[int, int] | None = None  # heartbeat and base of one that may be taken
         for index in range(used):
             base = (index + 1) * _SLOT_WORDS
-            pid = self._words[base + _PID]
-            if (
-                not pid
-                or self._words[base + _STATE] == State.EXITED
-                or is_process_dead(pid, self._words[base + _START])
-            ):
+            pid, heartbeat = words[base + _PID], words[base + _HEARTBEAT]
+            if not pid:
                 return base
+            if oldest is not None and heartbeat >= oldest[0]:
+                continue
+            if words[base + _STATE] == State.EXITED or is_process_dead(pid, words[base + _START]):
+                oldest = heartbeat, base
+        # What the dead did last is kept for those who ask, as long as there is room.
+        if oldest is not None and (used == _SLOTS or now - oldest[0] > _KEPT_NS):
+            return oldest[1]
         if used == _SLOTS:
             raise ShmringError(
                 f"all {_SLOTS} slots of the board are held by living processes: "

@@ -43,8 +43,8 @@ from shmring.errors import (
 )
 from shmring.ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ledger import Failure, Ledger
-from shmring.message import Message, MessageType
-from shmring.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo, pack, unpack
+from shmring.message import Envelope, Message, MessageType
+from shmring.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
 from shmring.workforce import (
     Departure,
     SpawnedWorkers,
@@ -61,6 +61,8 @@ _LOG = logging.getLogger("shmring")
 _SLICE = 0.05
 # After an error or Ctrl-C: how long workers may take to finish what they hold, in seconds.
 _HASTE = 1.0
+# How often to look for claims of workers that came and went unseen, in seconds.
+_STRAYS = 1.0
 # A worker that neither works nor beats for so long is named in the log, in seconds.
 _SILENCE = 10.0
 # Tasks that wait in the queue: enough to keep every worker busy, but no hoard of memory.
@@ -231,6 +233,7 @@ class _Run:
     useful: set[str] = dataclasses.field(default_factory=set)
     silent: set[int] = dataclasses.field(default_factory=set)
     next_look: float = 0.0
+    next_look_for_strays: float = 0.0
 
     def run(self, shared_data: bytes | bytearray | memoryview, shutdown_timeout: float) -> Report:
         started = time.monotonic()
@@ -295,7 +298,7 @@ class _Run:
                 return
             number, attempt, payload = chosen
             try:
-                position, nbytes = self._put((number, attempt, pack(payload)), number)
+                position, nbytes = self._put(Envelope.seal(number, attempt, True, payload))
             except Full:
                 ledger.unsent(number)
                 return
@@ -306,7 +309,7 @@ class _Run:
             else:
                 ledger.sent(number, position, nbytes)
 
-    def _put(self, data: Any, number: int) -> tuple[int, int]:
+    def _put(self, task: Envelope) -> tuple[int, int]:
         """Put one task; returns its position, for claims, and its size in bytes."""
         queue = self.ipc.message_queues[self.queue_name]
 
@@ -315,10 +318,10 @@ class _Run:
                 position: int = queue._put_position(message, timeout=_SLICE)
             else:
                 queue.put(message, True, _SLICE)
-                position = number  # nobody claims anything here
+                position = task.number  # nobody claims anything here
             return position, message.nbytes
 
-        return self.ipc.send_by(put, MessageType.DATA, data)
+        return self.ipc.send_by(put, MessageType.DATA, task)
 
     def _take_in(self, timeout: float) -> None:
         """Wait for one message, then take all that are there."""
@@ -331,12 +334,11 @@ class _Run:
         if message.msg_type is MessageType.HEARTBEAT:
             self.heartbeats += 1
         elif message.msg_type is MessageType.DATA:
-            match message.data:
-                case (int() as number, int(), bool() as good, tuple() as parts):
-                    self.useful.add(message.sender_id)
-                    self._answered(number, _unpacked(good, parts))
-                case _:
-                    _LOG.warning("%s sent something that is no result", message.sender_id)
+            if isinstance(message.data, Envelope):
+                self.useful.add(message.sender_id)
+                self._answered(message.data.number, _opened(message.data))
+            else:
+                _LOG.warning("%s sent something that is no result", message.sender_id)
 
     def _answered(self, number: int, result: Any) -> None:
         if self.ledger.answered(number, result):
@@ -354,6 +356,7 @@ class _Run:
         departed = self.workers.departed()
         if departed:
             self._settle(departed)
+        self._look_for_strays()
         self._look_for_overdue()
         self.workers.start()
 
@@ -382,6 +385,15 @@ class _Run:
                 queue._claim_free(slot)
             self.died += not departure.clean
             self.workers.bury(departure, lost_any or departure.worker_id in self.useful)
+
+    def _look_for_strays(self) -> None:
+        now = time.monotonic()
+        if backend == "ring" and now >= self.next_look_for_strays:
+            self.next_look_for_strays = now + _STRAYS
+            claims = self.ipc.message_queues[self.queue_name]._claims()
+            strays = self.workers.strays(pid for _, pid, low, high in claims if low < high)
+            if strays:
+                self._settle(strays)
 
     def _lost(self, position: int, departure: Departure) -> None:
         before = self.ledger.done
@@ -442,12 +454,12 @@ class _Run:
         self._take_in(0)
 
 
-def _unpacked(good: bool, parts: tuple[Any, ...]) -> Any:
+def _opened(sealed: Envelope) -> Any:
     try:
-        value = unpack(parts)
+        value = sealed.open()
     except Exception as error:
         return Failure(error)
-    if good:
+    if sealed.good:
         return value
     match value:
         case (BaseException() as raised, str() as text):

@@ -28,7 +28,7 @@ from shmring.errors import (
     RingClosed,
     ShutDown,
 )
-from shmring.fallback_files import SharedFile, SharedMemoryManager
+from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
 from shmring.fallback_server import ServedQueue, check_timeout
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "SharedFile",
     "SharedMemoryManager",
     "SimpleQueue",
+    "cleanup_stale",
 ]
 
 T = TypeVar("T")

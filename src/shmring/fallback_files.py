@@ -34,7 +34,7 @@ from shmring.errors import (
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["SharedFile", "SharedMemoryManager", "fallback_folder"]
+__all__ = ["SharedFile", "SharedMemoryManager", "cleanup_stale", "fallback_folder"]
 
 _MAX_NAME_BYTES = 200
 
@@ -147,6 +147,7 @@ class SharedFile:
             RingExists: a living process has a file of that name.
         """
         path = fallback_folder() / check_name(name)
+        _sweep_once()
         while True:
             try:
                 fd = os.open(path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
@@ -292,6 +293,28 @@ def _is_still(path: Path, fd: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def cleanup_stale() -> list[str]:
+    """Remove what crashed runs left: files of ours that no process has open.
+
+    Returns:
+        the names that were removed.
+    """
+    folder = fallback_folder()
+    names = [each.name for each in folder.iterdir() if each.suffix != ".lock"]
+    return [each for each in sorted(names) if _remove_if_unused(folder / each)]
+
+
+_swept = False
+
+
+def _sweep_once() -> None:
+    """The first name that a process creates pays for the crashes before it."""
+    global _swept
+    if not _swept:
+        _swept = True
+        cleanup_stale()
 
 
 def _remove_if_unused(path: Path) -> bool:

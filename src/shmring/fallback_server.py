@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from multiprocessing import connection, managers
+from multiprocessing import connection, managers, util
 from typing import Any, Protocol
 
 from shmring.errors import (
@@ -68,6 +68,7 @@ class _Server(managers.Server):
         self.stop_event = threading.Event()
         self._guard = threading.Lock()
         self._clients: set[connection.Connection] = set()
+        util.register_after_fork(self, _Server._let_go)
 
     def accepter(self) -> None:
         """Give each client a thread, until :meth:`stop`."""
@@ -79,18 +80,25 @@ class _Server(managers.Server):
             if self.stop_event.is_set():
                 accepted.close()
                 return
+            with self._guard:
+                self._clients.add(accepted)
             threading.Thread(
                 target=self._serve, args=(accepted,), name="shmring-client", daemon=True
             ).start()
 
     def _serve(self, client: connection.Connection) -> None:
-        with self._guard:
-            self._clients.add(client)
         try:
             self.handle_request(client)
         finally:
             with self._guard:
                 self._clients.discard(client)
+
+    def _let_go(self) -> None:
+        """In a forked child: an end held here would hide the server's death from its clients."""
+        for client in list(self._clients):  # without the lock, which another thread may have had
+            client.close()
+        if sys.platform == "linux":  # elsewhere this would remove the parent's socket file
+            self.listener.close()
 
     def stop(self) -> None:
         """End the accepter, and hang up on every client."""

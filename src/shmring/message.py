@@ -12,6 +12,13 @@ Head of a frame, little-endian::
     +------+------------+------------+-----------+---------+------------------+
 
 Large buffers follow out of band, as the codec of the data hands them over.
+
+A task or an answer travels in an :class:`Envelope`, which is data kind 255::
+
+    +--------+---------+------+------------+-----------------+
+    | number | attempt | good | inner kind | head of content |
+    | u64    | u32     | u8   | u8         |                 |
+    +--------+---------+------+------------+-----------------+
 """
 
 from __future__ import annotations
@@ -27,11 +34,13 @@ from shmring.codec import PickleCodec
 
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 
-__all__ = ["Message", "MessageCodec", "MessageType"]
+__all__ = ["Envelope", "Message", "MessageCodec", "MessageType"]
 
 _FIELDS = struct.Struct("<BBHd")
 _MAX_SENDER_BYTES = 0xFFFF
 _NO_DATA = 0
+_ENVELOPE = struct.Struct("<QIBB")
+_ENVELOPE_KIND = 255
 
 
 class MessageType(enum.Enum):
@@ -78,12 +87,64 @@ class DataCodec(Protocol):
     """What carries the data of a message: :class:`shmring.codec.PickleCodec`, or alike."""
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
-        """Turn ``obj`` into a kind (1 to 255) and segments: the head, then large buffers."""
+        """Turn ``obj`` into a kind (1 to 254) and segments: the head, then large buffers."""
         ...
 
     def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
         """Turn what :meth:`encode` returned back into an object."""
         ...
+
+
+_PICKLE: DataCodec = PickleCodec()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Envelope:
+    """Data that is encoded before it is sent, and decoded only when it is opened.
+
+    What cannot be decoded at the other end costs the task whose number stands
+    on the envelope, and nothing else. Made by :meth:`seal`.
+    """
+
+    number: int
+    attempt: int
+    good: bool
+    kind: int
+    segments: list[bytes | bytearray | memoryview]
+
+    @classmethod
+    def seal(cls, number: int, attempt: int, good: bool, content: object) -> Envelope:
+        """Encode the content.
+
+        Args:
+            number: of the task, from 0.
+            attempt: how often the task was tried before.
+            good: for an answer: whether it is a result, not a failure.
+            content: anything that can be pickled.
+
+        Returns:
+            the envelope, for the ``data`` of a message.
+
+        Raises:
+            EncodeError: the content cannot be pickled.
+        """
+        return cls(number, attempt, good, *_PICKLE.encode(content))
+
+    def open(self) -> object:
+        """Decode the content of an envelope that arrived.
+
+        Returns:
+            the content.
+
+        Raises:
+            DecodeError: it cannot be unpickled here.
+        """
+        head, *buffers = self.segments
+        return _PICKLE.decode(
+            self.kind,
+            bytes(head),
+            [each if isinstance(each, bytearray) else bytearray(each) for each in buffers],
+        )
 
 
 class MessageCodec:
@@ -123,11 +184,16 @@ class MessageCodec:
             head = _FIELDS.pack(code, _NO_DATA, len(sender), obj.timestamp) + sender
             obj.nbytes = len(head)
             return self.KIND, [head]
-        kind, segments = self._data.encode(obj.data)
-        if not 0 < kind < 256:
-            raise EncodeError(f"the data codec returned kind={kind}: it must be 1 to 255")
+        if isinstance(obj.data, Envelope):
+            sealed, kind, segments = obj.data, _ENVELOPE_KIND, obj.data.segments
+            outside = _ENVELOPE.pack(sealed.number, sealed.attempt, sealed.good, sealed.kind)
+        else:
+            kind, segments = self._data.encode(obj.data)
+            outside = b""
+            if not 0 < kind < _ENVELOPE_KIND:
+                raise EncodeError(f"the data codec returned kind={kind}: it must be 1 to 254")
         fields = _FIELDS.pack(code, kind, len(sender), obj.timestamp)
-        head = b"".join((fields, sender, segments[0]))
+        head = b"".join((fields, sender, outside, segments[0]))
         buffers = segments[1:]
         obj.nbytes = len(head) + sum(memoryview(buffer).nbytes for buffer in buffers)
         return self.KIND, [head, *buffers]
@@ -168,7 +234,9 @@ class MessageCodec:
         except UnicodeDecodeError as error:
             raise DecodeError(f"the sender's name is not UTF-8: {error}") from error
         data: object = None
-        if data_kind != _NO_DATA:
+        if data_kind == _ENVELOPE_KIND:
+            data = self._sealed(head, start, buffers)
+        elif data_kind != _NO_DATA:
             data = self._data.decode(data_kind, bytes(head[start:]), buffers)
         elif start != len(head) or buffers:
             raise DecodeError(
@@ -178,6 +246,14 @@ class MessageCodec:
         message = Message(msg_type, sender, timestamp, data)
         message.nbytes = len(head) + sum(len(buffer) for buffer in buffers)
         return message
+
+    @staticmethod
+    def _sealed(head: bytes, start: int, buffers: list[bytearray]) -> Envelope:
+        end = start + _ENVELOPE.size
+        if end > len(head):
+            raise DecodeError(f"envelope of length={len(head) - start}: {_ENVELOPE.size} expected")
+        number, attempt, good, kind = _ENVELOPE.unpack_from(head, start)
+        return Envelope(number, attempt, bool(good), kind, [head[end:], *buffers])
 
     def dumps(self, obj: object) -> bytes:
         """Turn a message into one block of bytes, its buffers behind a table of lengths.

@@ -26,12 +26,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pickle import PickleBuffer
 from typing import Any
 
 from shmring._backend import backend
 from shmring.board import Role, Slot
-from shmring.codec import PickleCodec
 from shmring.errors import (
     DecodeError,
     Full,
@@ -42,7 +40,7 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.ipc import HighPerformanceIPC
-from shmring.message import Message, MessageType
+from shmring.message import Envelope, Message, MessageType
 
 __all__ = [
     "DATA_BUFFER",
@@ -51,9 +49,7 @@ __all__ = [
     "Worker",
     "current_worker",
     "echo",
-    "pack",
     "run_spawned_worker",
-    "unpack",
     "worker_process",
 ]
 
@@ -64,7 +60,6 @@ DATA_BUFFER_BYTES = 1 << 20
 # A waiting worker beats, and looks after its coordinator, this often, in seconds.
 _SLICE = 0.25
 
-_CODEC = PickleCodec()
 _current: Worker | None = None
 
 
@@ -78,47 +73,6 @@ def echo(task: Any) -> Any:
         the same.
     """
     return task
-
-
-def pack(obj: Any) -> tuple[Any, ...]:
-    """Turn an object into parts that always decode, however broken the object is.
-
-    What cannot be decoded at the other end then costs its own task, whose
-    number travels beside it, and nothing else. Large buffers stay out of band.
-
-    Args:
-        obj: anything that can be pickled.
-
-    Returns:
-        the parts, for :func:`unpack`.
-
-    Raises:
-        EncodeError: it cannot be pickled.
-    """
-    kind, segments = _CODEC.encode(obj)
-    return (kind, bytes(segments[0]), *map(PickleBuffer, segments[1:]))
-
-
-def unpack(parts: tuple[Any, ...]) -> Any:
-    """Undo :func:`pack`.
-
-    Args:
-        parts: as :func:`pack` returned them, sent and received.
-
-    Returns:
-        the object.
-
-    Raises:
-        DecodeError: it cannot be unpickled here.
-    """
-    kind, head, *buffers = parts
-    return _CODEC.decode(kind, head, [_writable(buffer) for buffer in buffers])
-
-
-def _writable(buffer: Any) -> bytearray:
-    if isinstance(buffer, PickleBuffer):  # it travelled in band, or not at all
-        buffer = buffer.raw()
-    return buffer if isinstance(buffer, bytearray) else bytearray(buffer)
 
 
 def current_worker() -> Worker | None:
@@ -211,31 +165,27 @@ class Worker:
 
     def _answer(self, message: Message) -> None:
         global _current
-        task, attempt, parts = self._checked(message.data)
-        self._slot.working(task)
+        sealed = message.data
+        if not isinstance(sealed, Envelope):
+            raise DecodeError(f"a task is an Envelope, not {type(sealed).__name__}: who sent this?")
+        number, attempt = sealed.number, sealed.attempt
+        self._slot.working(number)
         _current = self
         try:
-            answer = (True, pack(self._handler(unpack(parts))))
+            answer = Envelope.seal(number, attempt, True, self._handler(sealed.open()))
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            answer = (False, _pack_error(error))
+            answer = _seal_error(number, attempt, error)
         finally:
             _current = None
         try:
-            self._send(MessageType.DATA, (task, attempt, *answer))
+            self._send(MessageType.DATA, answer)
         except MessageTooLarge as error:
-            self._send(MessageType.DATA, (task, attempt, False, _pack_error(error)))
+            self._send(MessageType.DATA, _seal_error(number, attempt, error))
         self.answered += 1
         self._slot.count(tasks=1)
         self._slot.idle()
-
-    @staticmethod
-    def _checked(data: Any) -> tuple[int, int, tuple[Any, ...]]:
-        match data:
-            case (int() as task, int() as attempt, tuple() as parts):
-                return task, attempt, parts
-        raise DecodeError(f"task message of type={type(data).__name__}: not from a coordinator")
 
     def _send(self, msg_type: MessageType, data: Any) -> None:
         while True:
@@ -332,13 +282,14 @@ def run_spawned_worker(
     worker_process(worker_id, queue_name, handler=handler, namespace=namespace)
 
 
-def _pack_error(error: BaseException) -> tuple[Any, ...]:
-    """Pack an exception with its traceback; one that cannot travel is described instead."""
+def _seal_error(number: int, attempt: int, error: BaseException) -> Envelope:
+    """Seal an exception with its traceback; one that cannot travel is described instead."""
     text = "".join(traceback.format_exception(error))
     try:
-        parts = pack((error, text))
+        sealed = Envelope.seal(number, attempt, False, (error, text))
         # Many exceptions can be pickled and not unpickled: better to find out here.
-        unpack(parts)
+        sealed.open()
     except Exception:
-        parts = pack((RemoteError(f"{type(error).__qualname__}: {error}"), text))
-    return parts
+        described = RemoteError(f"{type(error).__qualname__}: {error}")
+        sealed = Envelope.seal(number, attempt, False, (described, text))
+    return sealed

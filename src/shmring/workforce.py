@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from shmring.board import Entry, Role, State
+from shmring.board import Entry, Role, State, is_process_dead
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import run_spawned_worker
@@ -71,6 +71,10 @@ class Workers(Protocol):
 
     def bury(self, departure: Departure, useful: bool) -> None:
         """A departure has been dealt with: forget its process."""
+        ...
+
+    def strays(self, pids: Iterable[int]) -> list[Departure]:
+        """Of processes that hold claims, those that ended and that nobody saw leave."""
         ...
 
     def living(self) -> list[Entry]:
@@ -180,7 +184,7 @@ class SpawnedWorkers:
         self._roll = _Roll(ipc)
         self._processes: list[BaseProcess] = []
         self._exitcodes: dict[int, int | None] = {}
-        self._started = 0
+        self._names: dict[int, str] = {}
         self._false_starts = 0
 
     def start(self) -> None:
@@ -200,7 +204,7 @@ class SpawnedWorkers:
             self._start_one()
 
     def _start_one(self) -> None:
-        worker_id = f"worker-{self._started}"
+        worker_id = f"worker-{len(self._names)}"
         method = self._context.get_start_method()
         inherited = self._ipc if method == "fork" else None
         process = self._context.Process(
@@ -216,7 +220,7 @@ class SpawnedWorkers:
             if type(error).__name__ == "PicklingError":
                 raise self._unsendable(method, error) from error
             raise
-        self._started += 1
+        self._names[process.pid or 0] = worker_id
         self._processes.append(process)
 
     def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
@@ -249,6 +253,14 @@ class SpawnedWorkers:
                 self._processes.remove(process)
                 process.close()
         self._false_starts = 0 if useful else self._false_starts + 1
+
+    def strays(self, pids: Iterable[int]) -> list[Departure]:
+        """None: the sentinels tell of everybody.
+
+        Args:
+            pids: of processes that hold claims.
+        """
+        return []
 
     def exitcode_of(self, pid: int) -> int | None:
         """How one has ended, reaping it: only after its claims have been read.
@@ -324,8 +336,16 @@ class SpawnedWorkers:
             process.join(max(0.0, deadline - time.monotonic()))
 
     def reports(self) -> list[WorkerReport]:
-        """All workers that there were and that came as far as the board."""
-        return self._roll.report(self._exitcodes)
+        """All workers that there were."""
+        rows = self._roll.report(self._exitcodes)
+        # One that died at once may have lost its slot to the next before anybody looked.
+        seen = {row.pid for row in rows}
+        rows += [
+            WorkerReport(name, pid, 0, 0, 0, 0, "dead", self._exitcodes.get(pid))
+            for pid, name in self._names.items()
+            if pid not in seen
+        ]
+        return rows
 
 
 class VisitingWorkers:
@@ -378,6 +398,18 @@ class VisitingWorkers:
             useful: of no use here.
         """
         self._buried.add(departure.pid)
+
+    def strays(self, pids: Iterable[int]) -> list[Departure]:
+        """Those that ended, and lost their slot to the next before anybody looked.
+
+        Args:
+            pids: of processes that hold claims.
+        """
+        return [
+            Departure(f"process {pid}", pid, None, clean=False)
+            for pid in sorted(set(pids))
+            if is_process_dead(pid)
+        ]
 
     def exitcode_of(self, pid: int) -> int | None:
         """Not known: the coordinator is not the parent.

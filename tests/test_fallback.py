@@ -1,0 +1,382 @@
+"""The fallback by itself: what it can, and what it says that it cannot."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support import run_in_process, wait_for
+
+from shmring.errors import (
+    EncodeError,
+    InvalidArgument,
+    NotSupportedByFallback,
+    RingClosed,
+    RingExists,
+    RingNotFound,
+    ShutDown,
+)
+from shmring.fallback import (
+    JoinableQueue,
+    Queue,
+    Ring,
+    ServedQueue,
+    SharedFile,
+    SharedMemoryManager,
+    SimpleQueue,
+)
+from shmring.fallback_files import cleanup_stale, fallback_folder
+from shmring.message import Message, MessageCodec, MessageType
+
+pytestmark = pytest.mark.both_backends
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    chosen = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+    yield chosen
+    assert [each for each in os.listdir(fallback_folder()) if chosen in each] == []
+
+
+@pytest.fixture
+def plain() -> Iterator[Queue[Any]]:
+    with Queue[Any]() as opened:
+        yield opened
+        opened.cancel_join_thread()
+
+
+# -- Queue ----------------------------------------------------------------------------------
+
+
+def answer_doubled(inbox: Queue[int], outbox: Queue[int]) -> None:
+    outbox.put(2 * inbox.get(timeout=30))
+
+
+def test_a_queue_goes_to_a_child(start_method: str) -> None:
+    context = multiprocessing.get_context(start_method)
+    with Queue[int](ctx=context) as there, Queue[int](ctx=context) as back:
+        with run_in_process(answer_doubled, there, back, method=start_method):
+            there.put(21)
+            assert back.get(timeout=30) == 42
+
+
+def test_order_batches_and_counts(plain: Queue[int]) -> None:
+    plain.put_many([1, 2, 3])
+    plain.put(4)
+    got: list[int] = []
+    while len(got) < 4:
+        got += plain.get_many(timeout=10)
+    assert got == [1, 2, 3, 4]
+    with pytest.raises(queue.Empty):
+        plain.get_many(block=False)
+    with pytest.raises(queue.Empty):
+        plain.get(timeout=0.01)
+    with pytest.raises(queue.Empty):
+        plain.get_nowait()
+    statistics = plain.statistics()
+    assert (statistics.messages_put, statistics.messages_taken) == (4, 4)
+    assert statistics.bytes_put == statistics.bytes_taken > 0
+
+
+def test_get_many_takes_no_more_than_asked(plain: Queue[int]) -> None:
+    plain.put_many(range(10))
+    assert plain.get_many(1, timeout=10) == [0]
+    assert len(plain.get_many(3, timeout=10)) <= 3
+    with pytest.raises(InvalidArgument, match="max_items=0"):
+        plain.get_many(0)
+
+
+def test_a_full_queue_says_how_many_went_in() -> None:
+    with Queue[int](2) as bounded:
+        with pytest.raises(queue.Full) as caught:
+            bounded.put_many([1, 2, 3], timeout=0.05)
+        assert caught.value.count == 2  # type: ignore[attr-defined]
+        assert bounded.full()
+        with pytest.raises(queue.Full):
+            bounded.put_nowait(3)
+        assert bounded.get(timeout=10) == 1
+        assert bounded.get(timeout=10) == 2
+
+
+def test_what_cannot_be_pickled_raises_in_put(plain: Queue[Any]) -> None:
+    with pytest.raises(EncodeError):
+        plain.put(lambda: None)
+    with pytest.raises(EncodeError):
+        plain.put_many([1, lambda: None])
+    assert plain.empty()
+
+
+def test_codecs(name: str) -> None:
+    with Queue[bytes](codec="bytes") as raw:
+        raw.put(b"abc")
+        assert raw.get(timeout=10) == b"abc"
+        with pytest.raises(EncodeError):
+            raw.put({})  # type: ignore[arg-type]
+    with Queue[Message](codec=MessageCodec()) as messages:
+        messages.put(Message(MessageType.DATA, "a", 1.0, [1]))
+        assert messages.get(timeout=10).data == [1]
+
+
+def test_arrays_arrive_writable(plain: Queue[Any]) -> None:
+    numpy = pytest.importorskip("numpy")
+    plain.put(numpy.ones(100_000))
+    array = plain.get(timeout=10)
+    array += 1
+    assert array.sum() == 200_000
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
+def test_impossible_timeouts_are_refused(plain: Queue[int], timeout: float) -> None:
+    for call in (
+        lambda: plain.get(timeout=timeout),
+        lambda: plain.put(1, timeout=timeout),
+        lambda: plain.put_many([1], timeout=timeout),
+    ):
+        with pytest.raises(InvalidArgument, match="timeout"):
+            call()
+
+
+def test_shutdown_lets_the_rest_be_taken(plain: Queue[int]) -> None:
+    plain.put_many([1, 2])
+    plain.shutdown()
+    with pytest.raises(ShutDown):
+        plain.put(3)
+    assert [plain.get(timeout=10), plain.get(timeout=10)] == [1, 2]
+    with pytest.raises(ShutDown):
+        plain.get(timeout=10)
+
+
+def test_shutdown_wakes_who_waits(plain: Queue[int]) -> None:
+    outcome: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            plain.get()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    plain.shutdown(immediate=True)
+    thread.join(10)
+    assert [type(each) for each in outcome] == [ShutDown]
+
+
+def test_a_closed_handle_says_so(plain: Queue[int]) -> None:
+    plain.close()
+    plain.close()
+    for call in (plain.get, plain.qsize, plain.empty, plain.full, lambda: plain.put(1)):
+        with pytest.raises(RingClosed):
+            call()
+
+
+def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
+    for call in (
+        lambda: Queue(name="x"),
+        lambda: Queue.attach("x"),
+        lambda: plain.name,
+        plain.unlink,
+        Ring,
+        Ring.create,
+        lambda: Ring.attach("x"),
+    ):
+        with pytest.raises(NotSupportedByFallback, match="needs the compiled ring"):
+            call()
+
+
+def test_joinable_queue() -> None:
+    with JoinableQueue[int]() as joinable:
+        joinable.put_many([1, 2])
+        assert not joinable.join(timeout=0.05)
+        for _ in range(2):
+            joinable.get(timeout=10)
+            joinable.task_done()
+        assert joinable.join(timeout=10)
+        with pytest.raises(ValueError, match="task_done"):
+            joinable.task_done()
+
+
+def test_simple_queue() -> None:
+    with SimpleQueue[Any]() as simple:
+        assert simple.empty()
+        simple.put([1])
+        assert not simple.empty()
+        assert simple.get() == [1]
+        with pytest.raises(EncodeError):
+            simple.put(lambda: None)
+    with pytest.raises(RingClosed):
+        simple.get()
+
+
+# -- ServedQueue ----------------------------------------------------------------------------
+
+
+def put_served(served: ServedQueue) -> None:
+    served.put(Message(MessageType.DATA, "child", 1.0, os.getpid()))
+
+
+def serve_and_wait(name: str) -> None:
+    ServedQueue.create(name, 0, MessageCodec())
+    signal.pause()
+
+
+def test_a_served_queue_is_found_by_name(name: str, start_method: str) -> None:
+    served = ServedQueue.create(name, 1, MessageCodec())
+    with pytest.raises(RingExists):
+        ServedQueue.create(name, 0, MessageCodec())
+    client = ServedQueue.attach(name, 1, MessageCodec())
+    client.put(Message(MessageType.DATA, "a", 1.0, 5))
+    assert (client.qsize(), client.full(), served.empty()) == (1, True, False)
+    with pytest.raises(queue.Full):
+        client.put_nowait(Message(MessageType.DATA, "a"))
+    assert served.get(timeout=5).data == 5
+    with pytest.raises(queue.Empty):
+        client.get(timeout=0.01)
+    with pytest.raises(queue.Empty):
+        client.get_nowait()
+    with run_in_process(put_served, served, method=start_method) as process:
+        assert served.get(timeout=30).data == process.pid
+    client.close()
+    with pytest.raises(RingClosed):
+        client.get()
+    served.close()
+    served.close()
+
+
+def test_nobody_serves(name: str) -> None:
+    with pytest.raises(RingNotFound):
+        ServedQueue.attach(name, 0.05, MessageCodec())
+
+
+def test_clients_notice_the_end_of_their_server(name: str) -> None:
+    served = ServedQueue.create(name, 0, MessageCodec())
+    client = ServedQueue.attach(name, 1, MessageCodec())
+    outcome: list[BaseException] = []
+    started = threading.Event()
+
+    def wait() -> None:
+        started.set()
+        try:
+            client.get()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    served.close()
+    thread.join(10)
+    assert [type(each) for each in outcome] == [RingClosed]
+    with pytest.raises(RingClosed):
+        client.put(Message(MessageType.DATA, "a"))
+
+
+def test_the_name_of_a_killed_server_can_be_used_again(name: str, start_method: str) -> None:
+    with run_in_process(serve_and_wait, name, method=start_method):
+        client = ServedQueue.attach(name, 30, MessageCodec())
+    with pytest.raises(RingClosed):
+        client.get(timeout=10)
+    with pytest.raises(RingNotFound):
+        ServedQueue.attach(name, 0, MessageCodec())
+    served = ServedQueue.create(name, 0, MessageCodec())
+    served.close()
+
+
+# -- files and memory -------------------------------------------------------------------------
+
+
+def hold(name: str) -> None:
+    held = SharedFile.create(name, 100)
+    held.buffer[0] = 1
+    signal.pause()
+
+
+def test_a_file_goes_with_its_last_holder(name: str) -> None:
+    first = SharedFile.create(name, 100)
+    with pytest.raises(RingExists):
+        SharedFile.create(name, 100)
+    second = SharedFile.attach(name)
+    second.buffer[7] = 9
+    first.close()
+    assert second.buffer[7] == 9
+    second.close()
+    with pytest.raises(RingClosed):
+        _ = second.buffer
+    with pytest.raises(RingNotFound):
+        SharedFile.attach(name)
+
+
+def test_what_a_killed_process_left_is_reclaimed(name: str, start_method: str) -> None:
+    path = fallback_folder() / name
+    with run_in_process(hold, name, method=start_method):
+        wait_for(path.exists, 30, "the file")
+        wait_for(lambda: path.stat().st_size, 30, "its size")
+        assert name not in cleanup_stale(), "somebody has it open"
+    assert path.exists()
+    assert name in cleanup_stale()
+    assert not path.exists()
+
+
+def add_often(name: str, times: int) -> None:
+    shared = SharedFile.attach(name, 30)
+    for _ in range(times):
+        with shared.exclusive():
+            shared.buffer[0:4] = (int.from_bytes(shared.buffer[0:4], "big") + 1).to_bytes(4, "big")
+    shared.close()
+
+
+def test_the_lock_excludes_processes_and_threads(name: str) -> None:
+    shared = SharedFile.create(name, 100)
+    with run_in_process(add_often, name, 200) as one, run_in_process(add_often, name, 200) as two:
+        threads = [threading.Thread(target=add_often, args=(name, 200)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for each in (*threads, one, two):
+            each.join(60)
+    assert int.from_bytes(shared.buffer[0:4], "big") == 800
+    shared.close()
+
+
+@pytest.mark.parametrize("bad", ["", "a/b", "a\0b", "..", "x" * 201])
+def test_impossible_names_are_refused(bad: str) -> None:
+    with pytest.raises(InvalidArgument, match="name"):
+        SharedMemoryManager(bad, 10)
+
+
+def test_memory(name: str) -> None:
+    memory, other = SharedMemoryManager(name, 100), SharedMemoryManager(name, 100)
+    assert not other.connect()
+    with pytest.raises(RingClosed):
+        other.read_data(1)
+    with memory, other:
+        assert memory.create()
+        assert not SharedMemoryManager(name, 100).create()
+        assert other.connect()
+        memory.write_data(b"hello", 95)
+        assert other.read_data(5, 95) == b"hello"
+        for offset, length in ((96, 5), (-1, 1), (0, 101), (0, -1)):
+            with pytest.raises(ValueError, match="offset"):
+                other.read_data(length, offset)
+        with pytest.raises(InvalidArgument, match="100 bytes"):
+            SharedMemoryManager(name, 101).connect()
+    memory.cleanup()
+
+
+def test_arrays_over_memory(name: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    with SharedMemoryManager(name, 100) as memory:
+        memory.create()
+        array = memory.as_array("u2", (5, 2), offset=10)
+        array[:] = numpy.arange(10).reshape(5, 2)
+        assert memory.read_data(4, 12) == b"\1\0\2\0"
+        for wrong in ((51, 0), ((-1, 5), 0), (1, 99), (1, -1)):
+            with pytest.raises(InvalidArgument):
+                memory.as_array("u2", *wrong)
+    assert array.sum() == 45, "a view keeps its memory"
