@@ -13,7 +13,6 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import pytest
-from support import run_in_process, wait_for
 
 from shmring import board
 from shmring._backend import backend
@@ -28,6 +27,7 @@ from shmring.board import (
 )
 from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
 from shmring.fallback_files import SharedFile, fallback_folder
+from support import run_in_process, wait_for
 
 pytestmark = [
     pytest.mark.both_backends,

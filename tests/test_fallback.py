@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import run_in_process, wait_for
 
 from shmring.errors import (
     EncodeError,
@@ -34,6 +33,7 @@ from shmring.fallback import (
 )
 from shmring.fallback_files import cleanup_stale, fallback_folder
 from shmring.message import Message, MessageCodec, MessageType
+from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
 
@@ -61,10 +61,13 @@ def answer_doubled(inbox: Queue[int], outbox: Queue[int]) -> None:
 
 def test_a_queue_goes_to_a_child(start_method: str) -> None:
     context = multiprocessing.get_context(start_method)
-    with Queue[int](ctx=context) as there, Queue[int](ctx=context) as back:
-        with run_in_process(answer_doubled, there, back, method=start_method):
-            there.put(21)
-            assert back.get(timeout=30) == 42
+    with (
+        Queue[int](ctx=context) as there,
+        Queue[int](ctx=context) as back,
+        run_in_process(answer_doubled, there, back, method=start_method),
+    ):
+        there.put(21)
+        assert back.get(timeout=30) == 42
 
 
 def test_order_batches_and_counts(plain: Queue[int]) -> None:

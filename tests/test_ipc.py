@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import run_in_process, wait_for
 
 from shmring.board import Entry
 from shmring.errors import (
@@ -26,6 +25,7 @@ from shmring.errors import (
 )
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import Message, MessageType
+from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
 

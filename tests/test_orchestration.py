@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import run_in_process, wait_for
 
 from shmring._backend import backend
 from shmring.board import Role
@@ -35,6 +34,7 @@ from shmring.example import multiprocessing_example
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import MessageType
 from shmring.worker import current_worker, worker_process
+from support import run_in_process, wait_for
 
 both_backends = pytest.mark.both_backends
 ring_only = pytest.mark.skipif(backend != "ring", reason="a pipe does not survive kills")

@@ -77,9 +77,7 @@ def multiprocessing_example(
 
 
 def _print_summary(report: Report) -> None:
-    print(
-        f"{len(report.results)} tasks in {report.seconds:.3f} s on the {backend} back end"
-    )
+    print(f"{len(report.results)} tasks in {report.seconds:.3f} s on the {backend} back end")
     for row in sorted(report.workers, key=lambda each: each.worker_id):
         print(
             f"  {row.worker_id}: process {row.pid}, {row.tasks} tasks, {row.nbytes} bytes, "

@@ -211,7 +211,7 @@ class Queue(Generic[T]):
                     taken = self._inner.get(False)
             except Empty:
                 # Only emptiness seen after the flag proves that nothing will come.
-                if flag == _SHUT_DOWN and self._inner.empty():
+                if flag == _SHUT_DOWN and self._is_drained():
                     raise ShutDown from None
                 if not block or (deadline is not None and time.monotonic() >= deadline):
                     raise
@@ -351,6 +351,12 @@ class Queue(Generic[T]):
             kind, segments[0], [bytearray(each) for each in segments[1:]]
         )
         return decoded  # type: ignore[no-any-return]
+
+    def _is_drained(self) -> bool:
+        try:
+            return bool(self._inner.qsize() == 0)  # counts what feeder threads still hold
+        except NotImplementedError:  # macOS
+            return bool(self._inner.empty())
 
     def _drain(self) -> None:
         try:

@@ -287,11 +287,11 @@ class ServedQueue:
             self._local = self._server = self._thread = self._endpoint = self._proxy = None
         if self._local is not None:
             return getattr(self._local, method)(*args)
-        if self._proxy is None:
-            self._connect(0.0)
         try:
+            if self._proxy is None:
+                self._connect(0.0)
             return getattr(self._proxy, method)(*args)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError) as error:  # RingNotFound is one
             self._proxy = None
             raise RingClosed(
                 f"queue {self.name!r}: the process that serves it has ended ({error!r})"
@@ -300,7 +300,7 @@ class ServedQueue:
             raise
         except BaseException:
             # Interrupted between question and answer: the next call must not read this answer.
-            per_thread = self._proxy._tls
+            per_thread = getattr(self._proxy, "_tls", None)
             if hasattr(per_thread, "connection"):
                 per_thread.connection.close()
                 del per_thread.connection

@@ -31,7 +31,6 @@ import time
 from typing import Protocol
 
 from shmring.codec import PickleCodec
-
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 
 __all__ = ["Envelope", "Message", "MessageCodec", "MessageType"]
