@@ -56,7 +56,9 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef int SPIN_TURNS = 150  # of a pause each: about 8 us on the machine of BASELINE.md
 cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
-cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move
+cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
+cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
+cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
 
 logger = logging.getLogger("shmring")
@@ -227,26 +229,37 @@ cdef class RingHandle(RingCore):
 
     cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                                uint64_t *position) noexcept nogil:
-        """Before growing: try again for up to a millisecond, but only while
-        consumers make progress.  Fresh pages cost several times what warm ones
-        do, and a ring that stays small stays in the cache."""
+        """Before growing: try again for a millisecond, and another for each MiB,
+        but only while consumers make progress.  Fresh pages cost several times
+        what warm ones do, and a ring that stays small stays in the cache.
+
+        Consumers that were seen to move lately may stand still for longer: they
+        are probably just not running.
+        """
         cdef Header *h = self.header
         cdef int64_t now = monotonic_ns()
-        cdef int64_t until = now + GROWTH_PAUSE_NS
+        cdef int64_t until = now + GROWTH_PAUSE_NS + <int64_t>items[done[0]].length
         cdef int64_t moved = now
+        cdef int64_t standstill = STANDSTILL_NS
         cdef uint64_t seen = load_acquire64(&h.read_position)
         cdef uint64_t read
         cdef uint32_t announced
         cdef int result = FULL
-        while result == FULL and now < until and now - moved < STANDSTILL_NS:
+        if seen != self.full_read:
+            self.moved_ns = now
+        if now - self.moved_ns < LATELY_NS:
+            standstill = PREEMPTED_NS
+            until += PREEMPTED_NS
+        while result == FULL and now < until and now - moved < standstill:
             announced = wait_announce(&h.space_wait)
             wait_sleep(&h.space_wait, announced, STANDSTILL_NS // 3)
             now = monotonic_ns()
             read = load_acquire64(&h.read_position)
             if read != seen:
                 seen = read
-                moved = now
+                self.moved_ns = moved = now
                 result = self.put_items(items, count, done, position, MAY_WAIT)
+        self.full_read = seen
         return result
 
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
