@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from shmring import (
     ShutDown,
     SimpleQueue,
 )
+from shmring.codec import PickleCodec
 from shmring.errors import Empty, Full
 from support import run_in_process, wait_for
 
@@ -363,6 +366,27 @@ def test_an_unknown_codec():
     for bad in ("json", 5, None):
         with pytest.raises(InvalidArgument, match="codec"):
             Queue(codec=bad)
+
+
+class Carried:
+    """Something that a weak reference can watch."""
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_was_put_is_not_kept_alive(queue, many):
+    gc.disable()  # reference counts alone must free it
+    try:
+        carried = Carried()
+        watched = weakref.ref(carried)
+        if many:
+            queue.put_many([carried])
+        else:
+            queue.put(carried)
+        PickleCodec().encode(carried)
+        del carried
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 # ---- bad input -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from shmring._backend import (
     backend,
     cleanup_stale,
 )
-from shmring.coordinator import coordinator_process
+from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import (
     AccessRefused,
     DecodeError,
@@ -27,8 +27,12 @@ from shmring.errors import (
     InvalidArgument,
     LayoutMismatch,
     MessageTooLarge,
+    NameInUse,
+    NameUnknown,
     NotSupportedByFallback,
     PeerDied,
+    RemoteError,
+    RemoteTraceback,
     RingClosed,
     RingCorrupted,
     RingExists,
@@ -36,12 +40,13 @@ from shmring.errors import (
     SharedMemoryFull,
     ShmringError,
     ShutDown,
+    TaskTimeout,
     WorkerDied,
 )
 from shmring.example import multiprocessing_example
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import Message, MessageType
-from shmring.worker import worker_process
+from shmring.worker import current_worker, worker_process
 
 __version__ = "0.1.0"
 
@@ -58,9 +63,15 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "MessageType",
+    "NameInUse",
+    "NameUnknown",
     "NotSupportedByFallback",
     "PeerDied",
+    "Progress",
     "Queue",
+    "RemoteError",
+    "RemoteTraceback",
+    "Report",
     "Ring",
     "RingClosed",
     "RingCorrupted",
@@ -70,10 +81,12 @@ __all__ = [
     "ShmringError",
     "ShutDown",
     "SimpleQueue",
+    "TaskTimeout",
     "WorkerDied",
     "backend",
     "cleanup_stale",
     "coordinator_process",
+    "current_worker",
     "multiprocessing_example",
     "worker_process",
 ]

@@ -56,27 +56,29 @@ class ReusedPickler:
     __slots__ = ("buffers", "chunks", "clear_memo", "dump")
 
     def __init__(self) -> None:
-        self.chunks: list[bytes] = []
-        self.buffers: list[memoryview] = []
+        chunks: list[bytes] = []
+        buffers: list[memoryview] = []
+
+        def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+            # a closure and not a method: a cycle would keep what was pickled alive
+            try:
+                raw = buffer.raw()
+            except BufferError:
+                return True  # not contiguous
+            if raw.nbytes < _IN_BAND_BYTES:
+                return True
+            buffers.append(raw)
+            return False
+
         pickler = pickle.Pickler(
-            SimpleNamespace(write=self.chunks.append),
-            protocol=5,
-            buffer_callback=self._keep_in_band,
+            SimpleNamespace(write=chunks.append), protocol=5, buffer_callback=keep_in_band
         )
         registered: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
         pickler.dispatch_table = ChainMap(registered, copyreg.dispatch_table)  # type: ignore[arg-type]
+        self.chunks = chunks
+        self.buffers = buffers
         self.dump: Callable[[Any], None] = pickler.dump
         self.clear_memo: Callable[[], None] = pickler.clear_memo
-
-    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:
-            return True  # not contiguous
-        if raw.nbytes < _IN_BAND_BYTES:
-            return True
-        self.buffers.append(raw)
-        return False
 
 
 class PickleCodec:
