@@ -300,8 +300,8 @@ class ServedQueue:
             raise
         except BaseException:
             # Interrupted between question and answer: the next call must not read this answer.
-            per_thread = getattr(self._proxy, "_tls", None)
-            if hasattr(per_thread, "connection"):
+            per_thread: Any = getattr(self._proxy, "_tls", None)
+            if per_thread is not None and hasattr(per_thread, "connection"):
                 per_thread.connection.close()
                 del per_thread.connection
             raise
