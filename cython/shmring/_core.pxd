@@ -74,6 +74,9 @@ cdef class RingCore:
     cdef Mapping *consumer_mapping
     cdef Mapping *consumer_stale
     cdef uint64_t known_limit  # bytes up to here are committed and in this area
+    # what both mappings hold, readable without their locks
+    cdef uint64_t write_capacity
+    cdef uint64_t read_capacity
     cdef Claim *claim  # where this handle claims what it takes, or NULL
     # of the handle
     cdef uint64_t oversized  # a get found the ring empty and far too large: what would do

@@ -17,6 +17,7 @@ cimport cython
 from libc.errno cimport EILSEQ, ENOSPC
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from posix.unistd cimport close
 
 from shmring._area cimport (
     Mapping, area_grow, area_next_capacity, area_open, area_power_of_two, area_reap, area_release, area_tidy,
@@ -106,10 +107,7 @@ cdef class RingCore:
             munmap(self.header, SHMRING_HEADER_BYTES)
             self.header = NULL
         if self.fd >= 0:
-            try:
-                os.close(self.fd)
-            except OSError:
-                pass  # somebody closed our number; nothing is left to close
+            close(self.fd)
             self.fd = -1
 
     # ---- locks ----------------------------------------------------------------------------
@@ -250,6 +248,7 @@ cdef class RingCore:
                 return self.poison(POISON_AREA) if result == EILSEQ else -result
             self.producer_stale = self.producer_mapping
             self.producer_mapping = m
+            self.write_capacity = m.capacity
         start = pos = h.write_position
         if pos & 7:
             return self.poison(POISON_POSITIONS)
@@ -352,6 +351,7 @@ cdef class RingCore:
             return -error
         self.producer_stale = self.producer_mapping
         self.producer_mapping = m
+        self.write_capacity = m.capacity
         return DONE
 
     @cython.final
@@ -374,7 +374,7 @@ cdef class RingCore:
         if not wait_wants_wake(&h.space_wait):
             return
         used = load_acquire64(&h.write_position) - load_acquire64(&h.read_position)
-        if h.max_messages != 0 or used <= self.consumer_mapping.capacity // 2:
+        if h.max_messages != 0 or used <= self.read_capacity // 2:
             wait_wake_one(&h.space_wait)
 
     # ---- take -------------------------------------------------------------------------------
@@ -411,6 +411,7 @@ cdef class RingCore:
                 area_release(self.consumer_stale)
             self.consumer_stale = self.consumer_mapping
             self.consumer_mapping = m
+            self.read_capacity = m.capacity
         if h.read_generation != generation:
             store_release64(&h.read_generation, generation)
             area_reap(h, self.fd)
@@ -671,6 +672,7 @@ cdef class RingCore:
                 area_release(self.producer_stale)
             self.producer_stale = self.producer_mapping
             self.producer_mapping = m
+            self.write_capacity = m.capacity
         self.unlock_producers()
         if self.lock_consumers(MAY_WAIT) != DONE:
             return

@@ -15,7 +15,6 @@ cdef class RingHandle(RingCore):
     cdef int full_seen  # 1 a put met a full file system, 2 and the log says so
     cdef uint64_t full_read  # where consumers stood when a put last met a full ring
     cdef int64_t moved_ns  # when consumers were last seen to have moved
-    cdef unsigned int epoch  # of the process that opened the handle
 
     # how many of the items went in; fewer than `count` only when time ran out
     cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,

@@ -29,7 +29,7 @@ from shmring._layout cimport (
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
-    store_relaxed32, store_release32, sync_epoch, sync_start, wait_announce, wait_sleep,
+    store_relaxed32, store_release32, sync_start, wait_announce, wait_sleep,
     wait_wake_all,
 )
 
@@ -218,10 +218,11 @@ cdef class RingHandle(RingCore):
             raise RingCorrupted(f"generations {read} and {written}: an area lies outside the file")
         if error != 0:
             raise OSError(error, f"an area of the ring could not be mapped: {os.strerror(error)}")
+        self.write_capacity = self.producer_mapping.capacity
+        self.read_capacity = self.consumer_mapping.capacity
         self.known_read = 0
         self.known_limit = 0
         self.largest = h.max_capacity - SHMRING_FRAME_BYTES
-        self.epoch = sync_epoch()
         self.closed = False
         return 0
 
@@ -273,7 +274,7 @@ cdef class RingHandle(RingCore):
                 result = self.put_behind_moving(items, count, done, position)
             if result == FULL:
                 result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.producer_mapping.capacity:
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.write_capacity:
             if self.full_seen == 0:
                 self.full_seen = 1
             result = FULL  # waits for space like a bounded queue
@@ -289,7 +290,7 @@ cdef class RingHandle(RingCore):
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil:
         """Never waits for a reader; for the lock a millisecond at most."""
         cdef int result = self.put_items(items, count, done, position, BRIEFLY | MAY_GROW)
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.producer_mapping.capacity:
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.write_capacity:
             return FULL
         return result
 
@@ -383,6 +384,9 @@ cdef class RingHandle(RingCore):
                 return result
         announced = wait_announce(&h.data_wait)
         result = self.take(take, MAY_WAIT)
+        if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
+            self.clear_the_way(take, result)
+            result = self.take(take, MAY_WAIT)
         if result != EMPTY and result != BEHIND_LEASE and result != BEHIND_RESERVATION:
             return result
         slept = monotonic_ns()
@@ -390,7 +394,7 @@ cdef class RingHandle(RingCore):
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
             if (monotonic_ns() - slept >= SYNC_SLICE_NS
-                    and (self.consumer_mapping.capacity != h.min_capacity
+                    and (self.read_capacity != h.min_capacity
                          or h.write_generation != h.read_generation)):
                 self.settle(h.min_capacity)
         elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
@@ -628,6 +632,11 @@ cdef class RingHandle(RingCore):
         wait_wake_all(&h.space_wait)
         wait_wake_all(&h.done_wait)
 
+    def _adopt(self):
+        """In a child right after fork: threads that were inside, and views, stayed behind."""
+        self.inside = 0
+        self.views = 0
+
     def _close(self):
         """Leave the ring: unmap, and close the descriptor.  Others go on.
 
@@ -638,9 +647,6 @@ cdef class RingHandle(RingCore):
         if self.header == NULL:
             self.closed = True
             return
-        if self.epoch != sync_epoch():
-            # forked: the threads that were inside do not exist here
-            self.inside = 0
         if self.views > 0:
             raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
         self.closed = True

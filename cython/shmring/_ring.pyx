@@ -16,6 +16,7 @@ from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
@@ -262,6 +263,7 @@ cdef class BytesRing(RingHandle):
 
 
 @cython.binding(False)
+@cython.no_gc_clear  # __dealloc__ needs the ring
 cdef class FrameView:
     """The payload of one frame, as a buffer; what reserve() and peek() return.
 
@@ -347,13 +349,14 @@ cdef class FrameView:
         cdef int result = BUSY
         if not self.live:
             return 0
-        self.live = False
         if self.writable:
             result = ring.finish_reservation(self.payload, self.position, keep)
         else:
             while result == BUSY:
                 with nogil:
                     result = ring.finish_lease(self.position, keep)
+                PyErr_CheckSignals()
+        self.live = False
         self.let_go()
         if result == CHANGED and keep:
             raise RingCorrupted(
@@ -373,9 +376,7 @@ cdef class FrameView:
 
     cdef int forget(self) except -1:
         """After a fork: the parent's block, of which nothing is ours to finish."""
-        if self.live:
-            self.live = False
-            fetch_add64(&self.ring.views, -1)
+        self.live = False
         return 0
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):

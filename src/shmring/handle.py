@@ -18,6 +18,7 @@ import secrets
 import sys
 import time
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -151,6 +152,7 @@ class SharedHandle(RingHandle):
         """Leave when the process ends: only then is a name given back."""
         self._pid = os.getpid()
         self._exit = segment.at_exit(self)
+        _handles.add(self)
         multiprocessing.util.register_after_fork(self, SharedHandle._after_fork)
 
     def _after_fork(self) -> None:
@@ -255,6 +257,18 @@ class SharedHandle(RingHandle):
         named = self._identity()[0]
         label = self._own_name() if named else "anonymous"
         return f"<{type(self).__module__}.{type(self).__name__} {label}>"
+
+
+# All handles of this process: a forked child adopts them before it runs anything else.
+_handles: weakref.WeakSet[SharedHandle] = weakref.WeakSet()
+
+
+def _adopt_all() -> None:
+    for handle in _handles:
+        handle._adopt()
+
+
+os.register_at_fork(after_in_child=_adopt_all)
 
 
 def _rebuilt(cls: type[SharedHandle], carried: Any, state: dict[str, Any]) -> SharedHandle:
