@@ -650,6 +650,7 @@ cdef class RingHandle(RingCore):
         if self.views > 0:
             raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
         self.closed = True
+        fence_full()  # pairs with handle_enter: who is not counted yet will see that it is closed
         until = monotonic_ns() + CLOSE_NS
         while load_acquire64(<uint64_t *>&self.inside) != 0 and monotonic_ns() < until:
             wait_wake_all(&self.header.data_wait)
