@@ -26,6 +26,8 @@ FLOORS = [
     ["segment"],
     ["handle"],
     ["memory"],
+    ["arrays"],
+    ["blame"],
     ["codec"],
     ["board"],
     ["message"],

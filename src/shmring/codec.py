@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copyreg
 import pickle
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
+from shmring.arrays import IN_BAND_BYTES, array_reducer
+from shmring.blame import culprit_of, first_type_in
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 
 __all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
@@ -26,7 +27,7 @@ KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
 
-_IN_BAND_BYTES = 512  # a buffer smaller than this costs less inside the pickle
+Reducer = Callable[[Any], Any]
 
 
 @runtime_checkable
@@ -40,6 +41,24 @@ class Codec(Protocol):
     def loads(self, data: bytes) -> Any:
         """Turn what :meth:`dumps` returned back into an object."""
         ...
+
+
+class _Reducers(dict[type, Reducer]):
+    """What multiprocessing and copyreg have registered by now, and ours for arrays.
+
+    Empty itself, so that nothing registered later is missed; a ChainMap does
+    the same at four times the price.
+    """
+
+    def __missing__(self, kind: type) -> Reducer:
+        reducer = _registered.get(kind) or copyreg.dispatch_table.get(kind) or array_reducer(kind)
+        if reducer is None:
+            raise KeyError(kind)
+        return reducer
+
+
+_registered: dict[type, Reducer] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+_reducers = _Reducers()
 
 
 class ReusedPickler:
@@ -65,7 +84,7 @@ class ReusedPickler:
                 raw = buffer.raw()
             except BufferError:
                 return True  # not contiguous
-            if raw.nbytes < _IN_BAND_BYTES:
+            if raw.nbytes < IN_BAND_BYTES:
                 return True
             buffers.append(raw)
             return False
@@ -73,8 +92,7 @@ class ReusedPickler:
         pickler = pickle.Pickler(
             SimpleNamespace(write=chunks.append), protocol=5, buffer_callback=keep_in_band
         )
-        registered: Any = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-        pickler.dispatch_table = ChainMap(registered, copyreg.dispatch_table)  # type: ignore[arg-type]
+        pickler.dispatch_table = _reducers
         self.chunks = chunks
         self.buffers = buffers
         self.dump: Callable[[Any], None] = pickler.dump
@@ -157,7 +175,7 @@ class UserCodec:
         try:
             return self.kind, [self._codec.dumps(obj)]
         except Exception as error:
-            raise encode_error(obj, error) from error
+            raise EncodeError(f"{_a(obj)} cannot be put ({error})") from error
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
         """What ``loads`` returns; what it raises is wrapped in DecodeError."""
@@ -166,7 +184,7 @@ class UserCodec:
         try:
             return self._codec.loads(head)
         except Exception as error:
-            raise decode_error(head, buffers, error) from error
+            raise _undecodable(head, buffers, error) from error
 
 
 class MsgpackCodec(UserCodec):
@@ -211,32 +229,27 @@ def find_codec(codec: Any) -> Any:
 
 
 def encode_error(obj: Any, error: BaseException) -> EncodeError:
-    """Say which object could not be encoded and, if it can be found, which part."""
-    culprit = _culprit(obj)
+    """Say which object could not be pickled and, if it can be found, which part."""
+    culprit = culprit_of(obj, _reducers)
     where = f": {culprit} is the part that cannot travel" if culprit else ""
-    return EncodeError(f"a {type(obj).__qualname__} cannot be put ({error}){where}")
+    return EncodeError(f"{_a(obj)} cannot be put ({error}){where}")
 
 
 def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
-    """Say how large the message was that could not be decoded; it is consumed."""
+    """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
+    return _undecodable(head, buffers, error, first_type_in(head))
+
+
+def _undecodable(
+    head: bytes, buffers: Sequence[Any], error: BaseException, kind: str | None = None
+) -> DecodeError:
     size = len(head) + sum(len(buffer) for buffer in buffers)
+    what = f" (the first type in it is {kind})" if kind else ""
     return DecodeError(
         f"a message of {size} bytes was taken and cannot be decoded:"
-        f" {type(error).__name__}: {error}"
+        f" {type(error).__name__}: {error}{what}"
     )
 
 
-def _culprit(obj: Any) -> str | None:
-    """The first attribute, item or element that cannot be pickled on its own."""
-    if isinstance(obj, dict):
-        parts = [(f"[{key!r}]", value) for key, value in obj.items()]
-    elif isinstance(obj, list | tuple | set | frozenset):
-        parts = [(f"[{index}]", value) for index, value in enumerate(obj)]
-    else:
-        parts = [(f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items()]
-    for label, value in parts[:1000]:
-        try:
-            pickle.dumps(value, protocol=5)
-        except Exception:
-            return f"{label} (a {type(value).__qualname__}){_culprit(value) or ''}"
-    return None
+def _a(obj: Any) -> str:
+    return f"a {type(obj).__qualname__}"

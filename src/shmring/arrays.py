@@ -1,0 +1,67 @@
+"""numpy arrays in pickles: cheap on the way out, writable on arrival.
+
+numpy's own reducer spends most of its time on the dtype, and hands a read-only
+array over as read-only memory, which would then arrive read-only; through
+multiprocessing.Queue every array arrives writable.  This module never imports
+numpy: whoever has an array has done so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pickle import PickleBuffer
+from typing import Any
+
+__all__ = ["IN_BAND_BYTES", "array_reducer"]
+
+IN_BAND_BYTES = 512  # a buffer smaller than this costs less inside the pickle
+
+_BUILT_IN_TYPES = 24  # dtype.num from here on: types that others brought
+_SIMPLE = frozenset("?bBhHiIlLqQefdgFDG")  # one character says it all
+
+
+def array_reducer(kind: type) -> Callable[[Any], Any] | None:
+    """The reducer for exactly `numpy.ndarray`; None for any other class."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and kind is getattr(numpy, "ndarray", None):
+        return reduce_array
+    return None
+
+
+def reduce_array(array: Any) -> Any:
+    """What pickle is to write for an array: `numpy.ndarray` over a buffer."""
+    dtype = array.dtype
+    size = array.nbytes
+    if dtype.hasobject or dtype.num >= _BUILT_IN_TYPES or dtype.itemsize == 0:
+        # numpy's way; the old one copies, so that read-only memory does not stay read-only
+        return array.__reduce_ex__(5) if array.flags.writeable else array.__reduce__()
+    flags = array.flags
+    order = "C"
+    if not flags.c_contiguous:
+        if flags.f_contiguous:
+            order = "F"
+        else:
+            array = array.copy()
+    simple = dtype.char in _SIMPLE and dtype.isnative and dtype.metadata is None
+    described = dtype.char if simple else dtype
+    if size < IN_BAND_BYTES:
+        data: Any = bytearray(array.tobytes(order))
+    else:
+        try:
+            data = PickleBuffer(array.view("i8") if dtype.kind in "mM" else array)
+        except (BufferError, ValueError):  # a structure that no buffer can describe
+            return array.__reduce__()
+        if not array.flags.writeable:
+            return _writable, (array.shape, described, data, order)
+    return type(array), (array.shape, described, data, 0, None, order)
+
+
+def _writable(shape: tuple[int, ...], dtype: Any, data: Any, order: Any) -> Any:
+    """An array whose source was read-only: pickle wraps its buffer to say so."""
+    import numpy
+
+    inner = data.obj if type(data) is memoryview else data
+    if type(inner) is not bytearray or len(inner) != memoryview(data).nbytes:
+        inner = bytearray(data)
+    return numpy.ndarray(shape, dtype, inner, 0, None, order)

@@ -1,0 +1,485 @@
+"""Codecs: what travels, how it arrives, and what is said of what does not."""
+
+from __future__ import annotations
+
+import collections
+import copyreg
+import functools
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+
+import shmring
+from shmring import DecodeError, EncodeError, Queue
+from shmring.blame import culprit_of
+from shmring.codec import PickleCodec
+from support import run_in_process
+
+# ---- arrays --------------------------------------------------------------------------------
+
+SIZES = [3, 40_000]  # inside the pickle, and beside it
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _overlapping() -> np.dtype:
+    return np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 0]})
+
+
+MAKERS = {
+    "C": lambda n: np.arange(n * 4.0).reshape(n, 4),
+    "Fortran": lambda n: np.asfortranarray(np.arange(n * 4).reshape(n, 4)),
+    "strided": lambda n: np.arange(n * 8)[::2],
+    "reversed": lambda n: np.arange(n)[::-1],
+    "three axes swapped": lambda n: np.arange(n * 6).reshape(n, 2, 3).transpose(1, 0, 2),
+    "broadcast": lambda n: np.broadcast_to(np.float32(2), (n, 3)),
+    "read-only": lambda n: _read_only(np.arange(n * 2.0)),
+    "read-only Fortran": lambda n: _read_only(np.asfortranarray(np.ones((n, 3)))),
+    "over bytes": lambda n: np.frombuffer(bytes(n * 8), dtype="i8"),
+    "over half of some bytes": lambda n: np.frombuffer(bytes(n * 16), "i8", count=n, offset=8),
+    "big-endian": lambda n: np.arange(n, dtype=">f8"),
+    "float16": lambda n: np.arange(n, dtype="f2"),
+    "long double": lambda n: np.arange(n, dtype="g"),
+    "complex": lambda n: np.arange(n) * 1j,
+    "bool": lambda n: np.arange(n) % 3 == 0,
+    "dates": lambda n: np.arange(n).astype("M8[s]"),
+    "differences, read-only": lambda n: _read_only(np.arange(n).astype("m8[D]")),
+    "text": lambda n: np.array(["äö", "x"] * n),
+    "bytes": lambda n: np.array([b"ab", b"c"] * n),
+    "void": lambda n: np.zeros(n, "V7"),
+    "structured": lambda n: np.ones(n, [("a", "i4"), ("b", "f8", (2,)), ("c", "S3")]),
+    "structured, read-only": lambda n: _read_only(np.ones(n, [("a", "i4"), ("b", "f8")])),
+    "aligned": lambda n: np.ones(n, np.dtype([("a", "i1"), ("b", "f8")], align=True)),
+    "structured with dates": lambda n: np.zeros(n, [("a", "M8[s]"), ("b", "f8")]),
+    "overlapping fields": lambda n: _read_only(np.zeros(n, _overlapping())),
+    "objects": lambda n: np.array([{"an": "object"}, None, 1.5] * n, dtype=object),
+    "objects, read-only": lambda n: _read_only(np.array([None, 1.5] * n, dtype=object)),
+    "objects in a structure": lambda n: np.array([(1, [2])] * n, [("a", "i4"), ("b", "O")]),
+    "described": lambda n: np.ones(n, np.dtype("f8", metadata={"unit": "m"})),
+    "no rows": lambda n: np.zeros((0, n)),
+    "no rows, read-only": lambda n: _read_only(np.zeros((n, 0), order="F")),
+    "no bytes": lambda n: np.zeros(n, "S0"),
+    "one value": lambda n: np.array(float(n)),
+    "one value, read-only": lambda n: _read_only(np.array(float(n))),
+    "a record array": lambda n: np.rec.array([(1, 2.5)] * n, dtype=[("a", "i4"), ("b", "f8")]),
+    "a masked array": lambda n: np.ma.masked_less(np.arange(n), n // 2),
+    "a matrix": lambda n: np.ones((n, 2)).view(np.matrix),
+    "a subclass, read-only": lambda n: _read_only(np.ones(n).view(Labelled)),
+}
+
+
+class Labelled(np.ndarray):
+    """What a library might derive."""
+
+
+@pytest.fixture(scope="module")
+def queue():
+    with Queue() as made:
+        yield made
+
+
+def assert_same(taken: np.ndarray, array: np.ndarray) -> None:
+    assert type(taken) is type(array)
+    assert taken.dtype == array.dtype
+    assert taken.dtype.metadata == array.dtype.metadata
+    assert taken.shape == array.shape
+    assert np.array_equal(np.ma.getdata(taken), np.ma.getdata(array))
+    assert taken.flags.writeable
+    assert taken.flags.aligned
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("what", MAKERS)
+def test_an_array_arrives_equal_writable_and_on_its_own(queue, what, size):
+    array = MAKERS[what](size)
+    for carried in (array, {"a": [array, array], "view": array[..., :1] if array.ndim else array}):
+        queue.put(carried)
+        taken = queue.get(timeout=10)
+        if isinstance(carried, dict):
+            assert_same(taken["view"], carried["view"])
+            assert taken["a"][0] is taken["a"][1]
+            taken = taken["a"][0]
+        assert_same(taken, array)
+        stock = ForkingPickler.loads(ForkingPickler.dumps(array))
+        for flag in ("c_contiguous", "f_contiguous"):
+            assert getattr(taken.flags, flag) == getattr(stock.flags, flag)
+        before = np.ma.getdata(array).copy()
+        taken[...] = np.zeros(1, taken.dtype)[0]  # and the source does not see it
+        assert np.array_equal(np.ma.getdata(array), before)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mapped_file_arrives_as_memory(queue, tmp_path, size):
+    np.save(tmp_path / "mapped.npy", np.arange(size))
+    for mode in ("r", "r+", "c"):
+        mapped = np.load(tmp_path / "mapped.npy", mmap_mode=mode)
+        for carried in (mapped, np.asarray(mapped)):
+            queue.put(carried)
+            taken = queue.get(timeout=10)
+            assert_same(taken, carried)
+            taken[:] = 0
+            del taken
+        assert np.array_equal(mapped, np.arange(size))
+
+
+@pytest.mark.parametrize(
+    "scalar", [np.float64(1.5), np.int8(3), np.str_("x"), np.datetime64(1, "s")]
+)
+def test_a_scalar_stays_one(queue, scalar):
+    queue.put(scalar)
+    taken = queue.get(timeout=10)
+    assert taken == scalar
+    assert type(taken) is type(scalar)
+    assert taken.dtype == scalar.dtype
+
+
+def test_a_buffer_around_larger_memory_is_cut_out():
+    """A codec may hand over views into one block, also where the source was read-only."""
+    array = _read_only(np.arange(1000))
+    kind, (head, buffer) = PickleCodec().encode(array)
+    block = bytearray(b"x" * 8 + bytes(buffer) + b"x" * 8)
+    taken = PickleCodec().decode(kind, bytes(head), [memoryview(block)[8:-8]])
+    assert_same(taken, array)
+
+
+def test_numpy_is_not_imported_by_us():
+    program = (
+        "import sys, shmring; queue = shmring.Queue()\n"
+        "class Own: pass\n"
+        "queue.put([Own(), {1: 2}]); queue.get(); queue.close()\n"
+        "assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# ---- reducers ------------------------------------------------------------------------------
+
+
+class Late:
+    """Its reducer is registered while the queue is in use."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise AssertionError("not by the registered reducer")
+
+
+@pytest.fixture
+def registered():
+    yield ForkingPickler.register
+    ForkingPickler._extra_reducers.pop(Late, None)
+
+
+def _reduce_late(late: Late) -> tuple[object, ...]:
+    return _rebuild_late, (late.value,)
+
+
+def _rebuild_late(value: int) -> Late:
+    return Late(value + 1)
+
+
+def test_a_reducer_registered_later_counts(queue, registered):
+    with pytest.raises(EncodeError, match="not by the registered"):
+        queue.put(Late(1))
+    registered(Late, _reduce_late)
+    queue.put([Late(1)])
+    queue.put_many([Late(2)])
+    assert [queue.get()[0].value, queue.get().value] == [2, 3]
+
+
+def test_copyregs_reducers_count_and_multiprocessings_go_first(queue, registered):
+    copyreg.pickle(Late, lambda late: (_rebuild_late, (late.value + 100,)))
+    try:
+        queue.put(Late(1))
+        assert queue.get().value == 102
+        registered(Late, _reduce_late)
+        queue.put(Late(1))
+        assert queue.get().value == 2
+    finally:
+        del copyreg.dispatch_table[Late]
+
+
+def test_a_reducer_for_arrays_goes_before_ours(queue):
+    ForkingPickler.register(np.ndarray, lambda array: (list, ((1, 2),)))
+    try:
+        queue.put(np.zeros(3))
+        assert queue.get() == [1, 2]
+    finally:
+        del ForkingPickler._extra_reducers[np.ndarray]
+
+
+def _answer(queue: Queue[object], answers: Queue[object]) -> None:
+    connection, server = queue.get(timeout=60)
+    connection.send("over a connection")
+    connection.close()
+    client, _ = server.accept()
+    client.sendall(b"over a socket")
+    client.close()
+    server.close()
+    answers.put("done")
+
+
+def test_connections_and_sockets_travel(start_method):
+    with (
+        Queue() as queue,
+        Queue() as answers,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        run_in_process(_answer, queue, answers, method=start_method),
+    ):
+        mine, theirs = multiprocessing.Pipe()
+        queue.put((theirs, server))
+        assert mine.poll(60)
+        assert mine.recv() == "over a connection"
+        with socket.create_connection(server.getsockname(), timeout=60) as client:
+            assert client.recv(100) == b"over a socket"
+        assert answers.get(timeout=60) == "done"
+        mine.close()
+        theirs.close()
+
+
+REFUSED = {
+    "a Lock": multiprocessing.Lock,
+    "an Event": multiprocessing.Event,
+    "a Value": lambda: multiprocessing.Value("i"),
+    "an Array": lambda: multiprocessing.Array("i", 3),
+    "a stock SimpleQueue": multiprocessing.SimpleQueue,
+    "a thread's lock": threading.Lock,
+    "a generator": lambda: (i for i in ()),
+    "a lambda": lambda: lambda: None,
+    "a file": lambda: open(os.devnull),  # noqa: SIM115
+    "a module": lambda: sys,
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_standard_library_refuses_is_refused_in_put(queue, what):
+    obj = REFUSED[what]()
+    with pytest.raises(Exception) as stock:  # noqa: PT011
+        ForkingPickler.dumps(obj)
+    with pytest.raises(EncodeError, match=type(obj).__qualname__) as ours:
+        queue.put(obj)
+    assert type(ours.value.__cause__) is type(stock.value)
+    assert queue.empty()
+    if hasattr(obj, "close"):
+        obj.close()
+
+
+# ---- the other codecs ----------------------------------------------------------------------
+
+
+class Strict:
+    def dumps(self, obj: object) -> bytes:
+        return str(int(obj)).encode()
+
+    def loads(self, data: bytes) -> int:
+        return int(data)
+
+
+def test_an_own_codec_that_fails_fails_by_name_and_alone():
+    with Queue(codec=Strict(), name="test-codecs-own") as queue:
+        with pytest.raises(EncodeError, match=r"a str cannot be put .*invalid literal"):
+            queue.put("no number")
+        assert queue.empty()
+        with Queue.attach("test-codecs-own", codec=Nonsense()) as wrong:
+            wrong.put(None)
+        queue.put(7)
+        with pytest.raises(DecodeError, match=r"8 bytes was taken.*ValueError"):
+            queue.get()
+        assert queue.get() == 7
+
+
+class Nonsense(Strict):
+    def dumps(self, obj: object) -> bytes:
+        return b"nonsense"
+
+
+@pytest.mark.parametrize("returned", [None, "text", 5, [b"x"]])
+def test_an_own_codec_that_returns_no_bytes(returned):
+    codec = Strict()
+    codec.dumps = lambda obj: returned
+    with Queue(codec=codec) as queue:
+        with pytest.raises((EncodeError, TypeError), match="bytes"):
+            queue.put(1)
+        assert queue.empty()
+
+
+def test_msgpack_says_how_long_what_it_cannot_read_was():
+    pytest.importorskip("msgspec")
+    with (
+        Queue(codec="msgpack", name="test-codecs-msgpack") as queue,
+        Queue.attach("test-codecs-msgpack", codec="bytes") as wrong,
+    ):
+        wrong.put(b"\xc1")
+        with pytest.raises(DecodeError, match="1 bytes"):
+            queue.get()
+        queue.put([1, {"a": b"x"}])
+        assert queue.get() == [1, {"a": b"x"}]
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+
+class Carrier:
+    def __init__(self, part: object) -> None:
+        self.good = 1
+        self.part = part
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
+class Chosen(Carrier):
+    """What its state is made of cannot be found in it."""
+
+    def __getstate__(self) -> object:
+        return {"fresh": threading.Lock()}
+
+
+def _cyclic() -> Carrier:
+    carrier = Carrier(None)
+    carrier.part = [carrier, {"deep": (1, Slotted(threading.Lock()))}]
+    return carrier
+
+
+def _nested(depth: int) -> object:
+    made: object = threading.Lock()
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("obj", "said"),
+    [
+        (Carrier(threading.Lock()), r"a Carrier .*\.part \(a lock\)"),
+        (Carrier(Carrier(threading.Lock())), r"\.part\.part \(a lock\)"),
+        ({"a": [1, (2, {"b": threading.Lock()})]}, r"a dict .*\['a'\]\[1\]\[1\]\['b'\] \(a lock\)"),
+        ({(1, _cyclic): 1, Slotted(threading.Lock()): 2}, r"\.key\.inner \(a lock\)"),
+        (_cyclic(), r"\.part\[1\]\['deep'\]\[1\]\.inner \(a lock\)"),
+        (Carrier(lambda: 1), r"\.part \(a function .*<lambda>\)"),
+        ([functools.partial(print, threading.Lock())], r"\[0\]\.args\[0\] \(a lock\)"),
+        ([Carrier(threading.Lock()).__init__], r"\[0\]\.__self__\.part \(a lock\)"),
+        (collections.deque([1, threading.Lock()]), r"a deque .*\[1\] \(a lock\)"),
+        (collections.OrderedDict(a=threading.Lock()), r"\['a'\] \(a lock\)"),
+        (Chosen(1), r"a Chosen .*a lock inside it"),
+        (Carrier(multiprocessing.Lock()), r"through inheritance.*\.part \(a Lock\)"),
+        ([*range(500_000), threading.Lock()], r"\[500000\] \(a lock\)"),
+        (_nested(50), r"a list .*\(a lock\)"),
+        (_nested(100_000), r"a list cannot be put"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_put_names_the_part_that_cannot_travel(queue, obj, said):
+    with pytest.raises(EncodeError, match=said):
+        queue.put(obj)
+    assert queue.empty()
+    queue.put("goes on")
+    assert queue.get() == "goes on"
+
+
+def test_a_part_that_only_multiprocessing_can_pickle_is_not_blamed(queue):
+    mine, theirs = multiprocessing.Pipe()
+    with mine, theirs, pytest.raises(EncodeError, match=r"\[1\] \(a lock\)"):
+        queue.put([theirs, threading.Lock()])
+
+
+def test_a_local_class_is_named(queue):
+    class Local:
+        pass
+
+    with pytest.raises(EncodeError, match=r"\[0\]\.__class__ \(a type .*Local\)"):
+        queue.put([Local()])
+
+
+def test_naming_costs_no_more_than_the_attempt():
+    """Twenty million bytes, half a million parts: looked at once, and not copied."""
+    obj = {"large": [np.zeros(10**7), b"x" * 10**7], "many": list(range(500_000))}
+    obj["bad"] = threading.Lock()
+    begun = time.process_time()
+    assert culprit_of(obj, copyreg.dispatch_table) == "['bad'] (a lock)"
+    assert time.process_time() - begun < 2  # 0.05 s on a quiet machine
+
+
+class Unruly:
+    """Raises whatever it is asked."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise RuntimeError("no")
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_an_object_that_refuses_every_question(queue):
+    with pytest.raises(EncodeError, match="a Unruly"):
+        queue.put(Unruly())
+    with pytest.raises(EncodeError, match=r"\(a lock\)|Unruly"):
+        queue.put([{"u": Unruly()}, threading.Lock()])
+    assert queue.empty()
+
+
+class Grudging:
+    def __init__(self) -> None:
+        self.state = b"x" * 100
+
+    def __setstate__(self, state: object) -> None:
+        raise KeyError("not here")
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_get_says_how_large_and_of_which_type(queue, size):
+    queue.put_many([1, {"n": Grudging(), "data": np.zeros(size, "u1")}, 2])
+    assert queue.get() == 1
+    with pytest.raises(DecodeError, match=r"test_codecs\.Grudging") as caught:
+        queue.get()
+    assert isinstance(caught.value.__cause__, KeyError)
+    told = int(str(caught.value).split("a message of ")[1].split()[0])
+    assert size + 100 < told < size + 1000
+    assert queue.get() == 2
+    assert queue.empty()
+
+
+def test_a_type_that_this_process_does_not_have():
+    program = (
+        "import sys, shmring\n"
+        "class OnlyHere: pass\n"
+        "shmring.Queue.attach(sys.argv[1]).put([OnlyHere()])"
+    )
+    with Queue(name="test-codecs-foreign") as queue:
+        command = [sys.executable, "-c", program, queue.name]
+        subprocess.run(command, check=True, timeout=60)
+        with pytest.raises(DecodeError, match=r"__main__\.OnlyHere"):
+            queue.get(timeout=10)
+
+
+def test_bytes_that_are_no_pickle_at_all(queue):
+    assert isinstance(PickleCodec().decode(0, b"plain", ()), bytes)
+    for head in (b"", b"\x80", b"nonsense", pickle.dumps({"a": 1})[:-3], b"\x80\x05\x93."):
+        with pytest.raises(DecodeError, match=rf"{len(head)} bytes"):
+            PickleCodec().decode(1, head, ())
+
+
+def test_the_types_of_failing_are_the_standard_librarys():
+    assert issubclass(EncodeError, pickle.PicklingError)
+    assert issubclass(DecodeError, pickle.UnpicklingError)
+    assert issubclass(shmring.ShmringError, Exception)
