@@ -78,11 +78,16 @@ def test_as_array_is_a_view(memory):
     ]:
         with pytest.raises(InvalidArgument, match="inside"):
             memory.as_array(dtype, shape, offset)
+    with pytest.raises(InvalidArgument, match="pointers"):
+        memory.as_array(object, 4)
+    assert memory.as_array("u1", np.int64(4)).shape == (4,)
     memory.cleanup()
     assert array[9, 19] == 199  # the view keeps the memory
 
 
-@pytest.mark.parametrize(("name", "size"), [("a/b", 10), ("", 10), ("x", 0), ("x", -5)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("a/b", 10), ("", 10), ("x", 0), ("x", -5), ("x", 1 << 70)]
+)
 def test_impossible_arguments(name, size):
     with pytest.raises(InvalidArgument):
         SharedMemoryManager(name, size)

@@ -262,6 +262,15 @@ def test_the_name_of_an_anonymous_queue_comes_on_demand(queue):
     assert queue.name == name
 
 
+def test_after_unlink_it_cannot_be_named_and_says_so(queue):
+    assert os.path.exists(f"/dev/shm/{queue.name}")
+    queue.unlink()
+    with pytest.raises(RingNotFound, match="unlinked"):
+        pickle.dumps(queue)
+    with run_in_process(queue.put, "as an argument", method="spawn"):
+        assert queue.get(timeout=60) == "as an argument"
+
+
 def test_a_copy_by_pickle_is_the_same_queue(queue):
     copy = pickle.loads(pickle.dumps(queue))
     with copy:

@@ -161,15 +161,26 @@ SYNC_SLOW uint64_t area_place(const shmring_area *living, int count, uint64_t ca
     return offset;
 }
 
-/* Give back every page that no living area covers. */
-SYNC_SLOW int area_tidy(shmring_header *header, int fd)
+/* Is the descriptor still our file?  Somebody may have closed it behind us, and
+ * the number may name another file by now: nothing may be punched into that. */
+SYNC_SLOW int area_is_ours(int fd, const area_file *own, area_file *file)
+{
+    int error = area_stat(fd, file);
+    if (error != 0)
+        return error;
+    return file->device == own->device && file->inode == own->inode ? 0 : EBADF;
+}
+
+/* Give back every page that no living area covers; EILSEQ if the records are garbage. */
+SYNC_SLOW int area_tidy(shmring_header *header, int fd, const area_file *own)
 {
     shmring_area living[SHMRING_AREA_COUNT];
     area_file file = {0, 0, 0};
     int count = area_living(header, living);
     uint64_t from = SHMRING_HEADER_BYTES;
-    if (count < 0 || area_stat(fd, &file) != 0)
-        return EINVAL;
+    int error = count < 0 ? EILSEQ : area_is_ours(fd, own, &file);
+    if (error != 0)
+        return error;
     for (int i = 0; i < count; i++) {
         if (living[i].offset > from)
             (void)area_punch(fd, from, living[i].offset - from);
@@ -181,8 +192,9 @@ SYNC_SLOW int area_tidy(shmring_header *header, int fd)
     return 0;
 }
 
-/* How large the next area may be for frames of `need` bytes: 0 if not at all. */
-SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, uint64_t need)
+/* How large the next area may be for a frame of `need` bytes: 0 if not at all.
+ * `wish` is what would serve well. */
+SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, uint64_t need, uint64_t wish)
 {
     shmring_area living[SHMRING_AREA_COUNT];
     int count = area_living(header, living);
@@ -193,8 +205,8 @@ SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, 
         sum += living[i].capacity;
     uint64_t wanted = current < AREA_DOUBLING_LIMIT || count > SHMRING_AREA_COUNT / 2 ? 2 * current : AREA_DOUBLING_LIMIT;
     uint64_t least = area_power_of_two(need);
-    if (wanted < least)
-        wanted = least;
+    if (wanted < wish)
+        wanted = area_power_of_two(wish < limit ? wish : limit);
     while (wanted > least && (sum + wanted > limit || wanted > limit))
         wanted >>= 1;
     if (sum + wanted <= limit)
@@ -211,11 +223,9 @@ SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, ui
     shmring_area living[SHMRING_AREA_COUNT], area;
     area_file file = {0, 0, 0};
     struct rlimit size_limit;
-    int error = area_stat(fd, &file);
+    int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    if (file.device != own->device || file.inode != own->inode)
-        return EBADF; /* somebody closed our descriptor and opened another file */
     int count = area_living(header, living);
     if (count < 0)
         return EINVAL;
@@ -254,11 +264,9 @@ SYNC_SLOW int area_open(shmring_header *header, int fd, const area_file *own, ui
 {
     shmring_area area = *shmring_area_of(header, generation);
     area_file file = {0, 0, 0};
-    int error = area_stat(fd, &file);
+    int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    if (file.device != own->device || file.inode != own->inode)
-        return EBADF;
     if (!area_check(&area, file.bytes))
         return EILSEQ; /* the caller says RingCorrupted */
     return area_map(fd, &area, generation, out);
@@ -266,8 +274,12 @@ SYNC_SLOW int area_open(shmring_header *header, int fd, const area_file *own, ui
 
 /* Under the consumers' lock: give drained areas back.  Punch, then count: the
  * other way round a producer could place a new area under the punch. */
-SYNC_SLOW int area_reap(shmring_header *header, int fd)
+SYNC_SLOW int area_reap(shmring_header *header, int fd, const area_file *own)
 {
+    area_file file = {0, 0, 0};
+    int ours = header->reaped < header->read_generation ? area_is_ours(fd, own, &file) : 0;
+    if (ours != 0)
+        return ours;
     while (header->reaped < header->read_generation) {
         shmring_area area = *shmring_area_of(header, header->reaped);
         int error = area_check(&area, UINT64_MAX >> 1) ? area_punch(fd, area.offset, area.capacity) : EILSEQ;

@@ -100,6 +100,7 @@ cdef class RingCore:
         self.unmap()
 
     cdef void unmap(self):
+        cdef int fd
         area_release(self.producer_mapping)
         area_release(self.consumer_mapping)
         self.producer_mapping = self.consumer_mapping = NULL
@@ -107,8 +108,9 @@ cdef class RingCore:
             munmap(self.header, SHMRING_HEADER_BYTES)
             self.header = NULL
         if self.fd >= 0:
-            close(self.fd)
+            fd = self.fd
             self.fd = -1
+            close(fd)
 
     # ---- locks ----------------------------------------------------------------------------
 
@@ -178,7 +180,7 @@ cdef class RingCore:
             return self.poison(POISON_POSITIONS)
         h.front_who = h.front_need = h.front_until_ns = 0
         if h.max_capacity != h.min_capacity:
-            if area_tidy(h, self.fd) != 0:  # pages of a growth that was cut short
+            if area_tidy(h, self.fd, &self.file) == EILSEQ:  # pages of a growth that was cut short
                 return self.poison(POISON_AREA)
         wait_wake_all(&h.data_wait)
         wait_wake_all(&h.space_wait)
@@ -199,7 +201,7 @@ cdef class RingCore:
                 store_release64(&h.claims[i].high, h.claims[i].low)
         if h.lease_owner != 0 and h.lease_high <= pos:
             store_release64(&h.lease_owner, 0)
-        area_reap(h, self.fd)
+        area_reap(h, self.fd, &self.file)
         wait_wake_all(&h.data_wait)
         wait_wake_all(&h.space_wait)
         return DONE
@@ -338,9 +340,7 @@ cdef class RingCore:
             return FULL
         # room for what follows, and for two of the kind: one is written while one is read
         wanted = following if following > 2 * span else 2 * span
-        wanted = area_next_capacity(h, m.capacity, wanted)
-        if wanted == 0:
-            wanted = area_next_capacity(h, m.capacity, span)
+        wanted = area_next_capacity(h, m.capacity, span, wanted)
         if wanted == 0:
             return FULL
         error = area_grow(h, self.fd, &self.file, wanted, &m)
@@ -349,6 +349,8 @@ cdef class RingCore:
             error = area_grow(h, self.fd, &self.file, wanted, &m)
         if error != 0:
             return -error
+        if self.producer_stale != NULL:  # this handle was a generation behind already
+            area_release(self.producer_stale)
         self.producer_stale = self.producer_mapping
         self.producer_mapping = m
         self.write_capacity = m.capacity
@@ -414,7 +416,7 @@ cdef class RingCore:
             self.read_capacity = m.capacity
         if h.read_generation != generation:
             store_release64(&h.read_generation, generation)
-            area_reap(h, self.fd)
+            area_reap(h, self.fd, &self.file)
         if limit - pos > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_limit = limit
@@ -667,6 +669,7 @@ cdef class RingCore:
                 and h.write_generation == load_acquire64(&h.read_generation)
                 and shmring_area_of(h, h.write_generation).capacity > capacity
                 and load_relaxed64(&h.lease_owner) == 0
+                and h.write_generation - load_acquire64(&h.reaped) < SHMRING_AREA_COUNT // 2
                 and area_grow(h, self.fd, &self.file, capacity, &m) == 0):
             if self.producer_stale != NULL:
                 area_release(self.producer_stale)

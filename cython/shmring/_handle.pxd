@@ -24,6 +24,8 @@ cdef class RingHandle(RingCore):
     # the second half of a large take; DONE or CHANGED (begin again)
     cdef int take_into(self, Take *take) except -1
     cdef int give_back(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
     cdef int check_open(self) except -1
     cdef int raise_outcome(self, int outcome) except -1
     cdef int map_header(self) except -1

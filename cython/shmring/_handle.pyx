@@ -15,16 +15,16 @@ from libc.string cimport memcpy, memset
 
 from shmring._area cimport area_open, area_release, area_stat
 from shmring._core cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY, FULL,
-    FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME, POISON_POSITIONS,
-    SHUT, Item, RingCore, Take, count_read,
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY,
+    FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
+    POISON_POSITIONS, SHUT, Item, RingCore, Take, count_read,
 )
 from shmring._layout cimport (
     SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET,
     SHMRING_CONSUMERS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET,
-    SHMRING_MAGIC, SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET,
-    SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, SHMRING_ABORTED,
-    Header, shmring_area_of, shmring_frame_span,
+    SHMRING_BLOCK_MAGIC, SHMRING_MAGIC, SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY,
+    SHMRING_PRODUCERS_OFFSET, SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITING_OFFSET,
+    SHMRING_WHOLE, SHMRING_ABORTED, Header, shmring_area_of, shmring_frame_span,
 )
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
@@ -33,6 +33,7 @@ from shmring._sync cimport (
     wait_wake_all,
 )
 
+import errno
 import logging
 import os
 
@@ -43,6 +44,7 @@ from shmring.errors import (
     MessageTooLarge,
     RingClosed,
     RingCorrupted,
+    RingExists,
     SharedMemoryFull,
     ShutDown,
 )
@@ -67,6 +69,7 @@ sync_start()  # _core has checked that the kernel can do it
 
 LAYOUT = {
     "MAGIC": SHMRING_MAGIC,
+    "BLOCK_MAGIC": SHMRING_BLOCK_MAGIC,
     "VERSION": SHMRING_VERSION,
     "HEADER_BYTES": SHMRING_HEADER_BYTES,
     "WAITING_OFFSET": SHMRING_WAITING_OFFSET,
@@ -122,8 +125,12 @@ cdef class RingHandle(RingCore):
         return 0
 
     def _create(self, int fd, uint64_t capacity, uint64_t max_capacity, uint64_t max_messages,
-                uint64_t pid_namespace, uint32_t user_kind, uint64_t token, bytes name=b""):
-        """Lay a ring into the file `fd`, whose first page and first area are allocated."""
+                uint64_t pid_namespace, uint32_t user_kind, uint64_t token, bytes name=b"",
+                bint in_block=False):
+        """Lay a ring into the file `fd`, whose first page and first area are allocated.
+
+        With `in_block` the file is the user's, and nobody will reclaim it.
+        """
         cdef Header *h
         cdef int error
         self.fd = fd
@@ -137,6 +144,8 @@ cdef class RingHandle(RingCore):
             )
         self.map_header()
         h = self.header
+        if in_block and h.magic == SHMRING_BLOCK_MAGIC and load_acquire32(&h.ready) == 1:
+            raise RingExists(errno.EEXIST, "the block holds a ring already: attach to it, or take another block")
         memset(h, 0, SHMRING_CLAIMS_OFFSET)  # the claims' page may not be allocated yet
         h.version = SHMRING_VERSION
         h.header_bytes = SHMRING_HEADER_BYTES
@@ -152,7 +161,7 @@ cdef class RingHandle(RingCore):
         h.areas[0].base = 0
         h.areas[0].capacity = capacity
         h.areas[0].offset = SHMRING_HEADER_BYTES
-        h.magic = SHMRING_MAGIC
+        h.magic = SHMRING_BLOCK_MAGIC if in_block else SHMRING_MAGIC
         store_release32(&h.ready, 1)
         self.open_areas()
 
@@ -174,9 +183,9 @@ cdef class RingHandle(RingCore):
         if self.header == NULL:
             self.map_header()
         h = self.header
-        if load_acquire32(&h.ready) != 1 and h.magic in (0, SHMRING_MAGIC):
+        if load_acquire32(&h.ready) != 1 and h.magic in (0, SHMRING_MAGIC, SHMRING_BLOCK_MAGIC):
             return False
-        if h.magic != SHMRING_MAGIC:
+        if h.magic != SHMRING_MAGIC and h.magic != SHMRING_BLOCK_MAGIC:
             raise LayoutMismatch(f"not a ring: it begins with {h.magic:#018x} instead of {SHMRING_MAGIC:#018x}")
         if h.version != SHMRING_VERSION or h.header_bytes != SHMRING_HEADER_BYTES:
             raise LayoutMismatch(
@@ -302,6 +311,8 @@ cdef class RingHandle(RingCore):
         cdef uint64_t bytes = 0
         cdef bint first = True
         cdef int result = BUSY
+        if block and timeout is not None:
+            until = deadline_of(timeout)
         handle_enter(&self.inside)
         try:
             if self.closed:
@@ -313,8 +324,6 @@ cdef class RingHandle(RingCore):
                         f"a message of {items[i].length} bytes can never fit: max_capacity is"
                         f" {self.header.max_capacity} bytes, of which one message may take {self.largest}"
                     )
-            if block and timeout is not None:
-                until = deadline_of(timeout)
             if bytes <= GIL_BYTES:
                 result = self.put_items(items, count, &done, position, 0)
                 if result == DONE:
@@ -413,12 +422,12 @@ cdef class RingHandle(RingCore):
         cdef int64_t until = 0
         cdef bint first = True
         cdef int result
+        if block and timeout is not None:
+            until = deadline_of(timeout)  # may run Python, and that may close the handle
         handle_enter(&self.inside)
         try:
             if self.closed:
                 self.check_open()
-            if block and timeout is not None:
-                until = deadline_of(timeout)
             take.target_count = 0
             result = self.take(take, 0)
             if result == DONE or result == PARTIAL or (result == EMPTY and not block):
@@ -494,11 +503,23 @@ cdef class RingHandle(RingCore):
         fetch_add64(&self.inside, -1)
         return 0
 
+    cdef int enter(self) except -1:
+        """Count a call that lets go of the GIL: close() unmaps after the last one."""
+        fetch_add64(&self.inside, 1)
+        fence_full()
+        if self.closed:
+            fetch_add64(&self.inside, -1)
+            self.check_open()
+        return 0
+
+    cdef void leave(self) noexcept:
+        fetch_add64(&self.inside, -1)
+
     # ---- errors ------------------------------------------------------------------------------
 
     cdef int check_open(self) except -1:
         if self.closed:
-            raise RingClosed(f"{type(self).__name__} is closed")
+            raise RingClosed(f"{type(self).__name__} is closed: this handle cannot be used again")
         return 0
 
     cdef int raise_outcome(self, int outcome) except -1:
@@ -552,9 +573,9 @@ cdef class RingHandle(RingCore):
         h = self.header
         return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
 
-    def _set_named(self):
+    def _set_named(self, bint named):
         self.check_open()
-        store_release32(&self.header.named, 1)
+        store_release32(&self.header.named, named)
 
     def fileno(self):
         """The file descriptor of the ring's file."""
@@ -614,23 +635,27 @@ cdef class RingHandle(RingCore):
         self.check_open()
         h = self.header
         # Under the lock, so that no put that began earlier commits after the refusal.
-        while True:
-            with nogil:
-                result = self.lock_producers(MAY_WAIT)
+        self.enter()
+        try:
+            while True:
+                with nogil:
+                    result = self.lock_producers(MAY_WAIT)
+                    if result == DONE:
+                        if immediate:
+                            store_release32(&h.shutdown, 2)
+                        elif h.shutdown == 0:
+                            store_release32(&h.shutdown, 1)
+                        self.unlock_producers()
                 if result == DONE:
-                    if immediate:
-                        store_release32(&h.shutdown, 2)
-                    elif h.shutdown == 0:
-                        store_release32(&h.shutdown, 1)
-                    self.unlock_producers()
-            if result == DONE:
-                break
-            if result != BUSY:
-                self.raise_outcome(result)
-            PyErr_CheckSignals()
-        wait_wake_all(&h.data_wait)
-        wait_wake_all(&h.space_wait)
-        wait_wake_all(&h.done_wait)
+                    break
+                if result != BUSY:
+                    self.raise_outcome(result)
+                PyErr_CheckSignals()
+            wait_wake_all(&h.data_wait)
+            wait_wake_all(&h.space_wait)
+            wait_wake_all(&h.done_wait)
+        finally:
+            self.leave()
 
     def _adopt(self):
         """In a child right after fork: threads that were inside, and views, stayed behind."""
@@ -658,5 +683,8 @@ cdef class RingHandle(RingCore):
             wait_wake_all(&self.header.done_wait)
             with nogil:
                 nap_ns(200000)
+        if self.views > 0:  # a reserve() or peek() that was waiting has succeeded meanwhile
+            self.closed = False
+            raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
         if load_acquire64(<uint64_t *>&self.inside) == 0:
             self.unmap()

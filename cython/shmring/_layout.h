@@ -42,6 +42,7 @@
 #include <stdint.h>
 
 #define SHMRING_MAGIC 0x474e4952204d4853 /* "SHM RING", little-endian */
+#define SHMRING_BLOCK_MAGIC 0x4b4e4952204d4853 /* "SHM RINK": in a block of the user's, not ours to remove */
 #define SHMRING_VERSION 1
 #define SHMRING_HEADER_BYTES 8192
 #define SHMRING_WAITING_OFFSET 128

@@ -4,6 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from "_layout.h" nogil:
     const uint64_t SHMRING_MAGIC
+    const uint64_t SHMRING_BLOCK_MAGIC
     const uint64_t SHMRING_VERSION
     const uint64_t SHMRING_HEADER_BYTES
     const uint64_t SHMRING_WAITING_OFFSET

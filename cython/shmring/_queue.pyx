@@ -410,10 +410,10 @@ cdef class ObjectRing(RingHandle):
         Raises: as `get`.  A DecodeError carries the objects of the same batch
             that were decoded in its attribute `items`: nothing else is lost.
         """
-        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max_items
+        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
         cdef char *room
         cdef uint64_t size = 0
-        cdef uint64_t at
+        cdef uint64_t at, end
         cdef Frame *frame
         cdef int result
         cdef list taken
@@ -422,20 +422,25 @@ cdef class ObjectRing(RingHandle):
             raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
         taken = [self.next_object(block, timeout)]
         room = <char *>PyMem_Malloc(SPAN_BYTES)
-        if room == NULL:
+        if room == NULL or self.closed:
+            PyMem_Free(room)
             return taken
+        self.enter()
+        # what is there now, not what steady producers go on adding
+        end = load_acquire64(&self.header.write_position)
         try:
-            while len(taken) < most and failed is None:
+            while (len(taken) < most and failed is None and not self.closed
+                    and load_acquire64(&self.header.read_position) < end):
                 result = self.take_span(room, SPAN_BYTES, most - len(taken), &size, 0)
                 if result == PARTIAL:
                     try:
                         taken.append(self.next_object(False, None))
                         continue
-                    except Empty:
-                        break
                     except DecodeError as error:
                         failed = error
                         break
+                    except Exception:
+                        break  # it shows itself in the next call; what was taken is not lost
                 if result != DONE:
                     break  # an error shows itself in the next call; what was taken is not lost
                 at = 0
@@ -452,6 +457,7 @@ cdef class ObjectRing(RingHandle):
                     at += shmring_frame_span(frame.length)
         finally:
             PyMem_Free(room)
+            self.leave()
         if failed is not None:
             failed.items = taken
             raise failed
@@ -555,8 +561,11 @@ cdef class ObjectRing(RingHandle):
         cdef uint64_t i
         cdef Claim claim
         cdef list found = []
-        self.check_open()
-        self.visit_locks()
+        self.enter()
+        try:
+            self.visit_locks()
+        finally:
+            self.leave()
         for i in range(SHMRING_CLAIM_COUNT):
             claim = self.header.claims[i]
             if claim.owner != 0:

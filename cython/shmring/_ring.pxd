@@ -6,10 +6,11 @@ from shmring._area cimport Mapping
 from shmring._handle cimport RingHandle
 
 cdef class BytesRing(RingHandle):
-    cdef set reserving  # the threads inside reserve(), by ident
-    cdef set peeking  # the threads inside peek()
+    # With no field of its own, Python would construct subclasses that also derive from
+    # SharedHandle as mere RingHandles.
+    cdef uint64_t token  # of the ring, as in its header
 
-    cdef int check_reentry(self, object threads, str what) except -1
+    cdef object check_reentry(self, bint writable, str what)
 
 cdef class FrameView:
     cdef BytesRing ring
@@ -27,7 +28,7 @@ cdef class FrameView:
     cdef object block
     cdef object timeout
     cdef object window  # the memoryview that the block was given
-    cdef object thread
+    cdef object entered  # the name of the block in `blocks`, once it was entered
 
     cdef int finish(self, bint keep) except -1
     cdef int let_go(self) except -1

@@ -24,18 +24,22 @@ from shmring._area cimport area_release
 from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, Item, Segment, Take
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, sync_epoch, sync_start
+from shmring._sync cimport fetch_add64, load_acquire64, sync_epoch, sync_start
 
+import operator
 import threading
 from queue import Empty, Full
 
-from shmring.errors import InvalidArgument, RingCorrupted
+from shmring.errors import InvalidArgument, MessageTooLarge, RingCorrupted
 
 cdef enum:
     SMALL = 4096  # taken over the stack
     SPAN_BYTES = 65536  # what one visit of get_many takes at most
 
 sync_start()
+
+# The blocks that threads of this process are in: (token of the ring, writable, thread).
+cdef set blocks = set()
 
 
 cdef int check_bytes_like(object data) except -1:
@@ -49,10 +53,6 @@ cdef int check_bytes_like(object data) except -1:
 @cython.binding(False)
 cdef class BytesRing(RingHandle):
     """The compiled half of shmring.Ring."""
-
-    def __cinit__(self, *args, **kwargs):
-        self.reserving = set()
-        self.peeking = set()
 
     def put(self, data, block=True, timeout=None):
         """Put one message.
@@ -163,8 +163,8 @@ cdef class BytesRing(RingHandle):
         take.room = room
         take.room_bytes = SMALL
         take.leaser = 0
-        if self.peeking:
-            self.check_reentry(self.peeking, "get() inside peek()")  # it would wait for itself
+        if blocks:
+            self.check_reentry(False, "get() inside peek()")  # it would wait for itself
         while True:
             result = self.take_or_wait(&take, block, timeout)
             if result == DONE:
@@ -193,9 +193,9 @@ cdef class BytesRing(RingHandle):
         Returns:
             A list of bytes, at least one.
         """
-        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max_items
+        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
         cdef char *room
-        cdef uint64_t size, at
+        cdef uint64_t size, at, end
         cdef Frame *frame
         cdef int result
         cdef list taken
@@ -203,17 +203,22 @@ cdef class BytesRing(RingHandle):
             raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
         taken = [self.get(block, timeout)]
         room = <char *>PyMem_Malloc(SPAN_BYTES)
-        if room == NULL:
+        if room == NULL or self.closed:
+            PyMem_Free(room)
             return taken
+        self.enter()
+        # what is there now, not what steady producers go on adding
+        end = load_acquire64(&self.header.write_position)
         try:
-            while len(taken) < most:
+            while (len(taken) < most and not self.closed
+                    and load_acquire64(&self.header.read_position) < end):
                 result = self.take_span(room, SPAN_BYTES, most - len(taken), &size, 0)
                 if result == PARTIAL:
                     try:
                         taken.append(self.get(False))
                         continue
-                    except Empty:
-                        break
+                    except Exception:
+                        break  # it shows itself in the next call; what was taken is not lost
                 if result != DONE:
                     break  # an error shows itself in the next call; what was taken is not lost
                 at = 0
@@ -224,6 +229,7 @@ cdef class BytesRing(RingHandle):
                     at += shmring_frame_span(frame.length)
         finally:
             PyMem_Free(room)
+            self.leave()
         return taken
 
     def reserve(self, nbytes, block=True, timeout=None):
@@ -238,10 +244,12 @@ cdef class BytesRing(RingHandle):
         Raises: as `put`, on entering; RuntimeError if this thread is inside
             another reservation of this ring.
         """
-        cdef Py_ssize_t length = nbytes
-        if length < 0:
+        self.check_open()
+        if operator.index(nbytes) < 0:
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
-        return FrameView(self, True, length, block, timeout)
+        if nbytes > self.largest:
+            raise MessageTooLarge(f"nbytes={nbytes}: one message of this ring may take {self.largest} bytes")
+        return FrameView(self, True, nbytes, block, timeout)
 
     def peek(self, block=True, timeout=None):
         """A context that reads the message in front, in place.
@@ -256,10 +264,19 @@ cdef class BytesRing(RingHandle):
         """
         return FrameView(self, False, 0, block, timeout)
 
-    cdef int check_reentry(self, object threads, str what) except -1:
-        if threading.get_ident() in threads:
+    def _adopt(self):
+        """In a child right after fork: the blocks of the parent are not ours."""
+        blocks.clear()
+        RingHandle._adopt(self)
+
+    cdef object check_reentry(self, bint writable, str what):
+        """The name of a block that this thread may enter now."""
+        self.check_open()
+        self.token = self.header.token
+        block = (self.token, writable, threading.get_ident())
+        if block in blocks:
             raise RuntimeError(f"{what} in the same thread on the same ring: leave the outer block first")
-        return 0
+        return block
 
 
 @cython.binding(False)
@@ -283,11 +300,11 @@ cdef class FrameView:
         cdef Take take
         cdef Item item
         cdef int result
-        if self.live:
+        if self.entered is not None:
             raise RuntimeError("this block has been entered already: call reserve() or peek() anew")
-        self.thread = threading.get_ident()
-        threads = ring.reserving if self.writable else ring.peeking
-        ring.check_reentry(threads, "reserve() inside reserve()" if self.writable else "peek() inside peek()")
+        entered = ring.check_reentry(
+            self.writable, "reserve() inside reserve()" if self.writable else "peek() inside peek()"
+        )
         if self.writable:
             item.segments = NULL
             item.count = 0
@@ -312,13 +329,14 @@ cdef class FrameView:
         self.epoch = sync_epoch()
         self.live = True
         fetch_add64(&ring.views, 1)
-        threads.add(self.thread)
+        self.entered = entered
+        blocks.add(entered)
         self.window = memoryview(self)
         return self.window
 
     def __exit__(self, kind, error, traceback):
         window, self.window = self.window, None
-        (self.ring.reserving if self.writable else self.ring.peeking).discard(self.thread)
+        blocks.discard(self.entered)
         if self.epoch != sync_epoch():
             self.forget()
             if kind is None:
@@ -417,6 +435,7 @@ cdef class FrameView:
         cdef int result = BUSY
         cdef int _turn
         if self.live and self.epoch == sync_epoch() and self.ring.header != NULL:
+            blocks.discard(self.entered)
             if self.writable:
                 self.ring.finish_reservation(self.payload, self.position, False)
             else:

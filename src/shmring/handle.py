@@ -39,7 +39,7 @@ class RingStatistics:
     Attributes:
         capacity, max_capacity: bytes, of the area producers write to and of all.
         used_bytes: frames that were put and not yet taken, headers included.
-        messages: in the ring now.
+        messages: in the ring now; reservations count from their beginning.
         messages_put, messages_taken, bytes_put: since the ring was made.
         growths: how often the ring grew or shrank.
         recoveries: lock owners that were found dead.
@@ -112,6 +112,7 @@ class SharedHandle(RingHandle):
                 self._user_kind,
                 secrets.randbits(64),
                 encoded,
+                buffer is not None,
             )
             if name is not None:
                 segment.link(fd, name)
@@ -134,6 +135,8 @@ class SharedHandle(RingHandle):
             raise TypeError("attach needs a name, or the SharedMemory block as buffer=")
         try:
             while not self._open(fd, segment.pid_namespace(), self._user_kind):
+                if buffer is None:  # names appear when the ring is complete
+                    raise LayoutMismatch("not a ring: it does not begin with the magic number")
                 if time.monotonic() >= deadline + _CREATION_GRACE_S:
                     raise RingNotFound(
                         errno.ENOENT,
@@ -179,7 +182,7 @@ class SharedHandle(RingHandle):
         named = self._identity()[0]
         name = self._own_name()
         if not named:
-            self._set_named()  # before: so that whoever is last looks for it
+            self._set_named(True)  # before: so that whoever is last looks for it
             segment.link(self.fileno(), name)
         return name
 
@@ -193,6 +196,7 @@ class SharedHandle(RingHandle):
             raise RingNotFound(errno.ENOENT, f"this {type(self).__name__} has no name")
         found = os.fstat(self.fileno())
         segment.unlink(self._own_name(), (found.st_dev, found.st_ino))
+        self._set_named(False)
 
     # ---- to other processes --------------------------------------------------------------
 

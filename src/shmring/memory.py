@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 import struct
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
+from shmring._handle import LAYOUT
 from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
-from shmring.errors import InvalidArgument, RingClosed, RingExists, RingNotFound
+from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
 
 if TYPE_CHECKING:
     import numpy
@@ -40,8 +42,10 @@ class SharedMemoryManager:
     def __init__(self, name: str, size: int) -> None:
         self.name = segment.check_name(name)
         self.size = operator.index(size)
-        if self.size <= 0:
-            raise InvalidArgument(f"size={size}: a block has at least 1 byte")
+        if not 0 < self.size <= LAYOUT["MAX_CAPACITY"]:
+            raise InvalidArgument(
+                f"size={size}: a block has from 1 to {LAYOUT['MAX_CAPACITY']} bytes"
+            )
         self._memory: LockedMemory | None = None
         self._fd = -1
         self._creator_pid = 0
@@ -79,7 +83,7 @@ class SharedMemoryManager:
 
     def _check_unused(self) -> None:
         if self._memory is not None:
-            raise RuntimeError(f"{self.name!r} is attached already: call cleanup() first")
+            raise NameInUse(f"{self.name!r} is attached already: call cleanup() first")
 
     def _map(self, fd: int) -> None:
         try:
@@ -132,10 +136,12 @@ class SharedMemoryManager:
         except ImportError:
             raise ImportError('as_array needs numpy: pip install "shmring[numpy]"') from None
         kind = numpy.dtype(dtype)
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
-        count = 1
-        for dimension in dimensions:
-            count *= operator.index(dimension)
+        if kind.hasobject:
+            raise InvalidArgument(
+                f"dtype={kind}: objects are pointers, which mean nothing elsewhere"
+            )
+        dimensions = tuple(map(operator.index, shape if hasattr(shape, "__iter__") else (shape,)))
+        count = math.prod(dimensions)
         memory = self._attached()
         nbytes = count * kind.itemsize
         if offset < 0 or min(dimensions, default=0) < 0 or offset + nbytes > self.size:

@@ -91,7 +91,11 @@ class Ring(SharedHandle, BytesRing):
         raise TypeError("use Ring.create(...) or Ring.attach(name)")
 
     def qsize(self) -> int:
-        """Messages in the ring, true at an instant during the call."""
+        """Messages in the ring, true at an instant during the call.
+
+        A reservation counts from its beginning; an aborted one until a consumer
+        has passed it.
+        """
         return self._qsize()
 
     def shutdown(self, immediate: bool = False) -> None:

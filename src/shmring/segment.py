@@ -145,9 +145,11 @@ def create_anonymous(size: int) -> int:
         fd = os.memfd_create("shmring", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
-    except OSError as error:
+    except BaseException as error:
         os.close(fd)
-        raise _explained(error, size) from None
+        if isinstance(error, OSError):
+            raise _explained(error, size) from None
+        raise
     return fd
 
 
@@ -226,10 +228,16 @@ def link(fd: int, name: str) -> None:
                     f"{path} exists and is in use, or is not ours: choose another name",
                 ) from None
         except OSError as error:
-            if error.errno in (errno.EXDEV, errno.ENOENT):
+            if error.errno == errno.EXDEV:
                 raise AccessRefused(
-                    error.errno,
+                    errno.EXDEV,
                     f"a block outside {DIRECTORY} (a memfd) cannot be given the name {name!r}",
+                ) from None
+            if error.errno == errno.ENOENT:
+                raise RingNotFound(
+                    errno.ENOENT,
+                    f"{path} was unlinked, and a block without links cannot be named again:"
+                    " hand it to processes as an argument",
                 ) from None
             raise
     raise RingExists(errno.EEXIST, f"{path} keeps being created by others: choose another name")
