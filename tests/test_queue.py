@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -369,6 +370,26 @@ def test_a_codec_of_ones_own(start_method):
         run_in_process(queue.put, b"abc", method=start_method),
     ):
         assert queue.get(timeout=60) == b"abc"
+
+
+class Both(Reversed):
+    """Has encode and decode as well, in a meaning of its own."""
+
+    def encode(self, obj: object) -> str:
+        raise AssertionError
+
+    decode = encode
+
+
+def test_a_codec_with_more_methods_than_asked_for():
+    with Queue(codec=Both()) as queue:
+        queue.put(b"abc")
+        assert queue.get() == b"abc"
+
+
+def test_a_codec_that_returns_text():
+    with Queue(codec=json) as queue, pytest.raises(EncodeError, match="returned a str"):
+        queue.put({"a": 1})
 
 
 def test_an_unknown_codec():

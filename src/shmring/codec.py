@@ -173,9 +173,15 @@ class UserCodec:
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
         """What ``dumps`` returns; what it raises is wrapped in EncodeError."""
         try:
-            return self.kind, [self._codec.dumps(obj)]
+            encoded = self._codec.dumps(obj)
         except Exception as error:
             raise EncodeError(f"{_a(obj)} cannot be put ({error})") from error
+        if not isinstance(encoded, bytes | bytearray | memoryview):
+            raise EncodeError(
+                f"dumps of {self._codec!r} returned {_a(encoded)}: bytes, a bytearray or a"
+                " memoryview can travel"
+            )
+        return self.kind, [encoded]
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
         """What ``loads`` returns; what it raises is wrapped in DecodeError."""
@@ -206,8 +212,8 @@ def find_codec(codec: Any) -> Any:
     """The codec behind a ``codec=`` argument.
 
     Args:
-        codec: "pickle", "bytes", "msgpack", or an object with ``encode`` and
-            ``decode``, or with ``dumps`` and ``loads``.
+        codec: "pickle", "bytes", "msgpack", or an object with ``dumps`` and
+            ``loads`` (or with ``encode`` and ``decode``, as the classes here).
 
     Raises:
         InvalidArgument: it is none of these.
@@ -219,10 +225,11 @@ def find_codec(codec: Any) -> Any:
         return BytesCodec()
     if codec == "msgpack":
         return MsgpackCodec()
+    ours = type(codec).__module__.split(".")[0] == "shmring"
+    if isinstance(codec, Codec) and not ours:
+        return UserCodec(codec)  # whatever else it has: json's encoders have an encode as well
     if hasattr(codec, "encode") and hasattr(codec, "decode") and not isinstance(codec, str):
         return codec
-    if isinstance(codec, Codec):
-        return UserCodec(codec)
     raise InvalidArgument(
         f'codec={codec!r}: "pickle", "bytes", "msgpack" or an object with dumps and loads'
     )
