@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from shmring import ipc as ipc_module
 from shmring.board import Entry
 from shmring.errors import (
     EncodeError,
@@ -542,3 +543,76 @@ def test_threads_share_an_instance(ipc: HighPerformanceIPC) -> None:
     assert sorted(received) == [(n, each) for n in range(3) for each in range(100)]  # type: ignore[type-var]
     stats = ipc.get_stats()
     assert (stats["messages_sent"], stats["messages_received"]) == (303, 303)
+
+
+# -- queues that went, and came again ---------------------------------------------------------
+
+
+@pytest.fixture
+def opened_queues(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every queue that an instance makes or attaches to, in order."""
+    opened: list[Any] = []
+    for name in ("create_queue", "attach_queue"):
+        original = getattr(ipc_module, name)
+
+        def record(*args: Any, original: Any = original) -> Any:
+            opened.append(original(*args))
+            return opened[-1]
+
+        monkeypatch.setattr(ipc_module, name, record)
+    return opened
+
+
+def is_closed(queue: Any) -> bool:
+    try:
+        queue.qsize()
+    except RingClosed:
+        return True
+    return False
+
+
+def test_connecting_again_finds_the_queue_of_today(
+    ipc: HighPerformanceIPC, other: HighPerformanceIPC, opened_queues: list[Any]
+) -> None:
+    ipc.create_message_queue("q")
+    other.connect_message_queue("q")
+    ipc.send_message("q", MessageType.DATA, "of yesterday")
+    assert other.receive_message("q", timeout=5) is not None
+    ipc.close_message_queue("q")
+    ipc.create_message_queue("q")
+    ipc.send_message("q", MessageType.DATA, "of today")
+    other.connect_message_queue("q", timeout=5)
+    message = other.receive_message("q", timeout=1)
+    assert message is not None
+    assert message.data == "of today"
+    assert [is_closed(each) for each in opened_queues] == [True, True, False, False]
+
+
+def test_connecting_again_to_one_that_has_gone_fails(
+    ipc: HighPerformanceIPC, other: HighPerformanceIPC
+) -> None:
+    ipc.create_message_queue("q")
+    other.connect_message_queue("q")
+    ipc.close_message_queue("q")
+    with pytest.raises(NameUnknown):
+        other.connect_message_queue("q", timeout=0)
+    assert other.message_queues == {}
+
+
+def test_creating_closes_the_handle_of_one_that_has_gone(
+    ipc: HighPerformanceIPC, other: HighPerformanceIPC, opened_queues: list[Any]
+) -> None:
+    ipc.create_message_queue("q")
+    other.connect_message_queue("q")
+    ipc.close_message_queue("q")
+    other.create_message_queue("q")
+    ipc.connect_message_queue("q", timeout=5)
+    assert [is_closed(each) for each in opened_queues] == [True, True, False, False]
+
+
+def test_connecting_may_wait_for_ever(ipc: HighPerformanceIPC, other: HighPerformanceIPC) -> None:
+    connecting = threading.Thread(target=other.connect_message_queue, args=("late", None))
+    connecting.start()
+    ipc.create_message_queue("late")
+    connecting.join(30)
+    assert list(other.message_queues) == ["late"]

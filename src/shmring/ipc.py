@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import operator
 import os
 import re
 import threading
@@ -23,27 +23,26 @@ from collections.abc import Callable
 from multiprocessing import util
 from typing import Any, Literal, TypedDict, TypeVar
 
-from shmring._backend import Queue, SharedMemoryManager, backend
-from shmring.board import (
-    BOARD_BYTES,
-    MAX_PROCESS_ID_BYTES,
-    Board,
-    BoardStorage,
-    Entry,
-    Role,
-    Slot,
-    open_segment,
-)
+from shmring._backend import SharedMemoryManager
+from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Slot
 from shmring.errors import (
     Empty,
     InvalidArgument,
     NameInUse,
     NameUnknown,
-    RingClosed,
     RingExists,
     RingNotFound,
 )
-from shmring.message import Message, MessageCodec, MessageType
+from shmring.message import Message, MessageType
+from shmring.named import (
+    attach_queue,
+    check_timeout,
+    create_queue,
+    full_name,
+    is_current,
+    open_board,
+    remove_queue,
+)
 
 __all__ = ["HighPerformanceIPC", "IPCStatistics"]
 
@@ -52,32 +51,6 @@ R = TypeVar("R")
 # A blocked receive_message() stores a heartbeat this often, in seconds.
 _SLICE = 0.25
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAME = re.compile(r"[^/\\\0]+")
-_MAX_NAME_BYTES = 100
-
-
-if backend == "ring":
-
-    def _create_queue(name: str, maxsize: int) -> Any:
-        return Queue(maxsize, codec=MessageCodec(), name=name)
-
-    def _attach_queue(name: str, timeout: float) -> Any:
-        return Queue.attach(name, timeout, codec=MessageCodec())
-
-    def _open_board(name: str) -> BoardStorage:
-        return open_segment(name)
-
-else:
-    from shmring.fallback import ServedQueue, SharedFile
-
-    def _create_queue(name: str, maxsize: int) -> Any:
-        return ServedQueue.create(name, maxsize, MessageCodec())
-
-    def _attach_queue(name: str, timeout: float) -> Any:
-        return ServedQueue.attach(name, timeout, MessageCodec())
-
-    def _open_board(name: str) -> BoardStorage:
-        return SharedFile.create_or_attach(name, BOARD_BYTES)
 
 
 class IPCStatistics(TypedDict):
@@ -167,44 +140,53 @@ class HighPerformanceIPC:
             InvalidArgument: an impossible name or maxsize.
         """
         full_name = self._full_name("q", queue_name)
-        if not isinstance(maxsize, int):
-            raise TypeError(f"maxsize={maxsize!r}: an int is needed")
+        try:
+            bound = operator.index(maxsize)
+        except TypeError:
+            raise TypeError(f"maxsize={maxsize!r}: an int is needed") from None
         self._beat()
         try:
-            self.message_queues[queue_name] = _create_queue(full_name, maxsize)
+            queue = create_queue(full_name, bound)
         except RingExists as error:
             raise NameInUse(
                 f"message queue {queue_name!r} exists in namespace {self.namespace!r}: "
                 "connect_message_queue() it, or use another name or namespace"
             ) from error
         self._created.add(full_name)
+        replaced = self.message_queues.get(queue_name)
+        self.message_queues[queue_name] = queue
+        if replaced is not None:  # of a queue whose name was given back, or the create had failed
+            replaced.close()
 
-    def connect_message_queue(self, queue_name: str, timeout: float = 5.0) -> None:
+    def connect_message_queue(self, queue_name: str, timeout: float | None = 5.0) -> None:
         """Open a queue that another process creates; nothing happens if it is open here.
+
+        A queue that is open here and has gone, or was created anew since, is
+        closed, and the one of today is opened.
 
         Args:
             queue_name: its name.
-            timeout: how long to wait for its creator, in seconds.
+            timeout: how long to wait for its creator, in seconds; None is without end.
 
         Raises:
             NameUnknown: (a RuntimeError) nobody created it until the deadline.
             InvalidArgument: an impossible name or timeout.
         """
         full_name = self._full_name("q", queue_name)
-        _check_timeout(timeout)
+        check_timeout(timeout)
         self._beat()
         if queue_name in self.message_queues:
-            return
-        deadline = time.monotonic() + timeout
+            if is_current(self.message_queues[queue_name], full_name):
+                return
+            self.close_message_queue(queue_name)
+        deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = deadline - time.monotonic()
+            left = _SLICE if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                self.message_queues[queue_name] = _attach_queue(
-                    full_name, min(_SLICE, max(0.0, left))
-                )
+                self.message_queues[queue_name] = attach_queue(full_name, min(_SLICE, left))
                 return
             except RingNotFound as error:
-                if left <= _SLICE:
+                if timeout is not None and left <= _SLICE:
                     raise NameUnknown(
                         f"nobody created message queue {queue_name!r} in namespace "
                         f"{self.namespace!r} within timeout={timeout:g} s"
@@ -270,7 +252,7 @@ class HighPerformanceIPC:
             RingClosed: the queue has gone.
         """
         queue = self._queue(queue_name)
-        _check_timeout(timeout)
+        check_timeout(timeout)
         slot = self._beat()
         with self._counted_errors():
             message: Message | None
@@ -395,7 +377,7 @@ class HighPerformanceIPC:
         Raises:
             InvalidArgument: an impossible timeout.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         living, dead = self._look_at_board()
         now = time.monotonic()
         with self._guard:
@@ -474,11 +456,10 @@ class HighPerformanceIPC:
         full_name = self._full_name("q", queue_name)
         mine = full_name in self._created and self._pid == os.getpid()
         self._created.discard(full_name)
-        with contextlib.ExitStack() as stack:
-            stack.callback(queue.close)
-            # A served queue of the fallback goes with its creator's close().
-            if mine and backend == "ring":
-                stack.callback(_unlink, queue)
+        if mine:
+            remove_queue(queue)
+        else:
+            queue.close()
 
     def close_shared_memory(self, memory_name: str) -> None:
         """Close one block; its creator removes it. An unknown name is no error.
@@ -558,7 +539,7 @@ class HighPerformanceIPC:
                 presence = _Presence(board, board.register(self.process_id))
                 self._presence = presence
         if presence is None:
-            board = Board(_open_board(f"shmring.{self.namespace}.board"))
+            board = Board(open_board(f"shmring.{self.namespace}.board"))
             try:
                 presence = _Presence(board, board.register(self.process_id))
             except BaseException:
@@ -640,27 +621,10 @@ class HighPerformanceIPC:
             ) from None
 
     def _full_name(self, kind: str, name: str) -> str:
-        if not isinstance(name, str):
-            raise TypeError(f"name={name!r}: a str is needed, not {type(name).__name__}")
-        if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
-            raise InvalidArgument(
-                f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
-            )
-        return f"shmring.{self.namespace}.{kind}.{name}"
-
-
-def _unlink(queue: Any) -> None:
-    # Somebody removed the file, or closed the handle and the last one out removed it: all the same.
-    with contextlib.suppress(RingNotFound, RingClosed):
-        queue.unlink()
+        return full_name(self.namespace, kind, name)
 
 
 def _cleanup_at_exit(reference: weakref.ref[HighPerformanceIPC]) -> None:
     ipc = reference()
     if ipc is not None:
         ipc.cleanup()
-
-
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and (math.isnan(timeout) or timeout < 0):
-        raise InvalidArgument(f"timeout={timeout!r}: None, or seconds from 0 upwards")

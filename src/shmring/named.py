@@ -1,0 +1,125 @@
+"""What HighPerformanceIPC finds by name: queues and the board, on either back end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from typing import Any
+
+from shmring._backend import Queue, backend
+from shmring.board import BOARD_BYTES, BoardStorage, open_segment
+from shmring.errors import InvalidArgument, RingClosed, RingNotFound
+from shmring.message import MessageCodec
+
+__all__ = [
+    "attach_queue",
+    "check_timeout",
+    "create_queue",
+    "full_name",
+    "is_current",
+    "open_board",
+    "remove_queue",
+]
+
+_NAME = re.compile(r"[^/\\\0]+")
+_MAX_NAME_BYTES = 100
+
+
+if backend == "ring":
+    from shmring import segment
+
+    def create_queue(name: str, maxsize: int) -> Any:
+        """Make a queue of messages; RingExists if the name is in use."""
+        return Queue(maxsize, codec=MessageCodec(), name=name)
+
+    def attach_queue(name: str, timeout: float) -> Any:
+        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        return Queue.attach(name, timeout, codec=MessageCodec())
+
+    def is_current(queue: Any, name: str) -> bool:
+        """Whether who asks for the name now gets the queue behind this handle."""
+        if queue.closed:
+            return False
+        try:
+            found = os.lstat(f"{segment.DIRECTORY}/{name}")
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(queue.fileno()))
+
+    def remove_queue(queue: Any) -> None:
+        """Close a queue of one's own, and give its name back."""
+        # Somebody removed the file, or closed the handle and the last one out did: all the same.
+        try:
+            with contextlib.suppress(RingNotFound, RingClosed):
+                queue.unlink()
+        finally:
+            queue.close()
+
+    def open_board(name: str) -> BoardStorage:
+        """Open the storage of a board, whoever comes first makes it."""
+        return open_segment(name)
+
+else:
+    from shmring.fallback import ServedQueue, SharedFile
+
+    def create_queue(name: str, maxsize: int) -> Any:
+        """Make a queue of messages; RingExists if the name is in use."""
+        return ServedQueue.create(name, maxsize, MessageCodec())
+
+    def attach_queue(name: str, timeout: float) -> Any:
+        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        return ServedQueue.attach(name, timeout, MessageCodec())
+
+    def is_current(queue: Any, name: str) -> bool:
+        """Whether the process that serves the queue of this handle is there."""
+        try:
+            queue.qsize()
+        except RingClosed:
+            return False
+        return True
+
+    def remove_queue(queue: Any) -> None:
+        """Close a queue of one's own: it goes with its creator's handle."""
+        queue.close()
+
+    def open_board(name: str) -> BoardStorage:
+        """Open the storage of a board, whoever comes first makes it."""
+        return SharedFile.create_or_attach(name, BOARD_BYTES)
+
+
+def full_name(namespace: str, kind: str, name: str) -> str:
+    """The file behind a name.
+
+    Args:
+        namespace: a valid one.
+        kind: "q" is a queue, "m" is memory.
+        name: the user's.
+
+    Returns:
+        a name in which neither namespaces nor kinds meet.
+
+    Raises:
+        InvalidArgument: an impossible name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: a str is needed, not {type(name).__name__}")
+    if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
+        )
+    return f"shmring.{namespace}.{kind}.{name}"
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Refuse a timeout that is negative or no number.
+
+    Args:
+        timeout: in seconds; None is without end.
+
+    Raises:
+        InvalidArgument: it is impossible.
+    """
+    if timeout is not None and (math.isnan(timeout) or timeout < 0):
+        raise InvalidArgument(f"timeout={timeout!r}: None, or seconds from 0 upwards")
