@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 import os
 import re
@@ -266,7 +267,10 @@ class HighPerformanceIPC:
                 self.stats["messages_received"] += 1
                 self.stats["bytes_transferred"] += message.nbytes
                 if message.msg_type is MessageType.HEARTBEAT:
-                    self._saw(message.sender_id, time.monotonic())
+                    now = time.monotonic()
+                    # It may have stood in the queue for longer than its sender lived.
+                    sent = now - max(0.0, time.time() - message.timestamp)
+                    self._saw(message.sender_id, now, sent)
             slot.count(nbytes=message.nbytes, messages=1)
             return message
 
@@ -378,13 +382,13 @@ class HighPerformanceIPC:
             InvalidArgument: an impossible timeout.
         """
         check_timeout(timeout)
-        living, dead = self._look_at_board()
+        self._look_at_board()
         now = time.monotonic()
         with self._guard:
             return sorted(
                 process_id
                 for process_id, seen in self.alive_processes.items()
-                if now - seen <= timeout and not (process_id in dead and process_id not in living)
+                if now - seen <= timeout and process_id not in self._proven_dead
             )
 
     def get_stats(self) -> IPCStatistics:
@@ -523,6 +527,10 @@ class HighPerformanceIPC:
             ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
         )
         self.alive_processes = {}
+        # When death was proved. The slot that proves it may go to another, the proof stays.
+        self._proven_dead: dict[str, float] = {}
+        # Slot, incarnation and PID of those seen alive there.
+        self._stood: dict[str, tuple[int, int, int]] = {}
         self.last_heartbeat = 0.0
         # Unlike atexit, this also runs where multiprocessing ends a child.
         util.Finalize(None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20)
@@ -569,24 +577,38 @@ class HighPerformanceIPC:
         finally:
             slot.idle()
 
-    def _look_at_board(self) -> tuple[set[str], set[str]]:
-        """Note who is there; returns the ids of living and of dead processes."""
-        living, dead = set(), set()
+    def _look_at_board(self) -> None:
+        """Note who is there, and who is proven dead."""
+        started = time.monotonic()
         own = self._beat()
+        living: dict[str, Entry] = {}
+        dead: set[str] = set()
+        standing: set[tuple[int, int, int]] = set()
         for entry in self.board_entries():
             if entry.process_id == self.process_id or entry.index == own.index:
                 continue
+            standing.add((entry.index, entry.incarnation, entry.pid))
             if entry.is_dead():
                 dead.add(entry.process_id)
-                continue
-            living.add(entry.process_id)
-            with self._guard:
-                self._saw(entry.process_id, entry.heartbeat_ns / 1e9)
-        return living, dead
+            else:
+                living[entry.process_id] = entry
+        with self._guard:
+            # A slot is taken again only from the dead.
+            dead.update(each for each, slot in self._stood.items() if slot not in standing)
+            for process_id in dead - living.keys():
+                self._stood.pop(process_id, None)
+                self._proven_dead[process_id] = started
+            for process_id, entry in living.items():
+                self._stood[process_id] = (entry.index, entry.incarnation, entry.pid)
+                self._saw(process_id, entry.heartbeat_ns / 1e9, started)
 
-    def _saw(self, process_id: str, when: float) -> None:
-        if process_id != self.process_id:
-            self.alive_processes[process_id] = max(when, self.alive_processes.get(process_id, 0.0))
+    def _saw(self, process_id: str, when: float, alive_at: float) -> None:
+        """Note a sign of life, and when at least there was life, which an older proof denied."""
+        if process_id == self.process_id:
+            return
+        self.alive_processes[process_id] = max(when, self.alive_processes.get(process_id, 0.0))
+        if alive_at >= self._proven_dead.get(process_id, math.inf):
+            del self._proven_dead[process_id]
 
     def _transferred(self, slot: Slot, nbytes: int) -> None:
         with self._guard:
