@@ -160,3 +160,23 @@ def test_a_block_with_wrong_lengths_is_refused(block: bytes) -> None:
 def test_the_codec_goes_to_other_processes() -> None:
     codec = pickle.loads(pickle.dumps(MessageCodec()))
     assert through(codec, Message(MessageType.DATA, "a", 1.0, 5)).data == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("msg_type", "data"),
+        ("msg_type", []),
+        ("sender_id", None),
+        ("sender_id", "\ud800"),
+        ("timestamp", float("nan")),
+        ("timestamp", float("-inf")),
+        ("timestamp", "now"),
+        ("timestamp", 10**400),
+    ],
+)
+def test_what_the_receiver_would_refuse_is_not_encoded(field: str, value: object) -> None:
+    message = Message(MessageType.DATA, "x", 1.0)
+    setattr(message, field, value)
+    with pytest.raises(EncodeError, match=f"{field}="):
+        MessageCodec().encode(message)

@@ -173,11 +173,22 @@ class MessageCodec:
         """
         if not isinstance(obj, Message):
             raise EncodeError(f"a message queue carries Message, not {type(obj).__name__}")
-        sender = obj.sender_id.encode()
+        if not isinstance(obj.msg_type, MessageType):
+            raise EncodeError(f"msg_type={obj.msg_type!r}: a MessageType is needed")
+        try:
+            sender = obj.sender_id.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise EncodeError(f"sender_id={obj.sender_id!r} is no text: {error}") from error
         if len(sender) > _MAX_SENDER_BYTES:
             raise InvalidArgument(
                 f"sender_id of {len(sender)} bytes: at most {_MAX_SENDER_BYTES} can travel"
             )
+        try:
+            finite = math.isfinite(obj.timestamp)
+        except (TypeError, OverflowError):
+            finite = False
+        if not finite:  # the receiver would refuse the frame, when nobody can put it right
+            raise EncodeError(f"timestamp={obj.timestamp!r}: a finite number is needed")
         code = _CODE_OF[obj.msg_type]
         if obj.data is None:
             head = _FIELDS.pack(code, _NO_DATA, len(sender), obj.timestamp) + sender
