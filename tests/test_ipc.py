@@ -616,3 +616,35 @@ def test_connecting_may_wait_for_ever(ipc: HighPerformanceIPC, other: HighPerfor
     ipc.create_message_queue("late")
     connecting.join(30)
     assert list(other.message_queues) == ["late"]
+
+
+def test_every_failure_counts(ipc: HighPerformanceIPC) -> None:
+    ipc.create_message_queue("q")
+    bad: Any = "data"
+    for count, call in enumerate(
+        (
+            lambda: ipc.send_message("no", MessageType.DATA, 1),
+            lambda: ipc.send_message("q", bad, 1),
+            lambda: ipc.send_message("q", MessageType.DATA, 1, timeout=-1),
+            lambda: ipc.send_heartbeat("no"),
+            lambda: ipc.receive_message("no"),
+            lambda: ipc.receive_message("q", timeout=-1),
+            lambda: ipc.receive_message("q", timeout=bad),
+            lambda: ipc.write_shared_data("no", b""),
+            lambda: ipc.read_shared_data("no", 1),
+        ),
+        1,
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            call()
+        assert ipc.get_stats()["errors"] == count
+    assert ipc.get_stats()["messages_sent"] == 0
+
+
+def test_a_malformed_message_is_not_put(ipc: HighPerformanceIPC) -> None:
+    ipc.create_message_queue("q")
+    wrong: Any = "data"
+    for message in (Message(wrong, "x"), Message(MessageType.DATA, "x", float("nan"))):
+        with pytest.raises(EncodeError, match=r"msg_type='data'|timestamp=nan"):
+            ipc.message_queues["q"].put(message)
+    assert ipc.receive_message("q", timeout=0) is None

@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import math
 import mmap
 import os
 import select
@@ -58,6 +59,7 @@ __all__ = [
     "BoardStorage",
     "Entry",
     "Role",
+    "Sightings",
     "Slot",
     "State",
     "is_process_dead",
@@ -473,6 +475,68 @@ class Board:
             )
         self._words[_H_USED] = used + 1
         return (used + 1) * _SLOT_WORDS
+
+
+class Sightings:
+    """Who was seen alive, and who is proven dead: for longer than a slot tells it.
+
+    Attributes:
+        last_seen: everybody seen so far, and when last, in seconds of
+            ``time.monotonic()``.
+    """
+
+    def __init__(self) -> None:
+        self.last_seen: dict[str, float] = {}
+        self._proven_dead: dict[str, float] = {}  # when
+        self._stood: dict[str, tuple[int, int, int]] = {}  # where they were seen alive
+
+    def look(self, entries: list[Entry], dead: set[tuple[int, int]], when: float) -> None:
+        """Note what stands on the board.
+
+        Args:
+            entries: of others.
+            dead: the index and incarnation of those that have ended.
+            when: the board was looked at, at the earliest.
+        """
+        living = {each.process_id: each for each in entries if _key(each)[:2] not in dead}
+        standing = {_key(each) for each in entries}
+        ended = {each.process_id for each in entries}
+        # A slot is taken again only from the dead.
+        ended.update(each for each, slot in self._stood.items() if slot not in standing)
+        for process_id in ended - living.keys():
+            self._stood.pop(process_id, None)
+            self._proven_dead[process_id] = when
+        for process_id, entry in living.items():
+            self._stood[process_id] = _key(entry)
+            self.saw(process_id, entry.heartbeat_ns / 1e9, when)
+
+    def saw(self, process_id: str, when: float, alive_at: float) -> None:
+        """Note a sign of life.
+
+        Args:
+            process_id: whose.
+            when: it came.
+            alive_at: when there was life for certain, which an older proof of death denied.
+        """
+        self.last_seen[process_id] = max(when, self.last_seen.get(process_id, 0.0))
+        if alive_at >= self._proven_dead.get(process_id, math.inf):
+            del self._proven_dead[process_id]
+
+    def alive(self, since: float) -> list[str]:
+        """Those seen since then and not proven dead, sorted.
+
+        Args:
+            since: in seconds of ``time.monotonic()``.
+        """
+        return sorted(
+            process_id
+            for process_id, seen in self.last_seen.items()
+            if seen >= since and process_id not in self._proven_dead
+        )
+
+
+def _key(entry: Entry) -> tuple[int, int, int]:
+    return entry.index, entry.incarnation, entry.pid
 
 
 def _write_text(octets: memoryview, base: int, offset: int, text: bytes) -> None:

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import operator
 import os
 import re
+import sys
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import util
 from typing import Any, Literal, TypedDict, TypeVar
 
 from shmring._backend import SharedMemoryManager
-from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Slot
+from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
 from shmring.errors import (
     Empty,
     InvalidArgument,
@@ -33,6 +34,7 @@ from shmring.errors import (
     NameUnknown,
     RingExists,
     RingNotFound,
+    ShmringError,
 )
 from shmring.message import Message, MessageType
 from shmring.named import (
@@ -125,7 +127,7 @@ class HighPerformanceIPC:
         self.heartbeat_interval = 5.0
         self.message_queues: dict[str, Any] = {}
         self.shared_memories: dict[str, Any] = {}
-        self._start_afresh()
+        self._enrol()
 
     # -- queues ---------------------------------------------------------------------------
 
@@ -211,8 +213,9 @@ class HighPerformanceIPC:
             Full: no room until the deadline.
             EncodeError: the data cannot be pickled; nothing was sent.
         """
-        queue = self._queue(queue_name)
-        self.send_by(lambda message: queue.put(message, True, timeout), msg_type, data)
+        self.send_by(
+            lambda message: self._queue(queue_name).put(message, True, timeout), msg_type, data
+        )
 
     def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
         """Send one message by a way of one's own: a queue has more than ``put``.
@@ -225,11 +228,11 @@ class HighPerformanceIPC:
         Returns:
             what ``put`` returned; what it raises counts as an error.
         """
-        if not isinstance(msg_type, MessageType):
-            raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
-        slot = self._beat()
-        message = Message(msg_type, self.process_id, time.time(), data)
         with self._counted_errors():
+            if not isinstance(msg_type, MessageType):
+                raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
+            slot = self._beat()
+            message = Message(msg_type, self.process_id, time.time(), data)
             result = put(message)
         with self._guard:
             self.stats["messages_sent"] += 1
@@ -252,10 +255,10 @@ class HighPerformanceIPC:
             DecodeError: a message was taken whose data cannot be unpickled.
             RingClosed: the queue has gone.
         """
-        queue = self._queue(queue_name)
-        check_timeout(timeout)
-        slot = self._beat()
         with self._counted_errors():
+            queue = self._queue(queue_name)
+            check_timeout(timeout)
+            slot = self._beat()
             message: Message | None
             try:
                 message = queue.get(False)
@@ -266,11 +269,14 @@ class HighPerformanceIPC:
             with self._guard:
                 self.stats["messages_received"] += 1
                 self.stats["bytes_transferred"] += message.nbytes
-                if message.msg_type is MessageType.HEARTBEAT:
+                if (
+                    message.msg_type is MessageType.HEARTBEAT
+                    and message.sender_id != self.process_id
+                ):
                     now = time.monotonic()
                     # It may have stood in the queue for longer than its sender lived.
                     sent = now - max(0.0, time.time() - message.timestamp)
-                    self._saw(message.sender_id, now, sent)
+                    self._sightings.saw(message.sender_id, now, sent)
             slot.count(nbytes=message.nbytes, messages=1)
             return message
 
@@ -339,11 +345,11 @@ class HighPerformanceIPC:
         Raises:
             InvalidArgument: (a ValueError) an unknown block, a negative offset, or past the end.
         """
-        memory = self._memory(memory_name)
-        slot = self._beat()
         with self._counted_errors():
+            memory = self._memory(memory_name)
+            slot = self._beat()
             memory.write_data(data, offset)
-        self._transferred(slot, memoryview(data).nbytes)
+            self._transferred(slot, memoryview(data).nbytes)
 
     def read_shared_data(self, memory_name: str, length: int, offset: int = 0) -> bytes:
         """Copy bytes out of a block, under its lock.
@@ -359,12 +365,12 @@ class HighPerformanceIPC:
         Raises:
             InvalidArgument: (a ValueError) an unknown block, negative, or past the end.
         """
-        memory = self._memory(memory_name)
-        slot = self._beat()
         with self._counted_errors():
+            memory = self._memory(memory_name)
+            slot = self._beat()
             data: bytes = memory.read_data(length, offset)
-        self._transferred(slot, len(data))
-        return data
+            self._transferred(slot, len(data))
+            return data
 
     # -- who is there ---------------------------------------------------------------------
 
@@ -385,11 +391,7 @@ class HighPerformanceIPC:
         self._look_at_board()
         now = time.monotonic()
         with self._guard:
-            return sorted(
-                process_id
-                for process_id, seen in self.alive_processes.items()
-                if now - seen <= timeout and process_id not in self._proven_dead
-            )
+            return self._sightings.alive(now - timeout)
 
     def get_stats(self) -> IPCStatistics:
         """What this process has done so far.
@@ -477,7 +479,8 @@ class HighPerformanceIPC:
 
     def leave_board(self) -> None:
         """Say that this process leaves; the next call of anything joins again."""
-        presence, self._presence = self._presence, None
+        with self._joining:
+            presence, self._presence = self._presence, None
         if presence is not None:
             presence.slot.release()  # does nothing in a forked child: the slot is its parent's
             presence.board.close()
@@ -485,6 +488,7 @@ class HighPerformanceIPC:
     def cleanup(self) -> None:
         """Close everything, and remove what this process created. Twice is allowed."""
         with contextlib.ExitStack() as stack:  # goes on after an error, raises it at the end
+            stack.callback(self._forget_exit)
             stack.callback(self.leave_board)
             for queue_name in list(self.message_queues):
                 stack.callback(self.close_message_queue, queue_name)
@@ -497,6 +501,25 @@ class HighPerformanceIPC:
     def __exit__(self, *exc_info: object) -> Literal[False]:
         self.cleanup()
         return False
+
+    def __del__(self) -> None:
+        if not getattr(self, "_enrolled", False) or sys.is_finalizing():
+            return
+        mine = self._pid == os.getpid()
+        if self._presence is None and not (mine and (self.message_queues or self.shared_memories)):
+            return
+        if mine:  # a forked child merely lets go
+            warnings.warn(
+                f"{self!r} was dropped open: call cleanup()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+        with contextlib.suppress(BufferError, OSError, ShmringError):  # views may live on
+            self.cleanup()
+
+    def __repr__(self) -> str:
+        return f"<shmring.HighPerformanceIPC {self.process_id!r} of {self.namespace!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -511,11 +534,18 @@ class HighPerformanceIPC:
         sizes = state.pop("memory_sizes")
         vars(self).update(state)
         self.shared_memories = {}
-        self._start_afresh()
+        self._enrol()
         for name, size in sizes.items():
             self.connect_shared_memory(name, size)
 
     # -- inside ---------------------------------------------------------------------------
+
+    def _enrol(self) -> None:
+        self._joining = threading.RLock()
+        self._exit: Any = None
+        self._start_afresh()
+        _instances.add(self)
+        self._enrolled = True
 
     def _start_afresh(self) -> None:
         """In a new process: nothing created, nothing counted, not on the board yet."""
@@ -526,36 +556,46 @@ class HighPerformanceIPC:
         self.stats = dict.fromkeys(
             ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
         )
-        self.alive_processes = {}
-        # When death was proved. The slot that proves it may go to another, the proof stays.
-        self._proven_dead: dict[str, float] = {}
-        # Slot, incarnation and PID of those seen alive there.
-        self._stood: dict[str, tuple[int, int, int]] = {}
+        self._sightings = Sightings()
+        self.alive_processes = self._sightings.last_seen
         self.last_heartbeat = 0.0
-        # Unlike atexit, this also runs where multiprocessing ends a child.
-        util.Finalize(None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20)
+        self._forget_exit()
+
+    def _forget_exit(self) -> None:
+        leaving, self._exit = self._exit, None
+        if leaving is not None:
+            leaving.cancel()
 
     def _beat(self) -> Slot:
         """Store a heartbeat; before the first one, take a slot on the board."""
         presence = self._presence
-        if self._pid != os.getpid():
-            # Forked: the slot is the parent's, the mapping of the board is good.
-            board = presence.board if presence is not None else None
-            self._start_afresh()
-            presence = None
-            if board is not None:
-                presence = _Presence(board, board.register(self.process_id))
-                self._presence = presence
-        if presence is None:
-            board = Board(open_board(f"shmring.{self.namespace}.board"))
-            try:
-                presence = _Presence(board, board.register(self.process_id))
-            except BaseException:
-                board.close()
-                raise
-            self._presence = presence
+        if presence is None or self._pid != os.getpid():
+            presence = self._join()
         presence.slot.beat()
         return presence.slot
+
+    def _join(self) -> _Presence:
+        with self._joining:  # threads come here together, and are one process on the board
+            presence = self._presence
+            if self._pid != os.getpid():
+                # Forked: the slot is the parent's, the mapping of the board is good.
+                self._start_afresh()
+                if presence is not None:
+                    presence = _Presence(presence.board, presence.board.register(self.process_id))
+            if presence is None:
+                board = Board(open_board(f"shmring.{self.namespace}.board"))
+                try:
+                    presence = _Presence(board, board.register(self.process_id))
+                except BaseException:
+                    board.close()
+                    raise
+            if self._exit is None:
+                # Unlike atexit, this also runs where multiprocessing ends a child.
+                self._exit = util.Finalize(
+                    None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20
+                )
+            self._presence = presence
+            return presence
 
     def _wait_for_message(
         self, queue: Any, queue_name: str, timeout: float | None
@@ -581,34 +621,14 @@ class HighPerformanceIPC:
         """Note who is there, and who is proven dead."""
         started = time.monotonic()
         own = self._beat()
-        living: dict[str, Entry] = {}
-        dead: set[str] = set()
-        standing: set[tuple[int, int, int]] = set()
-        for entry in self.board_entries():
-            if entry.process_id == self.process_id or entry.index == own.index:
-                continue
-            standing.add((entry.index, entry.incarnation, entry.pid))
-            if entry.is_dead():
-                dead.add(entry.process_id)
-            else:
-                living[entry.process_id] = entry
+        others = [
+            each
+            for each in self.board_entries()
+            if each.process_id != self.process_id and each.index != own.index
+        ]
+        dead = {(each.index, each.incarnation) for each in others if each.is_dead()}
         with self._guard:
-            # A slot is taken again only from the dead.
-            dead.update(each for each, slot in self._stood.items() if slot not in standing)
-            for process_id in dead - living.keys():
-                self._stood.pop(process_id, None)
-                self._proven_dead[process_id] = started
-            for process_id, entry in living.items():
-                self._stood[process_id] = (entry.index, entry.incarnation, entry.pid)
-                self._saw(process_id, entry.heartbeat_ns / 1e9, started)
-
-    def _saw(self, process_id: str, when: float, alive_at: float) -> None:
-        """Note a sign of life, and when at least there was life, which an older proof denied."""
-        if process_id == self.process_id:
-            return
-        self.alive_processes[process_id] = max(when, self.alive_processes.get(process_id, 0.0))
-        if alive_at >= self._proven_dead.get(process_id, math.inf):
-            del self._proven_dead[process_id]
+            self._sightings.look(others, dead, started)
 
     def _transferred(self, slot: Slot, nbytes: int) -> None:
         with self._guard:
@@ -616,7 +636,7 @@ class HighPerformanceIPC:
         slot.count(nbytes=nbytes)
 
     @contextlib.contextmanager
-    def _counted_errors(self) -> Any:
+    def _counted_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception:
@@ -644,6 +664,19 @@ class HighPerformanceIPC:
 
     def _full_name(self, kind: str, name: str) -> str:
         return full_name(self.namespace, kind, name)
+
+
+# A forked child has locks of its own: a thread that was not copied may hold the parent's.
+_instances: weakref.WeakSet[HighPerformanceIPC] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for ipc in list(_instances):
+        ipc._joining = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _cleanup_at_exit(reference: weakref.ref[HighPerformanceIPC]) -> None:
