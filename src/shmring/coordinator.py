@@ -237,8 +237,8 @@ class _Run:
 
     def run(self, shared_data: bytes | bytearray | memoryview, shutdown_timeout: float) -> Report:
         started = time.monotonic()
-        try:
-            self._open(shared_data)
+        with contextlib.ExitStack() as stack:
+            self._open(shared_data, stack)
             grace = _HASTE  # unless all goes well
             try:
                 self._work()
@@ -256,22 +256,21 @@ class _Run:
                 seconds=time.monotonic() - started,
                 stats=self.ipc.get_stats(),
             )
-        finally:
-            self._close()
 
-    def _open(self, shared_data: bytes | bytearray | memoryview) -> None:
-        """Make the task queue last: who finds it finds the rest too."""
+    def _open(
+        self, shared_data: bytes | bytearray | memoryview, stack: contextlib.ExitStack
+    ) -> None:
+        """Make the task queue last: who finds it finds the rest too.
+
+        What is closed at the end is what was made here: a name that is taken may be the caller's.
+        """
         self.ipc.create_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
+        stack.callback(self.ipc.close_shared_memory, DATA_BUFFER)
         if len(shared_data):
             self.ipc.write_shared_data(DATA_BUFFER, shared_data)
-        self.ipc.create_message_queue(RESULT_QUEUE)
-        self.ipc.create_message_queue(self.queue_name)
-
-    def _close(self) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.ipc.close_shared_memory, DATA_BUFFER)
-            stack.callback(self.ipc.close_message_queue, RESULT_QUEUE)
-            stack.callback(self.ipc.close_message_queue, self.queue_name)
+        for queue_name in (RESULT_QUEUE, self.queue_name):
+            self.ipc.create_message_queue(queue_name)
+            stack.callback(self.ipc.close_message_queue, queue_name)
 
     def _work(self) -> None:
         ledger = self.ledger
