@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from shmring.worker import current_worker, worker_process
 from support import run_in_process, wait_for
 
 both_backends = pytest.mark.both_backends
+posix_only = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
 ring_only = pytest.mark.skipif(backend != "ring", reason="a pipe does not survive kills")
 
 
@@ -509,6 +511,82 @@ def test_ctrl_c_ends_the_workers_too(
         process.join(30)
         assert process.exitcode == 1, "KeyboardInterrupt came through"
         wait_for(lambda: all(each.is_dead() for each in workers_on_board(ipc)), what="their end")
+
+
+class Interrupter:
+    """Has every forked child get Ctrl-C before its target is called."""
+
+    def __init__(self) -> None:
+        util.register_after_fork(self, Interrupter.interrupt)
+
+    def interrupt(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupts_blocked(task: Any = None) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@both_backends
+@posix_only
+def test_ctrl_c_does_not_kill_a_worker_that_is_being_started(ipc: HighPerformanceIPC) -> None:
+    interrupter = Interrupter()
+    report = coordinator_process(ipc, 2, tasks=range(4), spawn=True, handler=double, method="fork")
+    del interrupter
+    assert (report.results, report.died) == ([0, 2, 4, 6], 0)
+
+
+class Newborn:
+    """A handler that tells how Ctrl-C was when it came to its process."""
+
+    def __init__(self, blocked: bool = False) -> None:
+        self._blocked = blocked
+
+    def __call__(self, task: object) -> bool:
+        return self._blocked
+
+    def __reduce__(self) -> Any:
+        return _newborn, ()
+
+
+def _newborn() -> Newborn:
+    return Newborn(interrupts_blocked())
+
+
+@both_backends
+@posix_only
+def test_a_spawned_worker_inherits_that_ctrl_c_is_blocked(ipc: HighPerformanceIPC) -> None:
+    report = coordinator_process(ipc, 1, tasks=[1], spawn=True, handler=Newborn(), method="spawn")
+    assert report.results == [True]
+
+
+@both_backends
+@posix_only
+def test_ctrl_c_is_blocked_only_at_the_start(ipc: HighPerformanceIPC, start_method: str) -> None:
+    report = coordinator_process(
+        ipc, 1, tasks=[1], spawn=True, handler=interrupts_blocked, method=start_method
+    )
+    assert report.results == [False]
+    assert not interrupts_blocked()
+
+
+@both_backends
+@pytest.mark.parametrize("taken", ["task_queue", "result_queue", "data_buffer"])
+def test_what_the_caller_made_survives_that_its_name_is_taken(
+    ipc: HighPerformanceIPC, taken: str
+) -> None:
+    if taken == "data_buffer":
+        ipc.create_shared_memory(taken, 10)
+    else:
+        ipc.create_message_queue(taken)
+    with pytest.raises(NameInUse):
+        coordinator_process(ipc, 1, tasks=[1], spawn=True)
+    assert [*ipc.message_queues, *ipc.shared_memories] == [taken]
+    if taken == "data_buffer":
+        assert ipc.read_shared_data(taken, 10) == bytes(10)
+    else:
+        ipc.send_message(taken, MessageType.DATA, 1)
+        assert ipc.receive_message(taken, timeout=5) is not None
 
 
 @both_backends

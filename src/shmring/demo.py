@@ -42,7 +42,7 @@ from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import Full, NotSupportedByFallback, ShmringError
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import DATA_BUFFER, current_worker
-from shmring.workforce import WorkerReport
+from shmring.workforce import WorkerReport, interrupts_held
 
 __all__ = [
     "MOST_WORKERS",
@@ -370,7 +370,7 @@ def _count_in_workers(files: list[str], workers: int, kill: bool, tell: Tell) ->
     namespace = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     with HighPerformanceIPC("demo", namespace=namespace) as ipc, contextlib.ExitStack() as stack:
         executioner = stack.enter_context(_Executioner(ipc))
-        release = stack.enter_context(_interrupts_held())
+        release = stack.enter_context(interrupts_held())
 
         def tasks() -> Iterator[str]:
             # The first task is asked for when the workers have been started; they inherit that
@@ -446,23 +446,6 @@ class _Executioner:
             self._thread.join()
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[Callable[[], None]]:
-    """Block Ctrl-C in this thread, and in what it starts, until the block ends or the call."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield lambda: None
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    try:
-        yield release
-    finally:
-        release()
-
-
 # -- the comparison -----------------------------------------------------------------------
 
 
@@ -505,7 +488,7 @@ def compare_queues(messages: list[Any], tell: Tell) -> Rates:
     )
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     try:
-        with _interrupts_held():
+        with interrupts_held():
             consumer.start()
         there.close()  # its death is then the end of the pipe
         for run in range(_RUNS + 1):

@@ -277,6 +277,9 @@ def run_spawned_worker(
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "pthread_sigmask"):
+            # Blocked around the start; what a handler starts itself need not inherit that.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if inherited is not None:
         inherited.cleanup()
     worker_process(worker_id, queue_name, handler=handler, namespace=namespace)

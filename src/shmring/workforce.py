@@ -8,10 +8,12 @@ board, and their end is proved by what stands there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -21,7 +23,14 @@ from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import run_spawned_worker
 
-__all__ = ["Departure", "SpawnedWorkers", "VisitingWorkers", "WorkerReport", "Workers"]
+__all__ = [
+    "Departure",
+    "SpawnedWorkers",
+    "VisitingWorkers",
+    "WorkerReport",
+    "Workers",
+    "interrupts_held",
+]
 
 # Workers that die one after another without having done anything: not tried for ever.
 _MOST_FALSE_STARTS = 3
@@ -108,6 +117,39 @@ class Workers(Protocol):
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
         ...
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Block Ctrl-C in this thread, and in what it starts, until the block ends or the call.
+
+    A worker that inherits it cannot die of Ctrl-C before it has learnt to ignore it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield lambda: None
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield release
+    finally:
+        release()
+
+
+def _start_servants(method: str) -> None:
+    """Start what multiprocessing starts on the side, before Ctrl-C is blocked."""
+    if method == "fork" or not hasattr(signal, "pthread_sigmask"):
+        return
+    from multiprocessing import forkserver, resource_tracker
+
+    # Before 3.13 its start unblocks Ctrl-C, at whatever moment it is needed first.
+    resource_tracker.ensure_running()
+    if method == "forkserver":
+        # It would hand the block on to the children of everybody else. Ours do without.
+        forkserver.ensure_running()
 
 
 class _Roll:
@@ -212,16 +254,18 @@ class SpawnedWorkers:
             name=worker_id,
             args=(worker_id, self._queue_name, self._handler, self._ipc.namespace, inherited),
         )
+        _start_servants(method)
         try:
-            process.start()
+            with interrupts_held():
+                process.start()
+                self._names[process.pid or 0] = worker_id
+                self._processes.append(process)
         except (AttributeError, TypeError, ValueError) as error:
             raise self._unsendable(method, error) from error
         except Exception as error:
             if type(error).__name__ == "PicklingError":
                 raise self._unsendable(method, error) from error
             raise
-        self._names[process.pid or 0] = worker_id
-        self._processes.append(process)
 
     def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
         return InvalidArgument(
