@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import secrets
 import signal
@@ -16,6 +17,7 @@ import pytest
 from shmring.errors import (
     EncodeError,
     InvalidArgument,
+    NameInUse,
     NotSupportedByFallback,
     RingClosed,
     RingExists,
@@ -101,6 +103,7 @@ def test_a_full_queue_says_how_many_went_in() -> None:
         with pytest.raises(queue.Full) as caught:
             bounded.put_many([1, 2, 3], timeout=0.05)
         assert caught.value.count == 2  # type: ignore[attr-defined]
+        assert str(caught.value) == "2 of 3 objects went in"
         assert bounded.full()
         with pytest.raises(queue.Full):
             bounded.put_nowait(3)
@@ -144,6 +147,52 @@ def test_impossible_timeouts_are_refused(plain: Queue[int], timeout: float) -> N
     ):
         with pytest.raises(InvalidArgument, match="timeout"):
             call()
+
+
+def test_get_many_takes_what_was_there_and_no_more(
+    plain: Queue[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.put_many([1, 2, 3])
+    wait_for(lambda: plain._inner._reader.poll(), what="the feeder thread")
+    original = plain.get
+
+    def get_and_put_another(block: bool = True, timeout: float | None = None) -> int:
+        taken = original(timeout=10)
+        if taken < 100:
+            plain.put(taken + 3)
+        return taken
+
+    monkeypatch.setattr(plain, "get", get_and_put_another)
+    assert len(plain.get_many()) < 10
+    monkeypatch.undo()
+    while not plain._is_drained():
+        plain.get(timeout=10)
+
+
+@pytest.mark.parametrize("make", [Queue, JoinableQueue, SimpleQueue])
+def test_one_that_is_dropped_open_says_so(make: Any) -> None:
+    dropped = [make()]
+    dropped[0].put(1)
+    with pytest.warns(ResourceWarning, match="dropped open: call close"):
+        dropped.clear()
+
+
+def test_impossible_sizes_are_refused() -> None:
+    wrong: Any = "x"
+    with pytest.raises(TypeError, match="maxsize must be an int, not str"):
+        Queue(wrong)
+    with pytest.raises(InvalidArgument, match="maxsize=1180591620717411303424"):
+        Queue(1 << 70)
+    with Queue[int](-5) as unbounded:
+        unbounded.put(1)
+        assert unbounded.get(timeout=10) == 1
+
+
+def test_stale_files_are_cleaned_up_by_the_package() -> None:
+    from shmring import _backend, fallback
+
+    if _backend.backend == "queue":
+        assert _backend.cleanup_stale is fallback.cleanup_stale
 
 
 def test_shutdown_lets_the_rest_be_taken(plain: Queue[int]) -> None:
@@ -383,3 +432,44 @@ def test_arrays_over_memory(name: str) -> None:
             with pytest.raises(InvalidArgument):
                 memory.as_array("u2", *wrong)
     assert array.sum() == 45, "a view keeps its memory"
+
+
+def read_and_double(memory: SharedMemoryManager) -> None:
+    with memory:
+        memory.write_data(memory.read_data(5) * 2)
+
+
+def test_memory_goes_to_a_child(name: str, start_method: str) -> None:
+    with SharedMemoryManager(name, 100) as memory:
+        memory.create()
+        memory.write_data(b"hello")
+        with run_in_process(read_and_double, memory, method=start_method) as process:
+            process.join(30)
+        assert process.exitcode == 0
+        assert memory.read_data(11) == b"hellohello\0"
+        pickled = pickle.dumps(memory)
+    with pytest.raises(RingNotFound):
+        pickle.loads(pickled)
+
+
+def test_memory_is_opened_once(name: str) -> None:
+    with SharedMemoryManager(name, 100) as memory:
+        memory.create()
+        for again in (memory.create, memory.connect):
+            with pytest.raises(NameInUse, match="cleanup"):
+                again()
+
+
+def test_sizes_of_numpy(name: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    with SharedMemoryManager(name, numpy.int64(100)) as memory:
+        assert memory.size == 100
+        memory.create()
+        assert memory.as_array("u1", numpy.int64(4)).shape == (4,)
+        assert memory.as_array("S0", 3).shape == (3,)
+        assert memory.as_array("u1", (0, 5), offset=100).size == 0
+        assert memory.as_array("f8", ()).shape == ()
+        with pytest.raises(InvalidArgument, match="dtype=object"):
+            memory.as_array(object, 2)
+    with pytest.raises(TypeError, match="size="):
+        SharedMemoryManager(name, 1.5)  # type: ignore[arg-type]

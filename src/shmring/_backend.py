@@ -50,8 +50,11 @@ if TYPE_CHECKING or backend == "ring":
     from shmring.ring import Ring
     from shmring.segment import cleanup_stale
 else:
-    from shmring.fallback import JoinableQueue, Queue, Ring, SharedMemoryManager, SimpleQueue
-
-    def cleanup_stale() -> list[str]:
-        """Nothing of the fallback stays in /dev/shm."""
-        return []
+    from shmring.fallback import (
+        JoinableQueue,
+        Queue,
+        Ring,
+        SharedMemoryManager,
+        SimpleQueue,
+        cleanup_stale,
+    )

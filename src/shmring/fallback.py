@@ -11,10 +11,15 @@ pickled raises there on this back end too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import operator
+import os
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from multiprocessing import context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
@@ -48,12 +53,28 @@ T = TypeVar("T")
 _OPEN, _SHUT_DOWN, _SHUT_DOWN_NOW = range(3)
 # A blocked call looks this often whether the queue has been shut down, in seconds.
 _SLICE = 0.1
+# What get_many() takes at most where nobody can say how many there are.
+_MOST_UNCOUNTED = 1024
 
 
 def _refuse(what: str, reason: str) -> NoReturn:
     raise NotSupportedByFallback(
         f"{what} needs the compiled ring, and this is the fallback on multiprocessing: {reason}"
     )
+
+
+def _checked_maxsize(maxsize: object) -> int:
+    try:
+        bound = max(0, operator.index(maxsize))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
+    from multiprocessing.synchronize import SEM_VALUE_MAX  # type: ignore[attr-defined]
+
+    if bound > SEM_VALUE_MAX:
+        raise InvalidArgument(
+            f"maxsize={maxsize}: the semaphore of a pipe counts to {SEM_VALUE_MAX}"
+        )
+    return bound
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +87,45 @@ class QueueStatistics:
     bytes_taken: int
 
 
-class Queue(Generic[T]):
+class _Handle:
+    """What the queues have in common: an end."""
+
+    _inner: Any
+    _pid = 0
+    _closed = True  # until it has been made
+
+    def _opened(self) -> None:
+        self._pid = os.getpid()
+        self._closed = False
+
+    def close(self) -> None:
+        """Close this handle; what has been put is still sent. Twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self._inner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> Literal[False]:
+        self.close()
+        return False
+
+    def __del__(self) -> None:
+        if self._closed or sys.is_finalizing() or self._pid != os.getpid():
+            return
+        warnings.warn(
+            f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
+        )
+        with contextlib.suppress(OSError):
+            self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RingClosed("this queue has been closed by this handle")
+
+
+class Queue(_Handle, Generic[T]):
     """``multiprocessing.Queue`` with the methods of :class:`shmring.Queue`.
 
     Args:
@@ -79,11 +138,8 @@ class Queue(Generic[T]):
 
     Raises:
         NotSupportedByFallback: a name was given.
-        InvalidArgument: an impossible codec or max_capacity.
+        InvalidArgument: an impossible codec, maxsize or max_capacity.
     """
-
-    _inner: Any
-    _closed: bool
 
     def __init__(
         self,
@@ -100,7 +156,7 @@ class Queue(Generic[T]):
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
         chosen: Any = multiprocessing.get_context() if ctx is None else ctx
         self._codec = find_codec(codec)
-        self._inner = self._make(chosen, maxsize)
+        self._inner = self._make(chosen, _checked_maxsize(maxsize))
         self._flag = chosen.RawValue("B", _OPEN)
         self._reset()
 
@@ -175,9 +231,10 @@ class Queue(Generic[T]):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 self._put_encoded(each, block, left)
-            except Full as full:
+            except Full:
+                full = Full(f"{count} of {len(encoded)} objects went in")
                 vars(full)["count"] = count
-                raise
+                raise full from None
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """Take one message.
@@ -244,7 +301,13 @@ class Queue(Generic[T]):
         if max_items is not None and max_items < 1:
             raise InvalidArgument(f"max_items={max_items}: None, or at least 1")
         items = [self.get(block, timeout)]
-        while max_items is None or len(items) < max_items:
+        if max_items is None:
+            # As many as there are now: producers that are quick enough would keep us for ever.
+            try:
+                max_items = 1 + self.qsize()
+            except NotImplementedError:  # macOS
+                max_items = _MOST_UNCOUNTED
+        while len(items) < max_items:
             try:
                 items.append(self.get(block=False))
             except (Empty, ShutDown):
@@ -279,12 +342,6 @@ class Queue(Generic[T]):
         self._check_open()
         self._flag.value = max(self._flag.value, _SHUT_DOWN_NOW if immediate else _SHUT_DOWN)
 
-    def close(self) -> None:
-        """Close this handle; what has been put is still sent. Twice is allowed."""
-        if not self._closed:
-            self._closed = True
-            self._inner.close()
-
     def join_thread(self) -> None:
         """Wait until what was put has been sent; after :meth:`close` only."""
         self._inner.join_thread()
@@ -297,13 +354,6 @@ class Queue(Generic[T]):
         """What this handle, in this process, has done so far."""
         return QueueStatistics(*self._counts)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> Literal[False]:
-        self.close()
-        return False
-
     def __getstate__(self) -> dict[str, Any]:
         # The pipe, the semaphores and the flag refuse by themselves outside of Process arguments.
         return {"_codec": self._codec, "_inner": self._inner, "_flag": self._flag}
@@ -313,12 +363,8 @@ class Queue(Generic[T]):
         self._reset()
 
     def _reset(self) -> None:
-        self._closed = False
         self._counts = [0, 0, 0, 0]
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RingClosed("this queue has been closed by this handle")
+        self._opened()
 
     def _encode(self, obj: T) -> tuple[int, list[bytes]]:
         kind, segments = self._codec.encode(obj)
@@ -405,7 +451,7 @@ class JoinableQueue(Queue[T]):
             pass
 
 
-class SimpleQueue(Generic[T]):
+class SimpleQueue(_Handle, Generic[T]):
     """``multiprocessing.SimpleQueue`` with the methods of :class:`shmring.SimpleQueue`.
 
     Args:
@@ -419,7 +465,7 @@ class SimpleQueue(Generic[T]):
         chosen: Any = multiprocessing.get_context() if ctx is None else ctx
         self._codec = find_codec(codec)
         self._inner = chosen.SimpleQueue()
-        self._closed = False
+        self._opened()
 
     def put(self, obj: T) -> None:
         """Put one message; waits while the pipe is full.
@@ -448,23 +494,6 @@ class SimpleQueue(Generic[T]):
         """Whether the pipe is empty."""
         self._check_open()
         return bool(self._inner.empty())
-
-    def close(self) -> None:
-        """Close this handle; twice is allowed."""
-        if not self._closed:
-            self._closed = True
-            self._inner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> Literal[False]:
-        self.close()
-        return False
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RingClosed("this queue has been closed by this handle")
 
 
 class Ring:

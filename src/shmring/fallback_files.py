@@ -12,7 +12,9 @@ forked children exclude one another as well.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+import operator
 import os
 import stat
 import sys
@@ -26,6 +28,7 @@ from shmring.board import wait_for_lock
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
+    NameInUse,
     RingClosed,
     RingExists,
     RingNotFound,
@@ -361,11 +364,12 @@ class SharedMemoryManager:
 
     def __init__(self, name: str, size: int) -> None:
         self.name = check_name(name)
-        if not isinstance(size, int):
-            raise TypeError(f"size={size!r}: an int is needed, not {type(size).__name__}")
-        if size <= 0:
+        try:
+            self.size = operator.index(size)
+        except TypeError:
+            raise TypeError(f"size={size!r}: an int is needed, not {type(size).__name__}") from None
+        if self.size <= 0:
             raise InvalidArgument(f"size={size}: at least 1 byte is needed")
-        self.size = size
         self._file: SharedFile | None = None
         self._creator_pid = 0
 
@@ -440,35 +444,36 @@ class SharedMemoryManager:
         with shared.exclusive():
             return bytes(shared.buffer[offset : offset + length])
 
-    def as_array(
-        self, dtype: Any, shape: int | tuple[int, ...], offset: int = 0
-    ) -> numpy.ndarray[Any, Any]:
+    def as_array(self, dtype: Any, shape: Any, offset: int = 0) -> numpy.ndarray[Any, Any]:
         """View the block as a numpy array, without a copy and without the lock.
 
         Args:
             dtype: of the elements.
-            shape: in elements.
+            shape: an int or a tuple of ints, in elements.
             offset: where it begins, in bytes.
 
         Returns:
             a writable view, which keeps the memory mapped, also after :meth:`cleanup`.
 
         Raises:
-            InvalidArgument: negative, or past the end.
+            InvalidArgument: negative, or past the end; elements that are Python objects.
             ImportError: numpy is not installed.
         """
-        import numpy
-
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if any(side < 0 for side in shape):
+        try:
+            import numpy
+        except ImportError:
+            raise ImportError('as_array needs numpy: pip install "shmring[numpy]"') from None
+        kind = numpy.dtype(dtype)
+        if kind.hasobject:
+            raise InvalidArgument(f"dtype={kind}: Python objects cannot live in shared memory")
+        try:
+            sides: tuple[int, ...] = (operator.index(shape),)
+        except TypeError:
+            sides = tuple(operator.index(side) for side in shape)
+        if any(side < 0 for side in sides):
             raise InvalidArgument(f"shape={shape}: no side can be negative")
-        nbytes = numpy.dtype(dtype).itemsize
-        for side in shape:
-            nbytes *= side
-        self._check_range(offset, nbytes)
-        count = nbytes // numpy.dtype(dtype).itemsize
-        flat = numpy.frombuffer(self._opened().buffer, dtype, count, offset)
-        return flat.reshape(shape)
+        self._check_range(offset, kind.itemsize * math.prod(sides))
+        return numpy.ndarray(sides, kind, self._opened().buffer, offset)
 
     def cleanup(self) -> None:
         """Close; the creator removes the name too. Calling it twice is allowed."""
@@ -486,6 +491,9 @@ class SharedMemoryManager:
         self.cleanup()
         return False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attached, (self.name, self.size)
+
     def _opened(self) -> SharedFile:
         if self._file is None:
             raise RingClosed(f"shared memory {self.name!r}: call create() or connect() first")
@@ -493,7 +501,7 @@ class SharedMemoryManager:
 
     def _refuse_second(self) -> None:
         if self._file is not None:
-            raise InvalidArgument(f"shared memory {self.name!r} is open already")
+            raise NameInUse(f"shared memory {self.name!r} is open already: call cleanup() first")
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0:
@@ -503,3 +511,10 @@ class SharedMemoryManager:
                 f"offset={offset} length={length} ends past the size={self.size} "
                 f"of shared memory {self.name!r}"
             )
+
+
+def _attached(name: str, size: int) -> SharedMemoryManager:
+    memory = SharedMemoryManager(name, size)
+    if not memory.connect():
+        raise RingNotFound(f"shared memory {name!r} does not exist (any more)")
+    return memory
