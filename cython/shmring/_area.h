@@ -24,6 +24,9 @@
 
 #define AREA_GROW_PIECE ((uint64_t)1 << 20)
 #define AREA_ALIGN_LIMIT ((uint64_t)2 << 20)
+#define AREA_REGRET_NS ((uint64_t)1000000000) /* growing so soon after shrinking: it was a mistake */
+#define AREA_PATIENCE_NS ((int64_t)250000000) /* after one mistake; doubled by each further one, */
+#define AREA_MOST_PATIENCE 4                  /* up to two seconds */
 #define AREA_DOUBLING_LIMIT ((uint64_t)64 << 20) /* growing holds the lock: 64 MiB take 25 ms */
 
 typedef struct {
@@ -216,6 +219,33 @@ SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, 
     return need > current && sum + wanted <= 2 * limit ? wanted : 0;
 }
 
+/* A flow that needs its room again and again is not to pay for fresh pages each
+ * time: the first shrinking comes at once, the next ones later and later.  These
+ * words are advice, and may be garbage. */
+static inline void area_learn(shmring_header *header, uint64_t capacity)
+{
+    uint64_t now = (uint64_t)monotonic_ns();
+    if (capacity < shmring_area_of(header, header->write_generation)->capacity)
+        header->shrunk_ns = now;
+    else if (header->shrunk_ns != 0) {
+        uint32_t patience = now - header->shrunk_ns > AREA_REGRET_NS ? 0 : header->patience + 1;
+        store_relaxed32(&header->patience, patience > AREA_MOST_PATIENCE ? AREA_MOST_PATIENCE : patience);
+        header->shrunk_ns = 0;
+    }
+    store_relaxed64(&header->needed_ns, now);
+}
+
+/* May the area become smaller, as far as the past tells? */
+SYNC_SLOW int area_may_shrink(shmring_header *header)
+{
+    uint32_t patience = load_relaxed32(&header->patience);
+    if (patience == 0)
+        return 1;
+    if (patience > AREA_MOST_PATIENCE)
+        patience = AREA_MOST_PATIENCE;
+    return monotonic_ns() - (int64_t)load_relaxed64(&header->needed_ns) > AREA_PATIENCE_NS << (patience - 1);
+}
+
 /* Under the producers' lock: allocate, map, record and publish the next area.
  * On any error nothing has changed. */
 SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, uint64_t capacity, area_mapping **out)
@@ -254,7 +284,7 @@ SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, ui
         return error;
     }
     *shmring_area_of(header, generation) = area;
-    header->grown_ns = (uint64_t)monotonic_ns();
+    area_learn(header, capacity);
     store_release64(&header->write_generation, generation);
     return 0;
 }

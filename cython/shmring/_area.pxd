@@ -24,6 +24,7 @@ cdef extern from "_area.h" nogil:
     void area_release(Mapping *mapping) noexcept
     int area_tidy(Header *header, int fd, const File *own) noexcept
     uint64_t area_next_capacity(Header *header, uint64_t current, uint64_t need, uint64_t wish) noexcept
+    bint area_may_shrink(Header *header) noexcept
     int area_grow(Header *header, int fd, const File *own, uint64_t capacity, Mapping **out) noexcept
     int area_open(Header *header, int fd, const File *own, uint64_t generation, Mapping **out) noexcept
     int area_reap(Header *header, int fd, const File *own) noexcept

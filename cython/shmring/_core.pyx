@@ -20,7 +20,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from shmring._area cimport (
-    Mapping, area_grow, area_next_capacity, area_open, area_power_of_two, area_reap, area_release, area_tidy,
+    Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap, area_release,
+    area_tidy,
 )
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
@@ -32,7 +33,7 @@ from shmring._sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
-    monotonic_ns, store_relaxed32, store_release32, store_release64, sync_epoch, sync_start,
+    monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
     wait_wake_all, wait_wake_one, wait_wants_wake,
 )
 
@@ -42,7 +43,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
 
 cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
-cdef int64_t SHRINK_AFTER_NS = 250000000
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
 
 _started = sync_start()
@@ -577,11 +577,13 @@ cdef class RingCore:
         passed = pos - h.empty_position
         h.empty_position = pos
         if passed > self.consumer_mapping.capacity // 16:
+            store_relaxed64(&h.needed_ns, <uint64_t>monotonic_ns())
+            self.oversized = 0
             return
         wanted = area_power_of_two(4 * passed)
         if wanted < h.min_capacity:
             wanted = h.min_capacity
-        if wanted < self.consumer_mapping.capacity and monotonic_ns() - <int64_t>h.grown_ns > SHRINK_AFTER_NS:
+        if wanted < self.consumer_mapping.capacity and area_may_shrink(h):
             self.oversized = wanted
 
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
@@ -670,6 +672,7 @@ cdef class RingCore:
                 and shmring_area_of(h, h.write_generation).capacity > capacity
                 and load_relaxed64(&h.lease_owner) == 0
                 and h.write_generation - load_acquire64(&h.reaped) < SHMRING_AREA_COUNT // 2
+                and area_may_shrink(h)
                 and area_grow(h, self.fd, &self.file, capacity, &m) == 0):
             if self.producer_stale != NULL:
                 area_release(self.producer_stale)

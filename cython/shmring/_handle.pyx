@@ -56,6 +56,7 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MAP_SHARED
     void *MAP_FAILED
 
+cdef enum: FULL_MEMORY = 1, FULL_LIMIT = 2, FULL_SAID = 3  # full_seen
 cdef int SPIN_TURNS = 150  # of a pause each: about 8 us on the machine of BASELINE.md
 cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
 cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
@@ -283,9 +284,11 @@ cdef class RingHandle(RingCore):
                 result = self.put_behind_moving(items, count, done, position)
             if result == FULL:
                 result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
+                if result == FULL and self.full_seen == 0:
+                    self.full_seen = FULL_LIMIT
         if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.write_capacity:
-            if self.full_seen == 0:
-                self.full_seen = 1
+            if self.full_seen != FULL_SAID:
+                self.full_seen = FULL_MEMORY
             result = FULL  # waits for space like a bounded queue
         if result != FULL and result != FULL_COUNT:
             return result
@@ -346,12 +349,8 @@ cdef class RingHandle(RingCore):
                     PyErr_CheckSignals()
                     if self.closed or not block or monotonic_ns() >= until:
                         break
-                    if self.full_seen == 1:
-                        self.full_seen = 2
-                        logger.warning(
-                            "the file system of shared memory is full: put waits for a reader; enlarge /dev/shm"
-                            " (for containers: --shm-size) or bound the queue with maxsize or max_capacity"
-                        )
+                    if result == FULL and self.full_seen in (FULL_MEMORY, FULL_LIMIT):
+                        self.say_full()
             finally:
                 fetch_add64(&self.inside, -1)
             if result == DONE:
@@ -363,6 +362,16 @@ cdef class RingHandle(RingCore):
             return done
         finally:
             handle_leave(&self.inside)
+
+    cdef int say_full(self) except -1:
+        """Once a handle: what was meant to grow waits."""
+        why = f"max_capacity={self.header.max_capacity} (unless given, half of shared memory) is reached"
+        if self.full_seen == FULL_MEMORY:
+            why = "the file system of shared memory is full"
+        self.full_seen = FULL_SAID
+        logger.warning("%s: put waits for a reader; enlarge /dev/shm (for containers: --shm-size)"
+                       " or bound the queue with maxsize or max_capacity", why)
+        return 0
 
     # ---- take -------------------------------------------------------------------------------
 

@@ -118,8 +118,9 @@ typedef struct {
     uint64_t front_who; /* advisory: the producer that waits for much space */
     uint64_t front_need;
     uint64_t front_until_ns;
-    uint64_t grown_ns;
-    char pad_producers[128 - 80];
+    uint64_t shrunk_ns; /* advisory, as patience and needed_ns: 0, or nothing has grown since */
+    uint32_t patience;  /* how often shrinking proved wrong lately */
+    char pad_producers[128 - 84];
     /* consumers */
     uint32_t consumer_lock;
     uint32_t consumer_cpu;
@@ -128,7 +129,8 @@ typedef struct {
     uint64_t reaped; /* areas below this generation were given back */
     shmring_count get_count;
     uint64_t empty_position; /* where consumers last found nothing more */
-    char pad_consumers[128 - 64];
+    uint64_t needed_ns;      /* when the area was last of use, or made */
+    char pad_consumers[128 - 72];
     /* joining */
     uint64_t done_count;
     uint32_t done_wait;

@@ -63,7 +63,8 @@ cdef extern from "_layout.h" nogil:
         uint64_t front_who  # advisory: the producer that waits for much space
         uint64_t front_need
         uint64_t front_until_ns
-        uint64_t grown_ns
+        uint64_t shrunk_ns
+        uint32_t patience
         uint32_t consumer_lock
         uint32_t consumer_cpu
         uint64_t read_position
@@ -71,6 +72,7 @@ cdef extern from "_layout.h" nogil:
         uint64_t reaped
         Count get_count
         uint64_t empty_position
+        uint64_t needed_ns
         uint64_t done_count
         uint32_t done_wait
         uint32_t recoveries

@@ -1,0 +1,394 @@
+"""Without maxsize: growth, what is given back, and what happens when there is no more."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from shmring import Queue, Ring, SharedMemoryFull
+from shmring.errors import Empty, Full
+from support import run_in_process, wait_for
+
+MIB = 1 << 20
+
+
+def held(queue: Queue[object] | Ring) -> int:
+    """Bytes of shared memory."""
+    return os.fstat(queue.fileno()).st_blocks * 512
+
+
+# ---- growth --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1 << 17, 1 << 20, 1 << 26])
+def test_it_grows_to_max_capacity_and_no_further(limit, caplog):
+    with Queue(max_capacity=limit) as queue:
+        message = b"x" * 9_968  # a frame of 10,000 bytes
+        count = 0
+        with contextlib.suppress(Full):
+            while True:
+                queue.put_nowait(message)
+                count += 1
+        # the last area may not have fitted any more
+        assert limit // 2 <= count * 10_000 <= limit
+        assert held(queue) <= limit + 8192
+        assert not caplog.messages
+        for _ in range(2):
+            with pytest.raises(Full):
+                queue.put(message, timeout=0.2)
+        said = [record for record in caplog.records if record.name == "shmring"]
+        assert len(said) == 1
+        assert f"max_capacity={limit}" in said[0].getMessage()
+        taken = queue.get_many(count)
+        while len(taken) < count:
+            taken += queue.get_many(count - len(taken))
+        assert taken == [message] * count
+        queue.put(message, timeout=5)
+        assert queue.get() == message
+
+
+def test_what_is_larger_than_the_area_still_fits_up_to_max_capacity():
+    with Queue(max_capacity=1 << 22) as queue:
+        queue.put(b"small")
+        queue.put(bytes((1 << 22) - 100), timeout=5)
+        assert queue.get() == b"small"
+        assert len(queue.get(timeout=5)) == (1 << 22) - 100
+
+
+# ---- given back ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [100, 100_000, 1 << 20, 8 << 20])
+@pytest.mark.parametrize("after", ["get", "get_many"])
+def test_a_burst_is_given_back_by_the_next_put_and_get(size, after):
+    total = 500 * MIB if size > 100 else 20 * MIB
+    if held_at_most() < 2 * total:
+        pytest.skip(f"{total} bytes do not fit here")
+    with Queue(max_capacity=1 << 30) as queue:
+        message = b"x" * size
+        count = total // size
+        for _ in range(count):
+            queue.put(message)
+        assert held(queue) > total
+        if after == "get":
+            for _ in range(count):
+                queue.get()
+        else:
+            while count:
+                count -= len(queue.get_many())
+        queue.put("next")
+        assert queue.get() == "next"
+        wait_for(lambda: held(queue) < 2 * MIB, timeout=1)
+
+
+def held_at_most() -> int:
+    found = os.statvfs("/dev/shm")
+    return found.f_bavail * found.f_frsize
+
+
+def test_an_idle_consumer_gives_back_what_others_left():
+    with Queue(max_capacity=1 << 28) as queue:
+        for _ in range(64):
+            queue.put(bytes(MIB))
+        for _ in range(64):
+            queue.get()
+        assert held(queue) > 16 * MIB
+        with pytest.raises(Empty):
+            queue.get(timeout=0.25)
+        assert held(queue) < 2 * MIB
+
+
+def test_a_burst_through_another_process_is_given_back():
+    with Queue(max_capacity=1 << 28) as queue, Queue() as done:
+        with run_in_process(_take, queue, done, 100):
+            for _ in range(100):
+                queue.put(bytes(MIB))
+            assert done.get(timeout=30) == "all"
+        queue.put("next")
+        queue.get()
+        wait_for(lambda: held(queue) < 2 * MIB, timeout=1)
+
+
+def _take(queue: Queue[object], done: Queue[object], count: int) -> None:
+    for _ in range(count):
+        queue.get()
+    done.put("all")
+
+
+# ---- a flow --------------------------------------------------------------------------------
+
+
+def test_a_steady_flow_does_not_oscillate():
+    with Queue(max_capacity=1 << 28) as queue:
+        for _ in range(500):
+            queue.put(bytes(MIB))
+            assert len(queue.get()) == MIB
+        assert queue.statistics().growths <= 3
+
+
+def test_large_messages_among_small_ones_do_not_oscillate():
+    with Queue(max_capacity=1 << 28) as queue:
+        for _ in range(500):
+            for message in (bytes(MIB), "small", "small"):
+                queue.put(message)
+                queue.get()
+        assert queue.statistics().growths <= 5  # the first shrinking was a mistake
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.15, 0.3])
+def test_a_steady_flow_with_pauses_does_not_oscillate(pause):
+    """The consumer sleeps for longer than the slice after which an idle one gives back."""
+    with Queue(max_capacity=1 << 28) as queue, Queue() as done:
+        count = 12
+        with run_in_process(_take, queue, done, count):
+            for _ in range(count):
+                queue.put(bytes(MIB))
+                threading.Event().wait(pause)
+            assert done.get(timeout=30) == "all"
+        assert queue.statistics().growths <= 6
+
+
+def test_a_flow_in_bursts_does_not_oscillate():
+    with Queue(max_capacity=1 << 28) as queue:
+        for _ in range(30):
+            for _ in range(12):
+                queue.put(bytes(MIB))
+            for _ in range(12):
+                queue.get()
+            queue.put("control")
+            queue.get()
+        assert queue.statistics().growths <= 20
+
+
+# ---- a full file system --------------------------------------------------------------------
+
+
+def in_a_small_shared_memory(tmp_path, megabytes: int, program: str) -> str:
+    """Run a program with a /dev/shm of its own; return what it wrote to stderr."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-c"),
+            f'mount -t tmpfs -o size={megabytes}m none /dev/shm && exec "$0" "$1"',
+            *(sys.executable, str(script)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+WAITS = """
+import os, sys, threading
+from shmring import Queue
+
+limit = {limit}
+queues = [Queue(max_capacity=limit) for _ in range({queues})]
+
+def put(queue):
+    for i in range({count}):
+        queue.put(i.to_bytes(8, "little") * 12_500)
+
+threads = [threading.Thread(target=put, args=(queue,)) for queue in queues]
+for thread in threads:
+    thread.start()
+while not all(queue.statistics().producers_waiting for queue in queues):
+    threading.Event().wait(0.01)
+threading.Event().wait(0.3)
+for queue in queues:
+    for i in range({count}):
+        message = queue.get(timeout=60)
+        assert message == i.to_bytes(8, "little") * 12_500, i
+    assert queue.empty()
+for thread in threads:
+    thread.join(60)
+    assert not thread.is_alive()
+for queue in queues:
+    queue.put(1); assert queue.get() == 1
+    queue.close()
+assert os.listdir("/dev/shm") == []
+"""
+
+
+@pytest.mark.parametrize(("queues", "limit"), [(1, "None"), (3, "1 << 30")])
+def test_a_full_shared_memory_means_waiting_and_one_line_in_the_log(tmp_path, queues, limit):
+    """The first ends at its max_capacity, half of what there is; the others fill it."""
+    program = WAITS.format(queues=queues, limit=limit, count=1000)
+    said = in_a_small_shared_memory(tmp_path, 64, program).splitlines()
+    assert 1 <= len(said) <= queues
+    assert all("--shm-size" in line and "waits for a reader" in line for line in said)
+
+
+def test_two_hundred_queues_fit_into_64_mib(tmp_path):
+    program = (
+        "from shmring import JoinableQueue, Queue, SimpleQueue\n"
+        "queues = [(Queue, JoinableQueue, SimpleQueue)[i % 3]() for i in range(200)]\n"
+        "for each in queues:\n    each.put_many([{'some': 'thing'}] * 100)\n"
+        "for each in queues:\n    assert len(each.get_many(100)) == 100\n"
+        "for each in queues:\n    each.close()\n"
+    )
+    assert in_a_small_shared_memory(tmp_path, 64, program) == ""
+
+
+# ---- out of something else -----------------------------------------------------------------
+
+
+def limited(kind: int, value: int) -> None:
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _report(report: Queue[object], action, *args) -> None:
+    """What an action raised; then it must work without the limit."""
+    try:
+        action(*args)
+    except OSError as error:
+        report.put((type(error).__name__, error.errno, str(error)))
+    else:
+        report.put(None)
+
+
+def outcome_of(report: Queue[object], action, *args) -> tuple[str, int, str]:
+    with run_in_process(_report, report, action, *args) as child:
+        outcome = report.get(timeout=60)
+        child.join(60)
+        assert child.exitcode == 0
+    assert outcome is not None, "nothing was raised"
+    return outcome
+
+
+@pytest.fixture
+def report():
+    with Queue() as made:
+        yield made
+
+
+def _create_without_descriptors() -> None:
+    with Queue() as before:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limited(resource.RLIMIT_NOFILE, before.fileno() + 1)
+        try:
+            Queue()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, soft)
+            before.put(bytes(MIB))
+            assert len(before.get()) == MIB
+
+
+def _grow_without_descriptors() -> None:
+    with Queue(max_capacity=1 << 24) as queue:
+        limited(resource.RLIMIT_NOFILE, queue.fileno() + 1)
+        queue.put(bytes(MIB))  # growing needs none
+        assert len(queue.get()) == MIB
+    raise OSError(errno.EMFILE, "grew all the same")
+
+
+def _create_without_address_space() -> None:
+    limited(resource.RLIMIT_AS, address_space())
+    try:
+        Queue(max_capacity=1 << 24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, -1))
+
+
+def _create_without_file_size() -> None:
+    limited(resource.RLIMIT_FSIZE, 16384)
+    Queue()
+
+
+@pytest.mark.parametrize(
+    ("action", "number", "said"),
+    [
+        (_create_without_descriptors, errno.EMFILE, "Too many open files"),
+        (_grow_without_descriptors, errno.EMFILE, "all the same"),
+        (_create_without_address_space, errno.ENOMEM, "mapped"),
+        (_create_without_file_size, errno.EFBIG, "RLIMIT_FSIZE"),
+    ],
+)
+def test_creating_without_a_resource_names_it_and_leaves_nothing(report, action, number, said):
+    _, raised, text = outcome_of(report, action)
+    assert raised == number
+    assert said in text
+
+
+def _put_with_little_address_space(queue: Queue[object]) -> None:
+    limited(resource.RLIMIT_AS, address_space() + 24 * MIB)
+    queue.put(bytes(8 * MIB))
+
+
+def _put_with_small_files(queue: Queue[object]) -> None:
+    limited(resource.RLIMIT_FSIZE, 1 << 18)
+    queue.put(bytes(8 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("action", "number", "said"),
+    [
+        (_put_with_little_address_space, errno.ENOMEM, "memory"),
+        (_put_with_small_files, errno.EFBIG, "RLIMIT_FSIZE"),
+    ],
+)
+def test_growing_without_a_resource_fails_by_name_and_others_grow(report, action, number, said):
+    with Queue(max_capacity=1 << 28) as queue:
+        queue.put("before")
+        kind, raised, text = outcome_of(report, action, queue)
+        assert raised == number
+        assert said in text
+        assert kind == ("SharedMemoryFull" if number == errno.EFBIG else "OSError")
+        assert held(queue) < MIB  # what was begun is undone
+        queue.put(bytes(8 * MIB))
+        queue.put("after")
+        assert queue.get() == "before"
+        assert len(queue.get()) == 8 * MIB
+        assert queue.get() == "after"
+    assert issubclass(SharedMemoryFull, OSError)
+
+
+def _get_with_little_address_space(queue: Queue[object], go: Queue[object]) -> None:
+    go.get(timeout=60)  # by then the ring has grown, beyond what this process may map
+    limited(resource.RLIMIT_AS, address_space() + 8 * MIB)
+    queue.get(timeout=60)
+
+
+def _put_with_none(queue: Queue[object], go: Queue[object]) -> None:
+    go.get(timeout=60)
+    limited(resource.RLIMIT_AS, address_space() + 8 * MIB)
+    queue.put("small")
+
+
+@pytest.mark.parametrize("action", [_get_with_little_address_space, _put_with_none])
+def test_no_memory_to_map_a_grown_area_leaves_the_message_to_others(report, action):
+    large = b"x" * (40 * MIB)
+    with (
+        Queue(max_capacity=1 << 28) as queue,
+        Queue() as go,
+        run_in_process(_report, report, action, queue, go) as child,
+    ):
+        queue.put(large)
+        go.put("go")
+        _, raised, text = report.get(timeout=60)
+        assert raised == errno.ENOMEM
+        assert "mapping a grown area; nothing is lost" in text
+        child.join(60)
+        assert child.exitcode == 0
+        assert queue.qsize() == 1
+        assert queue.get(timeout=10) == large
+        queue.put("goes on")
+        assert queue.get() == "goes on"
