@@ -135,8 +135,16 @@ def test_arrays_arrive_writable(plain: Queue[Any]) -> None:
     assert array.sum() == 200_000
 
 
-@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
-def test_impossible_timeouts_are_refused(plain: Queue[int], timeout: float) -> None:
+def test_what_is_left_of_a_deadline_may_be_negative(plain: Queue[int]) -> None:
+    with pytest.raises(queue.Empty):
+        plain.get(timeout=-1)
+    plain.put(1, timeout=-1)
+    plain.put_many([2], timeout=-0.5)
+    assert [plain.get(timeout=10), plain.get(timeout=10)] == [1, 2]
+
+
+def test_impossible_timeouts_are_refused(plain: Queue[int]) -> None:
+    timeout = float("nan")
     for call in (
         lambda: plain.get(timeout=timeout),
         lambda: plain.put(1, timeout=timeout),

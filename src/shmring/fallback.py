@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.queues
 import threading
 import time
 from collections.abc import Iterable
@@ -56,6 +57,19 @@ def _refuse(what: str, reason: str) -> NoReturn:
     )
 
 
+def _stock(ctx: Any) -> Any:
+    """The context of multiprocessing, whose queues serve here, even for one of ours."""
+    return multiprocessing.get_context(None if ctx is None else ctx.get_start_method())
+
+
+def _not_negative(timeout: float | None) -> float | None:
+    """As multiprocessing.Queue takes it: what is left of a deadline may be below 0."""
+    if timeout is not None:
+        timeout = max(timeout, 0.0)
+    check_timeout(timeout)
+    return timeout
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """What this handle, in this process, has done; a pipe has no counters that all share."""
@@ -66,7 +80,7 @@ class QueueStatistics:
     bytes_taken: int
 
 
-class Queue(Generic[T]):
+class Queue(Generic[T], multiprocessing.queues.Queue):  # type: ignore[type-arg]
     """``multiprocessing.Queue`` with the methods of :class:`shmring.Queue`.
 
     Args:
@@ -98,7 +112,7 @@ class Queue(Generic[T]):
             _refuse(f"Queue(name={name!r})", "a pipe has no name")
         if max_capacity is not None and max_capacity <= 0:
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
-        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        chosen = _stock(ctx)
         self._codec = find_codec(codec)
         self._inner = self._make(chosen, maxsize)
         self._flag = chosen.RawValue("B", _OPEN)
@@ -168,7 +182,7 @@ class Queue(Generic[T]):
             Full: no room until the deadline; its ``count`` says how many went in.
             EncodeError: one cannot be encoded; nothing was put.
         """
-        check_timeout(timeout)
+        timeout = _not_negative(timeout)
         encoded = [self._encode(item) for item in items]
         deadline = None if timeout is None else time.monotonic() + timeout
         for count, each in enumerate(encoded):
@@ -196,7 +210,7 @@ class Queue(Generic[T]):
             RingClosed: this handle has been closed.
         """
         self._check_open()
-        check_timeout(timeout)
+        timeout = _not_negative(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             flag = self._flag.value
@@ -304,11 +318,11 @@ class Queue(Generic[T]):
         self.close()
         return False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         # The pipe, the semaphores and the flag refuse by themselves outside of Process arguments.
         return {"_codec": self._codec, "_inner": self._inner, "_flag": self._flag}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Any) -> None:
         vars(self).update(state)
         self._reset()
 
@@ -328,7 +342,7 @@ class Queue(Generic[T]):
         self, encoded: tuple[int, list[bytes]], block: bool, timeout: float | None
     ) -> None:
         self._check_open()
-        check_timeout(timeout)
+        timeout = _not_negative(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._flag.value != _OPEN:
@@ -366,7 +380,7 @@ class Queue(Generic[T]):
             pass
 
 
-class JoinableQueue(Queue[T]):
+class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ignore[type-arg]
     """``multiprocessing.JoinableQueue`` with the methods of :class:`shmring.JoinableQueue`."""
 
     @classmethod
@@ -381,7 +395,7 @@ class JoinableQueue(Queue[T]):
         """
         self._inner.task_done()
 
-    def join(self, timeout: float | None = None) -> bool:
+    def join(self, timeout: float | None = None) -> bool:  # type: ignore[override]
         """Wait until every message that was put has been dealt with.
 
         Args:
@@ -405,7 +419,7 @@ class JoinableQueue(Queue[T]):
             pass
 
 
-class SimpleQueue(Generic[T]):
+class SimpleQueue(Generic[T], multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]
     """``multiprocessing.SimpleQueue`` with the methods of :class:`shmring.SimpleQueue`.
 
     Args:
@@ -416,7 +430,7 @@ class SimpleQueue(Generic[T]):
     def __init__(
         self, *, ctx: context.BaseContext | None = None, codec: str | Codec = "pickle"
     ) -> None:
-        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        chosen = _stock(ctx)
         self._codec = find_codec(codec)
         self._inner = chosen.SimpleQueue()
         self._closed = False
