@@ -7,6 +7,7 @@ to version.  What is left out stands in ``LEFT_OUT`` with the reason.
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.queues
@@ -53,7 +54,17 @@ def package(name: str) -> ModuleType:
 theirs: Any = package("test._test_multiprocessing")
 
 
-class OnOurs(unittest.TestCase):
+class Quiet(unittest.TestCase):
+    """Many of their tests drop their queues open."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContext(warnings.catch_warnings())
+        warnings.simplefilter("ignore", ResourceWarning)
+        self.addCleanup(gc.collect)  # while it is ignored: some stand in a cycle
+
+
+class OnOurs(Quiet):
     """Sets the start method, and puts our classes where the tests look for them."""
 
     method = ""
@@ -73,11 +84,6 @@ class OnOurs(unittest.TestCase):
             refusal = AssertionError("a test made a queue of the standard library")
             cls.enterClassContext(mock.patch.object(stock, "__init__", side_effect=refusal))
         super().setUpClass()
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.enterContext(warnings.catch_warnings())
-        warnings.simplefilter("ignore", ResourceWarning)  # many drop their queues open
 
 
 def adopt(name: str, *bases: type) -> None:
@@ -109,14 +115,17 @@ if sys.version_info >= (3, 13):  # the semantics of shutdown, which multiprocess
         def unfinished_tasks(self) -> int:
             return self._unfinished()
 
-    class TestShutdown(shutdown.BaseQueueTestMixin, unittest.TestCase):
+    class OnShutdown(shutdown.BaseQueueTestMixin):
         queue = standard_queue
         type2test = AsTheirs
 
-        def setUp(self) -> None:
-            super().setUp()
-            self.enterContext(warnings.catch_warnings())
-            warnings.simplefilter("ignore", ResourceWarning)
+    # Of the tests of queue.Queue only these; the others look inside, and at its own rules.
+    others = {
+        each: None
+        for each in dir(shutdown.BaseQueueTestMixin)
+        if each.startswith("test") and "shutdown" not in each
+    }
+    vars().update(TestShutdown=type("TestShutdown", (Quiet, OnShutdown), others))
 
 
 def test_what_is_left_out_is_covered_by_ours() -> None:
