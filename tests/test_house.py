@@ -37,6 +37,7 @@ FLOORS = [
     ["fallback_server"],
     ["fallback"],
     ["_backend"],
+    ["context"],
     ["named"],
     ["ipc"],
     ["worker"],

@@ -1,6 +1,6 @@
 """The map of what every user of a ring has: waiting, errors, closing."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmring._core cimport Item, RingCore, Take
 
@@ -29,6 +29,7 @@ cdef class RingHandle(RingCore):
     cdef void leave(self) noexcept
     cdef int check_open(self) except -1
     cdef int raise_outcome(self, int outcome) except -1
+    cdef int refuse(self, int side, uint32_t state) except -1
     cdef int map_header(self) except -1
     cdef int open_areas(self) except -1
     cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,

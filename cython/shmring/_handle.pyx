@@ -598,6 +598,8 @@ cdef class RingHandle(RingCore):
         cdef int _turn
         self.check_open()
         h = self.header
+        if load_acquire32(&h.shutdown) == 2:
+            return 0  # nobody gets what is left
         for _turn in range(1000):
             written = load_acquire64(&h.write_position)
             puts = count_read(&h.put_count, &h.write_position)
@@ -637,32 +639,37 @@ cdef class RingHandle(RingCore):
 
     # ---- ended -----------------------------------------------------------------------------------
 
+    cdef int refuse(self, int side, uint32_t state) except -1:
+        """Raise `shutdown` to `state` under the producers' lock (side 0) or the consumers'."""
+        cdef Header *h = self.header
+        cdef int result = BUSY
+        while result == BUSY:
+            with nogil:
+                result = self.lock_producers(MAY_WAIT) if side == 0 else self.lock_consumers(MAY_WAIT)
+                if result == DONE:
+                    if h.shutdown < state:
+                        store_release32(&h.shutdown, state)
+                    if side == 0:
+                        self.unlock_producers()
+                    else:
+                        self.unlock_consumers()
+            PyErr_CheckSignals()
+        if result != DONE:
+            self.raise_outcome(result)
+        return 0
+
     def _shutdown(self, bint immediate):
         """Refuse further puts in every process; gets too, at once or when empty."""
-        cdef Header *h
-        cdef int result
-        self.check_open()
-        h = self.header
-        # Under the lock, so that no put that began earlier commits after the refusal.
         self.enter()
         try:
-            while True:
-                with nogil:
-                    result = self.lock_producers(MAY_WAIT)
-                    if result == DONE:
-                        if immediate:
-                            store_release32(&h.shutdown, 2)
-                        elif h.shutdown == 0:
-                            store_release32(&h.shutdown, 1)
-                        self.unlock_producers()
-                if result == DONE:
-                    break
-                if result != BUSY:
-                    self.raise_outcome(result)
-                PyErr_CheckSignals()
-            wait_wake_all(&h.data_wait)
-            wait_wake_all(&h.space_wait)
-            wait_wake_all(&h.done_wait)
+            # Each refusal under the lock of those whom it refuses, so that none who
+            # began earlier commits after it: both counts then stand still.
+            self.refuse(0, 1)
+            if immediate:
+                self.refuse(1, 2)
+            wait_wake_all(&self.header.data_wait)
+            wait_wake_all(&self.header.space_wait)
+            wait_wake_all(&self.header.done_wait)
         finally:
             self.leave()
 

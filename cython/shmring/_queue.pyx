@@ -30,7 +30,7 @@ from shmring._layout cimport (
 )
 from shmring._owner cimport owner_pid
 from shmring._sync cimport (
-    compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire64, load_relaxed32, monotonic_ns,
+    compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
     store_release64, wait_announce, wait_sleep, wait_wake_all,
 )
 
@@ -212,7 +212,7 @@ cdef class ObjectRing(RingHandle):
 
     def put_nowait(self, obj):
         """put(obj, block=False)."""
-        self.put(obj, False)
+        self.put(obj, False)  # which a subclass may have overridden
 
     def _put_position(self, obj, block=True, timeout=None):
         """Put, and return the position of the message, which a claim names."""
@@ -395,7 +395,7 @@ cdef class ObjectRing(RingHandle):
 
     def get_nowait(self):
         """get(block=False)."""
-        return self.next_object(False, None)
+        return self.get(False)  # which a subclass may have overridden
 
     def get_many(self, max_items=None, block=True, timeout=None):
         """Wait for one object, then take what is there, in order.
@@ -468,27 +468,35 @@ cdef class ObjectRing(RingHandle):
     def _task_done(self):
         """One message was worked off; False if there was none left to be."""
         cdef Header *h
-        cdef uint64_t done, puts
+        cdef uint64_t done, due
         self.check_open()
         h = self.header
         while True:
             done = load_acquire64(&h.done_count)
-            puts = count_read(&h.put_count, &h.write_position)
-            if done >= puts:
+            due = self.due()
+            if done >= due:
                 return False
             if compare_exchange64(&h.done_count, done, done + 1):
                 break
         fence_full()
-        if done + 1 == puts:
+        if done + 1 >= due:
             wait_wake_all(&h.done_wait)
         return True
 
+    cdef uint64_t due(self) noexcept:
+        """How many messages there are or were to be worked off: after an
+        immediate shutdown what was taken, since the rest never will be."""
+        cdef Header *h = self.header
+        if load_acquire32(&h.shutdown) == 2:
+            return count_read(&h.get_count, &h.read_position)
+        return count_read(&h.put_count, &h.write_position)
+
     def _unfinished(self):
-        cdef uint64_t done, puts
+        cdef uint64_t done, due
         self.check_open()
         done = load_acquire64(&self.header.done_count)
-        puts = count_read(&self.header.put_count, &self.header.write_position)
-        return puts - done if puts > done else 0
+        due = self.due()
+        return due - done if due > done else 0
 
     def _join_all(self, timeout=None):
         """Wait until every message was worked off; False when time ran out."""
@@ -501,7 +509,7 @@ cdef class ObjectRing(RingHandle):
         try:
             while True:
                 announced = wait_announce(&h.done_wait)
-                if self._unfinished() == 0 or load_relaxed32(&h.shutdown) == 2:
+                if self._unfinished() == 0:
                     return True
                 if monotonic_ns() >= until:
                     return False

@@ -17,6 +17,7 @@ from shmring._backend import (
     backend,
     cleanup_stale,
 )
+from shmring.context import get_context
 from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import (
     AccessRefused,
@@ -87,6 +88,7 @@ __all__ = [
     "cleanup_stale",
     "coordinator_process",
     "current_worker",
+    "get_context",
     "multiprocessing_example",
     "worker_process",
 ]

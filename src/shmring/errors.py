@@ -55,8 +55,12 @@ class MessageTooLarge(InvalidArgument):
     """A message can never fit: it is larger than ``max_capacity`` allows."""
 
 
-class RingClosed(ShmringError, ValueError):
-    """This handle has been closed; other handles on the same ring go on."""
+class RingClosed(ShmringError, ValueError, OSError):
+    """This handle has been closed; other handles on the same ring go on.
+
+    A ValueError as from ``put`` and ``get`` of a closed multiprocessing.Queue,
+    and an OSError as from its ``empty`` and from a closed SimpleQueue.
+    """
 
 
 class RingCorrupted(ShmringError):

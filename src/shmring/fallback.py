@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.queues
 import operator
 import os
 import sys
@@ -77,6 +78,11 @@ def _checked_maxsize(maxsize: object) -> int:
     return bound
 
 
+def _stock(ctx: Any) -> Any:
+    """The context of multiprocessing, whose queues serve here, even for one of ours."""
+    return multiprocessing.get_context(None if ctx is None else ctx.get_start_method())
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """What this handle, in this process, has done; a pipe has no counters that all share."""
@@ -125,7 +131,7 @@ class _Handle:
             raise RingClosed("this queue has been closed by this handle")
 
 
-class Queue(_Handle, Generic[T]):
+class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[type-arg]
     """``multiprocessing.Queue`` with the methods of :class:`shmring.Queue`.
 
     Args:
@@ -154,7 +160,7 @@ class Queue(_Handle, Generic[T]):
             _refuse(f"Queue(name={name!r})", "a pipe has no name")
         if max_capacity is not None and max_capacity <= 0:
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
-        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        chosen = _stock(ctx)
         self._codec = find_codec(codec)
         self._inner = self._make(chosen, _checked_maxsize(maxsize))
         self._flag = chosen.RawValue("B", _OPEN)
@@ -354,11 +360,11 @@ class Queue(_Handle, Generic[T]):
         """What this handle, in this process, has done so far."""
         return QueueStatistics(*self._counts)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         # The pipe, the semaphores and the flag refuse by themselves outside of Process arguments.
         return {"_codec": self._codec, "_inner": self._inner, "_flag": self._flag}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Any) -> None:
         vars(self).update(state)
         self._reset()
 
@@ -412,7 +418,7 @@ class Queue(_Handle, Generic[T]):
             pass
 
 
-class JoinableQueue(Queue[T]):
+class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ignore[type-arg]
     """``multiprocessing.JoinableQueue`` with the methods of :class:`shmring.JoinableQueue`."""
 
     @classmethod
@@ -427,7 +433,7 @@ class JoinableQueue(Queue[T]):
         """
         self._inner.task_done()
 
-    def join(self, timeout: float | None = None) -> bool:
+    def join(self, timeout: float | None = None) -> bool:  # type: ignore[override]
         """Wait until every message that was put has been dealt with.
 
         Args:
@@ -451,7 +457,7 @@ class JoinableQueue(Queue[T]):
             pass
 
 
-class SimpleQueue(_Handle, Generic[T]):
+class SimpleQueue(_Handle, Generic[T], multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]
     """``multiprocessing.SimpleQueue`` with the methods of :class:`shmring.SimpleQueue`.
 
     Args:
@@ -462,7 +468,7 @@ class SimpleQueue(_Handle, Generic[T]):
     def __init__(
         self, *, ctx: context.BaseContext | None = None, codec: str | Codec = "pickle"
     ) -> None:
-        chosen: Any = multiprocessing.get_context() if ctx is None else ctx
+        chosen = _stock(ctx)
         self._codec = find_codec(codec)
         self._inner = chosen.SimpleQueue()
         self._opened()

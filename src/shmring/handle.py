@@ -8,6 +8,7 @@ child that is being started, by name to everybody else), and closes it.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import errno
 import multiprocessing.context
 import multiprocessing.reduction
@@ -207,14 +208,27 @@ class SharedHandle(RingHandle):
     def _restore(self, state: dict[str, Any]) -> None:
         pass
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> Any:
         # A child that is being started gets the descriptor; everybody else a name.
         carried: Any
         if multiprocessing.context.get_spawning_popen() is not None:
             carried = multiprocessing.reduction.DupFd(self.fileno())
         else:
             carried = self.name
-        return _rebuilt, (type(self), carried, self._state())
+        return carried, self._state()
+
+    def __setstate__(self, state: Any) -> None:
+        carried, own = state
+        self._restore(own)
+        if isinstance(carried, str):
+            self._join(carried, 0.0)
+        else:
+            self._open(carried.detach(), segment.pid_namespace(), self._user_kind)
+            self._enrol()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In these two steps, so that a subclass may extend what travels.
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
     # ---- ended -----------------------------------------------------------------------------
 
@@ -273,14 +287,3 @@ def _adopt_all() -> None:
 
 
 os.register_at_fork(after_in_child=_adopt_all)
-
-
-def _rebuilt(cls: type[SharedHandle], carried: Any, state: dict[str, Any]) -> SharedHandle:
-    handle = cls.__new__(cls)
-    handle._restore(state)
-    if isinstance(carried, str):
-        handle._join(carried, 0.0)
-    else:
-        handle._open(carried.detach(), segment.pid_namespace(), cls._user_kind)
-        handle._enrol()
-    return handle

@@ -1,7 +1,15 @@
 """Queue, JoinableQueue and SimpleQueue: drop-ins for multiprocessing's.
 
-The names, arguments and exceptions are those of the standard library.  What
-differs on purpose: an object that cannot be pickled raises in ``put``;
+The names, arguments and exceptions are those of the standard library, and
+``isinstance`` holds: Queue and JoinableQueue are subclasses of
+``multiprocessing.queues.Queue``, JoinableQueue and SimpleQueue of their
+namesakes.  Only the type is inherited: no method or private name of theirs is
+used, and the private ones are not there (``_reader``, ``_writer``).
+
+A subclass with attributes of its own sends them along as with the standard
+library: through ``__getstate__`` and ``__setstate__``.
+
+What differs on purpose: an object that cannot be pickled raises in ``put``;
 ``qsize``, ``empty`` and ``full`` are true at an instant during the call;
 ``close`` affects this handle only; there is no feeder thread, so a process can
 always exit.
@@ -9,6 +17,7 @@ always exit.
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import operator
 import pickle
 from typing import Any, Generic, Self, TypeVar
@@ -33,37 +42,12 @@ T = TypeVar("T")
 _FIRST_CAPACITY = 1 << 16  # small: two hundred idle queues fit into a container's 64 MiB
 
 
-class Queue(SharedHandle, ObjectRing, Generic[T]):
-    """A queue between processes, for any number of producers and consumers.
-
-    Args:
-        maxsize: how many objects it holds at most; 0 or less for no limit.
-        ctx: accepted for the sake of the standard library's signature; a queue
-            works under every start method at once.
-        codec: "pickle", "bytes" (nothing is ever unpickled), "msgpack" (extra),
-            or an object with ``dumps`` and ``loads``.
-        max_capacity: bytes to which it may grow; None is half of what /dev/shm,
-            memory and cgroup allow.
-        name: a file in /dev/shm by which others attach; None makes an anonymous
-            queue that leaves nothing behind.
-
-    Raises:
-        RingExists: the name is in use.
-        SharedMemoryFull: /dev/shm has no room.
-        InvalidArgument: an impossible name, codec or capacity.
-    """
+class _ObjectQueue(SharedHandle, ObjectRing, Generic[T]):
+    """What the three have in common."""
 
     _user_kind = 2
 
-    def __init__(
-        self,
-        maxsize: int = 0,
-        *,
-        ctx: Any = None,
-        codec: Any = "pickle",
-        max_capacity: int | None = None,
-        name: str | None = None,
-    ) -> None:
+    def _lay(self, maxsize: int, codec: Any, max_capacity: int | None, name: str | None) -> None:
         try:
             bound = max(0, operator.index(maxsize))
         except TypeError:
@@ -143,12 +127,6 @@ class Queue(SharedHandle, ObjectRing, Generic[T]):
         """
         self._shutdown(immediate)
 
-    def join_thread(self) -> None:
-        """Nothing to do: what was put is in the queue already."""
-
-    def cancel_join_thread(self) -> None:
-        """Nothing to do: a process never waits for its messages to be read."""
-
     # ---- claims, for the coordinator ----------------------------------------------------------
 
     def _claim_open(self) -> int:
@@ -157,10 +135,66 @@ class Queue(SharedHandle, ObjectRing, Generic[T]):
         return super()._claim_open()
 
 
-class JoinableQueue(Queue[T]):
-    """A Queue that counts which objects were worked off."""
+class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type-arg]
+    """A queue between processes, for any number of producers and consumers.
 
-    _user_kind = 2
+    Args:
+        maxsize: how many objects it holds at most; 0 or less for no limit.
+        ctx: accepted for the sake of the standard library's signature; a queue
+            works under every start method at once.
+        codec: "pickle", "bytes" (nothing is ever unpickled), "msgpack" (extra),
+            or an object with ``dumps`` and ``loads``.
+        max_capacity: bytes to which it may grow; None is half of what /dev/shm,
+            memory and cgroup allow.
+        name: a file in /dev/shm by which others attach; None makes an anonymous
+            queue that leaves nothing behind.
+
+    Raises:
+        RingExists: the name is in use.
+        SharedMemoryFull: /dev/shm has no room.
+        InvalidArgument: an impossible name, codec or capacity.
+    """
+
+    _closed_unused = False
+
+    def __init__(
+        self,
+        maxsize: int = 0,
+        *,
+        ctx: Any = None,
+        codec: Any = "pickle",
+        max_capacity: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._lay(maxsize, codec, max_capacity, name)
+
+    def empty(self) -> bool:
+        """Whether there was nothing in the queue at an instant during the call.
+
+        As in the standard library, a handle that was closed before anything was
+        put can still be asked.
+        """
+        return (self.closed and self._closed_unused) or super().empty()
+
+    def close(self) -> None:
+        """Leave the queue: this handle only, others go on.  Twice is allowed.
+
+        What was put stays for them.  The last process to leave a named queue
+        removes its name.  Threads that wait in this handle get RingClosed.
+        """
+        if not self.closed:
+            self._closed_unused = self._put_count() == 0
+        super().close()
+
+    def join_thread(self) -> None:
+        """Nothing to do: what was put is in the queue already."""
+
+    def cancel_join_thread(self) -> None:
+        """Nothing to do: a process never waits for its messages to be read."""
+
+
+class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ignore[type-arg]
+    """A Queue that counts which objects were worked off."""
 
     def task_done(self) -> None:
         """An object that was taken is worked off.
@@ -171,7 +205,7 @@ class JoinableQueue(Queue[T]):
         if not self._task_done():
             raise ValueError("task_done() called too many times")
 
-    def join(self, timeout: float | None = None) -> bool:
+    def join(self, timeout: float | None = None) -> bool:  # type: ignore[override]
         """Wait until every object was worked off.
 
         Args:
@@ -184,8 +218,13 @@ class JoinableQueue(Queue[T]):
         return self._join_all(timeout)
 
 
-class SimpleQueue(Queue[T]):
-    """The small interface: empty, get, put and close."""
+class SimpleQueue(_ObjectQueue[T], multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]
+    """The small interface: empty, get, put and close; the rest is extra.
+
+    Args:
+        ctx: accepted for the sake of the standard library's signature.
+        codec: as for :class:`Queue`.
+    """
 
     def __init__(self, *, ctx: Any = None, codec: Any = "pickle") -> None:
-        super().__init__(ctx=ctx, codec=codec)
+        self._lay(0, codec, None, None)

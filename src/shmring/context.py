@@ -1,0 +1,88 @@
+"""A multiprocessing context whose queues are ours.
+
+>>> import shmring
+>>> ctx = shmring.get_context("spawn")
+>>> queue = ctx.Queue()
+>>> isinstance(queue, shmring.Queue)
+True
+>>> queue.close()
+
+Everything else of the context is multiprocessing's.  So are the queues inside
+of ``Pool``, ``Manager`` and ``concurrent.futures``: they open them up by
+private names, and poll their pipes together with the sentinels of processes.
+A queue of ours goes to them as an argument, and through their queues.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.context
+import sys
+from typing import Any
+
+from shmring._backend import JoinableQueue, Queue, SimpleQueue
+
+__all__ = ["get_context"]
+
+# They are handed a context, call its SimpleQueue(), and read its pipe's private names.
+_OPENERS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
+
+
+class _Queues:
+    """What a context of ours has in place of multiprocessing's."""
+
+    stock: multiprocessing.context.BaseContext  # the one that this stands in for
+
+    def Queue(self, maxsize: int = 0, **options: Any) -> Queue[Any]:
+        """A :class:`shmring.Queue`; `options` are those of its constructor."""
+        return Queue(maxsize, ctx=self.stock, **options)
+
+    def JoinableQueue(self, maxsize: int = 0, **options: Any) -> JoinableQueue[Any]:
+        """A :class:`shmring.JoinableQueue`; `options` are those of its constructor."""
+        return JoinableQueue(maxsize, ctx=self.stock, **options)
+
+    def SimpleQueue(self, **options: Any) -> Any:
+        """A :class:`shmring.SimpleQueue`; `options` are those of its constructor.
+
+        The standard library's own pools get the standard library's.
+        """
+        if not options and sys._getframe(1).f_globals.get("__name__") in _OPENERS:
+            return self.stock.SimpleQueue()
+        return SimpleQueue(ctx=self.stock, **options)
+
+    def Pool(self, *args: Any, **options: Any) -> Any:
+        """multiprocessing's Pool, with the standard library's queues inside."""
+        return self.stock.Pool(*args, **options)
+
+    def get_context(self, method: str | None = None) -> Any:
+        """This context, or ours of another start method."""
+        return self if method is None else get_context(method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_context, (self.stock.get_start_method(),)
+
+
+_contexts: dict[str, Any] = {}
+
+
+def get_context(method: str | None = None) -> Any:
+    """A multiprocessing context whose Queue, JoinableQueue and SimpleQueue are ours.
+
+    Args:
+        method: "fork", "spawn" or "forkserver"; None is the default, which is
+            then settled, as by :func:`multiprocessing.get_context`.
+
+    Returns:
+        The same object for the same start method; a
+        ``multiprocessing.context.BaseContext``.
+
+    Raises:
+        ValueError: this platform has no such start method.
+    """
+    stock = multiprocessing.get_context(method)
+    name = stock.get_start_method()
+    if name not in _contexts:
+        kind = type(stock)
+        ours = type(kind.__name__, (_Queues, kind), {"__module__": __name__, "stock": stock})
+        _contexts.setdefault(name, ours())
+    return _contexts[name]
