@@ -16,6 +16,7 @@ from shmring._backend import (
     SimpleQueue,
     backend,
     cleanup_stale,
+    wait,
 )
 from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import (
@@ -88,5 +89,6 @@ __all__ = [
     "coordinator_process",
     "current_worker",
     "multiprocessing_example",
+    "wait",
     "worker_process",
 ]

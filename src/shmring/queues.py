@@ -14,7 +14,7 @@ import pickle
 from typing import Any, Generic, Self, TypeVar
 
 from shmring import segment
-from shmring._queue import ObjectRing
+from shmring.aio import AwaitableRing
 from shmring.codec import (
     BytesCodec,
     PickleCodec,
@@ -33,7 +33,7 @@ T = TypeVar("T")
 _FIRST_CAPACITY = 1 << 16  # small: two hundred idle queues fit into a container's 64 MiB
 
 
-class Queue(SharedHandle, ObjectRing, Generic[T]):
+class Queue(SharedHandle, AwaitableRing, Generic[T]):
     """A queue between processes, for any number of producers and consumers.
 
     Args:
