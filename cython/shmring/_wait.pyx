@@ -18,8 +18,8 @@ from shmring._handle cimport RingHandle, deadline_of
 from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel
 from shmring._sync cimport (
-    SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64, load_acquire32,
-    load_acquire64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
+    SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64, handle_enter, handle_leave,
+    load_acquire32, load_acquire64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
 )
 
 sync_start()  # _core has checked that the kernel can do it
@@ -262,17 +262,20 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
 
 def ready_now(RingHandle ring):
     """Whether a get would return or raise at once; does not wait for a lock."""
-    cdef int result
-    if ring.closed:
-        return True
-    result = look(ring, 0)
+    cdef int result = DONE
+    handle_enter(&ring.inside)
+    if not ring.closed:
+        result = look(ring, 0)
+    handle_leave(&ring.inside)
     return result != EMPTY and not in_the_way(result)
 
 
 def pass_on(RingHandle ring):
     """Pass the baton: a wake was taken and a message was not."""
+    handle_enter(&ring.inside)
     if not ring.closed:
         ring.pass_baton()
+    handle_leave(&ring.inside)
 
 
 cdef class Outgoing:
@@ -299,14 +302,16 @@ cdef class Outgoing:
     def put(self):
         """One attempt: whether it went in.  Raises as Queue.put does."""
         cdef Py_ssize_t done = 0
-        cdef int result
         cdef Item *item = &self.item if self.parcel is None else &self.parcel.item
         cdef RingHandle ring = self.ring
-        ring.check_open()
-        self.seen = load_acquire64(&ring.header.read_position)
-        if ring.put_or_wait(item, 1, NULL, False, None) != 0:
-            return True
-        ring.check_open()
-        # once more, so that smaller messages of others do not take the room for ever
-        result = ring.put_items(item, 1, &done, NULL, IS_WAITING)
-        return result == DONE
+        handle_enter(&ring.inside)
+        try:
+            ring.check_open()
+            self.seen = load_acquire64(&ring.header.read_position)
+            if ring.put_or_wait(item, 1, NULL, False, None) != 0:
+                return True
+            ring.check_open()
+            # once more, so that smaller messages of others do not take the room for ever
+            return ring.put_items(item, 1, &done, NULL, IS_WAITING) == DONE
+        finally:
+            handle_leave(&ring.inside)

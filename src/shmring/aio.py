@@ -75,8 +75,9 @@ class AwaitableRing(ObjectRing):
     async def aput(self, obj: Any) -> None:
         """Put one object, in an asyncio program; waits only where `put` would.
 
-        It is encoded when the call begins.  Calls on one handle are served in
-        their order; a call that is cancelled has put nothing.
+        It is encoded when the call begins; large buffers, such as arrays, are
+        read when it goes in.  Calls on one handle are served in their order; a
+        call that is cancelled has put nothing.
 
         Raises:
             EncodeError: the object cannot be encoded; nothing was put.
