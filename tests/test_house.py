@@ -21,10 +21,12 @@ CYTHON = ROOT / "cython" / "shmring"
 # The compiled modules share a floor, and may import one another.
 FLOORS = [
     ["errors"],
-    ["_core", "_handle", "_ring", "_queue", "_memory"],
+    ["_core", "_handle", "_ring", "_queue", "_memory", "_wait"],
     ["_deadline"],
     ["segment"],
     ["handle"],
+    ["aio"],
+    ["waiting"],
     ["memory"],
     ["arrays"],
     ["blame"],

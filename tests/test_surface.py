@@ -145,6 +145,7 @@ def test_an_impossible_timeout_is_an_error_as_in_queue_dot_queue(timeout: float)
         assert queue.get_many() == [1]
 
 
+@pytest.mark.parametrize("kind", [Queue, JoinableQueue])
 def test_a_queue_closed_before_use_is_empty(kind: type[Queue[Any]]) -> None:
     queue = kind()
     queue.close()

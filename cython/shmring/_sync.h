@@ -380,4 +380,78 @@ static inline int wait_sleep(uint32_t *word, uint32_t announced, int64_t nanosec
     return result;
 }
 
+/* ---- many words at once ----------------------------------------------------------
+ *
+ * futex_waitv (Linux 5.16) sleeps on up to 128 words.  A bell is a word of this
+ * process that ends such a sleep: 0 is silent, 1 was rung; it has one sleeper.
+ */
+#define SYNC_WORDS_MOST 127 /* and a bell */
+/* Where the kernel watches one word only: the slice for several, and for one and a bell. */
+#define SYNC_ABSENT_NS 2000000LL
+#define SYNC_ABSENT_BELL_NS 10000000LL
+
+typedef struct {
+    uint64_t value;
+    uint64_t address;
+    uint32_t flags;
+    uint32_t reserved;
+} sync_watched; /* struct futex_waitv, which old headers lack */
+
+static int sync_waitv_absent; /* found out with the first sleep, or set by a test */
+
+static inline int sync_set_waitv_absent(int absent)
+{
+    int before = sync_waitv_absent;
+    sync_waitv_absent = absent;
+    return before;
+}
+
+static inline void bell_ring(uint32_t *bell)
+{
+    if (__atomic_exchange_n(bell, 1, __ATOMIC_SEQ_CST) == 0)
+        futex_wake(bell, INT_MAX);
+}
+
+/* Silences it; whoever heard it then looks at what it was rung for. */
+static inline int bell_heard(uint32_t *bell) { return (int)__atomic_exchange_n(bell, 0, __ATOMIC_SEQ_CST); }
+
+/* As wait_sleep, on all of `words` and on `bell` (which may be NULL). */
+SYNC_SLOW void wait_sleep_many(uint32_t *const *words, const uint32_t *announced, int count,
+                               uint32_t *bell, int64_t nanoseconds)
+{
+    sync_watched watched[SYNC_WORDS_MOST + 1];
+    int all = 0;
+    if (nanoseconds > SYNC_SLICE_NS)
+        nanoseconds = SYNC_SLICE_NS;
+    for (; all < count; all++) {
+        watched[all].value = announced[all];
+        watched[all].address = (uint64_t)(uintptr_t)words[all];
+        watched[all].flags = 2; /* 32 bits, and not PRIVATE */
+        watched[all].reserved = 0;
+    }
+    if (bell != NULL) {
+        watched[all].value = 0;
+        watched[all].address = (uint64_t)(uintptr_t)bell;
+        watched[all].flags = 2;
+        watched[all].reserved = 0;
+        all++;
+    }
+    if (nanoseconds > 0 && all > 1 && !sync_waitv_absent) {
+        int64_t until = monotonic_ns() + nanoseconds;
+        struct timespec t = {until / 1000000000LL, until % 1000000000LL};
+        if (syscall(449, watched, all, 0, &t, CLOCK_MONOTONIC) < 0 && (errno == ENOSYS || errno == EPERM))
+            sync_waitv_absent = 1; /* EPERM: a container's filter that does not know it */
+    } else if (nanoseconds > 0 && all > 0) {
+        int64_t absent = count > 1 ? SYNC_ABSENT_NS : SYNC_ABSENT_BELL_NS;
+        if (all > 1 && nanoseconds > absent)
+            nanoseconds = absent;
+        futex_wait((uint32_t *)(uintptr_t)watched[0].address, (uint32_t)watched[0].value, nanoseconds);
+    } else if (nanoseconds > 0) {
+        nap_ns(nanoseconds);
+    }
+    for (all = 0; all < count; all++)
+        __atomic_fetch_and(words[all], ~WAIT_WOKEN, __ATOMIC_SEQ_CST);
+    fence_full();
+}
+
 #endif

@@ -16,6 +16,7 @@ from shmring._backend import (
     SimpleQueue,
     backend,
     cleanup_stale,
+    wait,
 )
 from shmring.context import get_context
 from shmring.coordinator import Progress, Report, coordinator_process
@@ -90,5 +91,6 @@ __all__ = [
     "current_worker",
     "get_context",
     "multiprocessing_example",
+    "wait",
     "worker_process",
 ]

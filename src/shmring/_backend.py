@@ -18,6 +18,7 @@ __all__ = [
     "SimpleQueue",
     "backend",
     "cleanup_stale",
+    "wait",
 ]
 
 
@@ -28,7 +29,7 @@ def _choose() -> Literal["ring", "queue"]:
     if wanted == "queue":
         return "queue"
     try:
-        from shmring import _memory, _queue, _ring  # noqa: F401
+        from shmring import _memory, _queue, _ring, _wait  # noqa: F401
     except ImportError as error:
         if wanted == "ring":
             raise
@@ -49,6 +50,7 @@ if TYPE_CHECKING or backend == "ring":
     from shmring.queues import JoinableQueue, Queue, SimpleQueue
     from shmring.ring import Ring
     from shmring.segment import cleanup_stale
+    from shmring.waiting import wait
 else:
     from shmring.fallback import (
         JoinableQueue,
@@ -57,4 +59,5 @@ else:
         SharedMemoryManager,
         SimpleQueue,
         cleanup_stale,
+        wait,
     )

@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
-from multiprocessing import context
+from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
 from shmring.codec import Codec, find_codec
@@ -47,6 +47,7 @@ __all__ = [
     "SharedMemoryManager",
     "SimpleQueue",
     "cleanup_stale",
+    "wait",
 ]
 
 T = TypeVar("T")
@@ -287,6 +288,22 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """Take one message, or raise :class:`Empty` at once."""
         return self.get(block=False)
 
+    async def aget(self) -> T:
+        """Only on the ring.
+
+        Raises:
+            NotSupportedByFallback: always.
+        """
+        _refuse("Queue.aget()", "a blocked read of a pipe cannot be cancelled without a loss")
+
+    async def aput(self, obj: T) -> None:
+        """Only on the ring.
+
+        Raises:
+            NotSupportedByFallback: always.
+        """
+        _refuse("Queue.aput()", "a wait for a semaphore cannot be cancelled")
+
     def get_many(
         self, max_items: int | None = None, block: bool = True, timeout: float | None = None
     ) -> list[T]:
@@ -521,3 +538,36 @@ class Ring:
     def attach(cls, *args: object, **kwargs: object) -> NoReturn:
         """Raises :class:`NotSupportedByFallback`, always."""
         _refuse("Ring.attach()", "a pipe has no name")
+
+
+def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
+    """As :func:`shmring.wait`, on the pipes of the queues.
+
+    A queue is ready when something is in its pipe, or it was shut down.
+
+    Raises:
+        RingClosed: a queue is closed.
+        InvalidArgument: nothing to wait for, and no time-out.
+    """
+    objects = list(object_list)
+    if not objects and timeout is None:
+        raise InvalidArgument("object_list is empty: this would wait for ever")
+    queues = [each for each in objects if isinstance(each, Queue | SimpleQueue)]
+    sources: dict[int, Any] = {}
+    for each in objects:
+        if isinstance(each, Queue | SimpleQueue):
+            each._check_open()
+            sources[id(each)] = each._inner._reader
+        else:
+            sources[id(each)] = getattr(each, "sentinel", each)
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    while True:
+        shut = {id(q) for q in queues if isinstance(q, Queue) and q._flag.value != _OPEN}
+        left = 0.0 if shut else max(0.0, deadline - time.monotonic())
+        if queues:
+            left = min(left, _SLICE)
+        unique = {id(source): source for source in sources.values()}.values()
+        found = connection.wait(unique, None if left == float("inf") else left)
+        ready = shut | {key for key, source in sources.items() if source in found}
+        if ready or time.monotonic() >= deadline:
+            return [each for each in objects if id(each) in ready]

@@ -12,7 +12,7 @@ library: through ``__getstate__`` and ``__setstate__``.
 What differs on purpose: an object that cannot be pickled raises in ``put``;
 ``qsize``, ``empty`` and ``full`` are true at an instant during the call;
 ``close`` affects this handle only; there is no feeder thread, so a process can
-always exit.
+always exit; a timeout below 0 raises, as in :mod:`queue`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pickle
 from typing import Any, Generic, Self, TypeVar
 
 from shmring import segment
-from shmring._queue import ObjectRing
+from shmring.aio import AwaitableRing
 from shmring.codec import (
     BytesCodec,
     PickleCodec,
@@ -42,7 +42,7 @@ T = TypeVar("T")
 _FIRST_CAPACITY = 1 << 16  # small: two hundred idle queues fit into a container's 64 MiB
 
 
-class _ObjectQueue(SharedHandle, ObjectRing, Generic[T]):
+class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
     """What the three have in common."""
 
     _user_kind = 2

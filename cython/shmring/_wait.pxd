@@ -1,0 +1,23 @@
+"""The map of waiting on many: readiness, bells, and objects on their way in."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmring._core cimport Item, Segment
+from shmring._handle cimport RingHandle
+from shmring._queue cimport ObjectRing, Parcel
+
+# Ends the sleep of one thread of this process.
+cdef class Bell:
+    cdef uint32_t word  # see _sync.h
+
+# An object that was encoded once and is put as often as it takes.
+cdef class Outgoing:
+    cdef ObjectRing ring
+    cdef object encoded  # bytes, or
+    cdef Parcel parcel  # what the codec made of it
+    cdef Segment segment
+    cdef Item item
+    cdef uint64_t seen  # where consumers stood before the last attempt
+
+cdef int look(RingHandle ring, int flags) noexcept nogil
+cdef bint is_ready(RingHandle ring) except -1
