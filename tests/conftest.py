@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 from collections.abc import Iterator
 
 import pytest
 
-from support import SHARED_MEMORY, shared_memory_names, used_by_others
+from support import SHARED_MEMORY, shared_memory_names, used_by_others, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,14 @@ def nothing_left_in_shared_memory() -> Iterator[None]:
     if not shared_memory_names() - before:
         return
     gc.collect()
-    left = sorted(name for name in shared_memory_names() - before if not used_by_others(name))
+
+    def leftovers() -> list[str]:
+        return sorted(name for name in shared_memory_names() - before if not used_by_others(name))
+
+    # another run on this machine may be between making a name and mapping it
+    with contextlib.suppress(TimeoutError):
+        wait_for(lambda: not leftovers(), timeout=2, what="names to go", dump=False)
+    left = leftovers()
     for name in left:
         (SHARED_MEMORY / name).unlink(missing_ok=True)
     if left:

@@ -16,7 +16,9 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def wait_for(condition: Callable[[], object], timeout: float = 10, what: str = "") -> None:
+def wait_for(
+    condition: Callable[[], object], timeout: float = 10, what: str = "", *, dump: bool = True
+) -> None:
     """Return as soon as ``condition()`` is true.
 
     After ``timeout`` seconds, print the traceback of every thread and raise
@@ -26,7 +28,8 @@ def wait_for(condition: Callable[[], object], timeout: float = 10, what: str = "
     pause = threading.Event()
     while not condition():
         if time.monotonic() > deadline:
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            if dump:
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
             raise TimeoutError(f"waited {timeout} s in vain for {what or condition}")
         pause.wait(0.005)
 
