@@ -21,6 +21,7 @@ CYTHON = ROOT / "cython" / "shmring"
 # The compiled modules share a floor, and may import one another.
 FLOORS = [
     ["errors"],
+    ["trouble"],
     ["_core", "_handle", "_ring", "_queue", "_memory", "_wait"],
     ["_deadline"],
     ["segment"],

@@ -9,7 +9,7 @@ look; take the GIL, check signals.
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EBADF, EFBIG, EILSEQ, EMFILE, ENFILE, ENOMEM, ENOSPC
+from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -34,9 +34,9 @@ from shmring._sync cimport (
 )
 
 import errno
-import logging
 import os
 
+from shmring import trouble
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -45,7 +45,6 @@ from shmring.errors import (
     RingClosed,
     RingCorrupted,
     RingExists,
-    SharedMemoryFull,
     ShutDown,
 )
 
@@ -63,8 +62,6 @@ cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this lo
 cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
 cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
-
-logger = logging.getLogger("shmring")
 
 sync_start()  # _core has checked that the kernel can do it
 
@@ -354,12 +351,9 @@ cdef class RingHandle(RingCore):
 
     cdef int say_full(self) except -1:
         """Once a handle: what was meant to grow waits."""
-        why = f"max_capacity={self.header.max_capacity} (unless given, half of shared memory) is reached"
-        if self.full_seen == FULL_MEMORY:
-            why = "the file system of shared memory is full"
+        limit = None if self.full_seen == FULL_MEMORY else self.header.max_capacity
         self.full_seen = FULL_SAID
-        logger.warning("%s: put waits for a reader; enlarge /dev/shm (for containers: --shm-size)"
-                       " or bound the queue with maxsize or max_capacity", why)
+        trouble.say_full(limit)
         return 0
 
     # ---- take -------------------------------------------------------------------------------
@@ -455,6 +449,8 @@ cdef class RingHandle(RingCore):
                     if self.closed or not block or monotonic_ns() >= until:
                         self.pass_baton()
                         break
+                    if self.name_gone != 2 and load_relaxed32(&self.header.named) != 0:
+                        self.look_for_name()
             finally:
                 fetch_add64(&self.inside, -1)
             if result == DONE or result == PARTIAL:
@@ -466,6 +462,17 @@ cdef class RingHandle(RingCore):
             return result
         finally:
             handle_leave(&self.inside)
+
+    cdef int look_for_name(self) except -1:
+        """Once a handle, when two slices found no name: a new one is marked before it appears."""
+        if not trouble.name_is_gone(self.fd):
+            self.name_gone = 0
+            return 0
+        self.name_gone += 1
+        if self.name_gone == 2:
+            _, token, name = self._identity()
+            trouble.say_name_is_gone(name, token)
+        return 0
 
     cdef int take_into(self, Take *take) except -1:
         cdef int result
@@ -521,33 +528,16 @@ cdef class RingHandle(RingCore):
         return 0
 
     cdef int raise_outcome(self, int outcome) except -1:
-        cdef uint32_t reason
         if outcome == SHUT:
             raise ShutDown(f"{type(self).__name__} is shut down")
         if outcome == CLAIM_HELD:
             raise RuntimeError("the claim of the previous message was not released: answer it first")
         if outcome == CORRUPT:
-            reason = load_relaxed32(&self.header.poisoned)
-            if reason == 0:
-                raise RingCorrupted("a lock word names a thread that does not exist; recreate the ring")
-            raise RingCorrupted({
-                POISON_POSITIONS: f"impossible positions: written up to {self.header.write_position}, read up to"
-                f" {self.header.read_position}",
-                POISON_FRAME: f"the frame at position {self.header.read_position} is not one that shmring wrote",
-                POISON_AREA: f"the record of an area (generations {self.header.read_generation} to"
-                f" {self.header.write_generation}) points outside the file",
-            }.get(reason, f"poisoned for an unknown reason {reason}") + "; recreate the ring")
-        if outcome == -ENOSPC or outcome == -EFBIG:
-            raise SharedMemoryFull(
-                -outcome, "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)"
-                if outcome == -ENOSPC else "RLIMIT_FSIZE does not allow the ring to grow for this message"
-            )
-        if outcome == -EBADF:
-            raise OSError(EBADF, "the ring's file descriptor was closed, or reused, behind its back")
-        if outcome == -EMFILE or outcome == -ENFILE or outcome == -ENOMEM:
-            raise OSError(-outcome, f"{os.strerror(-outcome)} while mapping a grown area; nothing is lost, try again")
+            raise trouble.corrupted({
+                0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
+            }.get(load_relaxed32(&self.header.poisoned)), self.header.write_position, self.header.read_position)
         if outcome < 0:
-            raise OSError(-outcome, os.strerror(-outcome))
+            raise trouble.system_error(-outcome)
         raise RuntimeError(f"outcome {outcome} has no exception")
 
     # ---- asked ---------------------------------------------------------------------------------

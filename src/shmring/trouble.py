@@ -1,0 +1,71 @@
+"""What the compiled ring says when the system fails it: errors and lines in the log."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+from shmring.errors import RingCorrupted, SharedMemoryFull
+
+__all__ = ["corrupted", "name_is_gone", "say_full", "say_name_is_gone", "system_error"]
+
+_logger = logging.getLogger("shmring")
+
+_TEXTS = {
+    errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)",
+    errno.EFBIG: "RLIMIT_FSIZE does not allow the ring to grow for this message",
+    errno.EBADF: "the ring's file descriptor was closed, or reused, behind its back",
+}
+_RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def system_error(number: int) -> OSError:
+    """The exception for what a system call said to a put or a get."""
+    text = _TEXTS.get(number, os.strerror(number))
+    if number in _RUN_OUT:
+        text += " while mapping a grown area; nothing is lost, try again"
+    kind = SharedMemoryFull if number in (errno.ENOSPC, errno.EFBIG) else OSError
+    return kind(number, text)
+
+
+def corrupted(found: str | None, written: int, read: int) -> RingCorrupted:
+    """The exception for a poisoned ring: what was found, and the positions now."""
+    text = {
+        "nobody": "a lock word names a thread that does not exist",
+        "positions": "impossible positions",
+        "frame": f"the frame at position {read} is not one that shmring wrote",
+        "area": "the record of an area points outside the file",
+        None: "poisoned for an unknown reason",
+    }[found]
+    return RingCorrupted(f"{text} (written up to {written}, read up to {read}); recreate the ring")
+
+
+def say_full(limit: int | None) -> None:
+    """A put that was to grow waits: at `limit` bytes, or, with None, for want of memory."""
+    why = "the file system of shared memory is full"
+    if limit is not None:
+        why = f"max_capacity={limit} (unless given, half of shared memory) is reached"
+    _logger.warning(
+        "%s: put waits for a reader; enlarge /dev/shm (for containers: --shm-size)"
+        " or bound the queue with maxsize or max_capacity",
+        why,
+    )
+
+
+def name_is_gone(fd: int) -> bool:
+    """Was the last name of this file removed?  No, if the descriptor tells nothing."""
+    try:
+        return os.fstat(fd).st_nlink == 0
+    except OSError:
+        return False
+
+
+def say_name_is_gone(name: bytes, token: int) -> None:
+    """A get waits on a ring that nobody can attach to any more."""
+    label = os.fsdecode(name) if name else f"shmring-{token:016x}"
+    _logger.warning(
+        "/dev/shm/%s was removed while get waits: only those that have it open already can put;"
+        " unless one of them does, make the queue anew",
+        label,
+    )

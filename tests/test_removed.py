@@ -1,0 +1,98 @@
+"""A segment that somebody removes, or cuts, behind the back of those who use it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from shmring import Queue, Ring, RingNotFound
+from support import run_in_process, wait_for
+
+NAME = "test-removed"
+PATH = f"/dev/shm/{NAME}"
+
+
+def _answer(name: str) -> None:
+    with Queue.attach(name, timeout=30) as queue:
+        queue.put("attached")
+        wait_for(lambda: not os.path.exists(f"/dev/shm/{name}"))
+        for i in range(1000):
+            queue.put(bytes(i * 10))  # it grows, too
+
+
+def test_those_who_are_attached_go_on_and_nobody_else_can_join():
+    with Queue(name=NAME) as queue, run_in_process(_answer, NAME, method="spawn") as child:
+        assert queue.get(timeout=60) == "attached"
+        os.unlink(PATH)
+        assert [len(queue.get(timeout=30)) for _ in range(1000)] == [i * 10 for i in range(1000)]
+        with pytest.raises(RingNotFound, match=f"{NAME}.*does not exist"):
+            Queue.attach(NAME)
+        child.join(30)
+        assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_get_that_waits_says_that_the_name_was_removed(caplog, given):
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+    with Queue(name=NAME if given else None) as queue:
+        waiter = threading.Thread(target=lambda: [queue.get(timeout=60) for _ in range(2)])
+        waiter.start()
+        name = queue.name  # made now, if none was given, while the get waits
+        wait_for(lambda: queue.statistics().consumers_waiting)
+        assert not said()
+        os.unlink(f"/dev/shm/{name}")
+        wait_for(said)
+        queue.put("goes on")
+        queue.put("and ends")
+        waiter.join(60)
+        assert not waiter.is_alive()
+        assert len(said()) == 1
+        assert f"/dev/shm/{name} was removed" in said()[0]
+
+
+def test_a_name_given_up_on_purpose_is_no_trouble(caplog):
+    with Queue(name=NAME) as queue:
+        queue.unlink()
+        waiter = threading.Thread(target=lambda: queue.get(timeout=60))
+        waiter.start()
+        waiter.join(0.5)  # several slices
+        queue.put("done")
+        waiter.join(60)
+        assert not caplog.records
+
+
+def test_the_name_can_be_used_anew_and_both_go_on():
+    with Queue(name=NAME) as old:
+        os.unlink(PATH)
+        with Queue(name=NAME) as new:
+            old.put("old")
+            with Queue.attach(NAME) as attached:
+                attached.put("new")
+            assert (old.get(), new.get()) == ("old", "new")
+            old.close()  # and leaves the name to the other
+            assert os.path.exists(PATH)
+    assert not os.path.exists(PATH)
+
+
+def test_a_file_cut_short_ends_its_users_at_once():
+    """As with any mapped file the kernel sends SIGBUS: nobody waits for ever."""
+    program = f"import shmring; shmring.Ring.attach({NAME!r}).get()"
+    with Ring.create(name=NAME) as ring:
+        child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: ring.statistics().consumers_waiting, timeout=60)
+            ring.close()
+            os.truncate(PATH, 0)
+            assert child.wait(30) == -signal.SIGBUS
+        finally:
+            child.kill()
+            child.wait()
+            os.unlink(PATH)
