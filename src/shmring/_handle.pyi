@@ -1,12 +1,10 @@
 """What every user of a ring has: made, waited on, asked, closed."""
 
-import logging
 from typing import Any
 
 from shmring._core import RingCore
 
 LAYOUT: dict[str, int]
-logger: logging.Logger
 
 class RingHandle(RingCore):
     closed: bool
