@@ -33,6 +33,7 @@ def queue(ctx: Any) -> Iterator[Queue[Any]]:
 # ---- what it is ----------------------------------------------------------------------------
 
 
+@pytest.mark.both_backends
 def test_the_queues_are_ours_and_the_rest_is_multiprocessings(ctx: Any) -> None:
     stock = multiprocessing.get_context(ctx.get_start_method())
     with (
@@ -64,6 +65,7 @@ def test_options_of_ours_are_taken(ctx: Any) -> None:
         assert queue.get() == b"raw"
 
 
+@pytest.mark.both_backends
 def test_there_is_one_for_each_start_method(ctx: Any) -> None:
     assert shmring.get_context(ctx.get_start_method()) is ctx
     assert ctx.get_context() is ctx
@@ -81,6 +83,7 @@ def _double(inbox: Queue[int], outbox: JoinableQueue[int]) -> None:
         outbox.put(2 * number)
 
 
+@pytest.mark.both_backends
 def test_processes_of_the_context_use_them(ctx: Any) -> None:
     with ctx.Queue() as inbox, ctx.JoinableQueue() as outbox:
         worker = ctx.Process(target=_double, args=(inbox, outbox))

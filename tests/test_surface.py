@@ -121,6 +121,53 @@ def test_a_subclass_with_attributes_of_its_own(start_method: str) -> None:
         copy.close()
 
 
+class Shadowing(JoinableQueue[Any]):
+    """With attributes whose names ours have, and theirs have not."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.name = "shadowing"
+        self.capacity = self.max_capacity = self.largest = 5
+        self.closed = True
+
+    def fileno(self) -> int:
+        raise OSError("no pipe")
+
+    def __getstate__(self) -> Any:
+        return vars(self)["name"], super().__getstate__()
+
+    def __setstate__(self, state: Any) -> None:
+        name, ours = state
+        super().__setstate__(ours)
+        self.name = name
+
+
+def _put_name(queue: Queue[Any]) -> None:
+    queue.put(queue.name)
+
+
+def test_a_subclass_may_use_names_of_ours(start_method: str) -> None:
+    with Shadowing() as queue:
+        with run_in_process(_put_name, queue, method=start_method) as child:
+            assert queue.get(timeout=60) == "shadowing"
+            child.join(60)
+        queue.task_done()
+        copy = pickle.loads(pickle.dumps(queue))
+        copy.put(copy.name)
+        copy.closed = False
+        copy.close()
+        assert queue.get_nowait() == "shadowing"
+        assert queue.capacity == 5
+        assert "anonymous" not in repr(queue)
+    with pytest.raises(ValueError, match="is closed"):
+        queue.put(1)
+    with Queue[int](name="test-surface-name") as plain:
+        assert plain.name == "test-surface-name"
+        assert plain.capacity <= plain.max_capacity
+        assert not plain.closed
+    assert plain.closed
+
+
 # ---- arguments -----------------------------------------------------------------------------
 
 

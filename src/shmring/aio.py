@@ -23,6 +23,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from shmring._queue import ObjectRing
@@ -34,6 +35,9 @@ __all__ = ["AwaitableRing"]
 # Who has just been served probably asks again: the thread waits for him this long, in
 # seconds; and so often it looks whether a loop that stopped runs again.
 _LINGER = 0.02
+
+# Past what a subclass may have called closed itself.
+_is_closed: Callable[[ObjectRing], bool] = ObjectRing.closed.__get__  # type: ignore[attr-defined]
 
 
 class AwaitableRing(ObjectRing):
@@ -181,7 +185,7 @@ class _Desk:
             self._linger = served
             following = self._next(line)
             if following is not None and (
-                ready_now(ring) if line is self.getters else served or ring.closed
+                ready_now(ring) if line is self.getters else served or _is_closed(ring)
             ):
                 following.call()
                 return

@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -31,6 +32,9 @@ __all__ = ["RingStatistics", "SharedHandle"]
 
 _POLL_S = 0.002
 _CREATION_GRACE_S = 1.0  # what an attacher grants a creator that has begun
+
+# Here and below: past what a subclass may have called closed, fileno or name itself.
+_closed_of: Callable[[RingHandle], bool] = RingHandle.closed.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +164,12 @@ class SharedHandle(RingHandle):
         multiprocessing.util.register_after_fork(self, SharedHandle._after_fork)
 
     def _after_fork(self) -> None:
-        if not self.closed:
+        if not self._ended:
             self._pid = os.getpid()
             self._exit = segment.at_exit(self)
 
     def _leave(self) -> None:
-        if not self.closed:
+        if not self._ended:
             # a view may live to the end: the name is then reclaimed by the next who wants it
             with contextlib.suppress(BufferError, OSError):
                 self.close()
@@ -180,11 +184,14 @@ class SharedHandle(RingHandle):
     @property
     def name(self) -> str:
         """The file in /dev/shm; an anonymous ring is given a name when first asked."""
+        return self._linked_name()
+
+    def _linked_name(self) -> str:
         named = self._identity()[0]
         name = self._own_name()
         if not named:
             self._set_named(True)  # before: so that whoever is last looks for it
-            segment.link(self.fileno(), name)
+            segment.link(RingHandle.fileno(self), name)
         return name
 
     def unlink(self) -> None:
@@ -195,7 +202,7 @@ class SharedHandle(RingHandle):
         """
         if not self._identity()[0]:
             raise RingNotFound(errno.ENOENT, f"this {type(self).__name__} has no name")
-        found = os.fstat(self.fileno())
+        found = os.fstat(RingHandle.fileno(self))
         segment.unlink(self._own_name(), (found.st_dev, found.st_ino))
         self._set_named(False)
 
@@ -212,9 +219,9 @@ class SharedHandle(RingHandle):
         # A child that is being started gets the descriptor; everybody else a name.
         carried: Any
         if multiprocessing.context.get_spawning_popen() is not None:
-            carried = multiprocessing.reduction.DupFd(self.fileno())
+            carried = multiprocessing.reduction.DupFd(RingHandle.fileno(self))
         else:
-            carried = self.name
+            carried = self._linked_name()
         return carried, self._state()
 
     def __setstate__(self, state: Any) -> None:
@@ -232,6 +239,10 @@ class SharedHandle(RingHandle):
 
     # ---- ended -----------------------------------------------------------------------------
 
+    @property
+    def _ended(self) -> bool:
+        return _closed_of(self)
+
     def statistics(self) -> RingStatistics:
         """A snapshot of what stands in the header; works from every process."""
         return RingStatistics(**self._statistics())
@@ -245,11 +256,11 @@ class SharedHandle(RingHandle):
         Raises:
             BufferError: a view lives; close again after its end.
         """
-        if self.closed:
+        if self._ended:
             return
         named = self._identity()[0]
         name = self._own_name()
-        found = os.fstat(self.fileno())
+        found = os.fstat(RingHandle.fileno(self))
         self._close()
         self._exit.cancel()
         if named:
@@ -262,7 +273,7 @@ class SharedHandle(RingHandle):
         self.close()
 
     def __del__(self) -> None:
-        if self.closed or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
+        if self._ended or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
             return
         warnings.warn(
             f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
@@ -270,7 +281,7 @@ class SharedHandle(RingHandle):
         self._leave()
 
     def __repr__(self) -> str:
-        if self.closed:
+        if self._ended:
             return f"<{type(self).__module__}.{type(self).__name__} closed>"
         named = self._identity()[0]
         label = self._own_name() if named else "anonymous"

@@ -23,6 +23,7 @@ import pickle
 from typing import Any, Generic, Self, TypeVar
 
 from shmring import segment
+from shmring._handle import RingHandle
 from shmring.aio import AwaitableRing
 from shmring.codec import (
     BytesCodec,
@@ -131,8 +132,27 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 
     def _claim_open(self) -> int:
         # the page is backed only when the first worker asks for it
-        segment.allocate(self.fileno(), 4096, 4096)
+        segment.allocate(RingHandle.fileno(self), 4096, 4096)
         return super()._claim_open()
+
+
+class _Shadowable:
+    """A property that gives way to an attribute of the same name, set on a queue.
+
+    Programs subclass queues and keep a ``name`` or a ``capacity`` in them, of
+    which the standard library's queues know nothing.
+    """
+
+    def __init__(self, shown: Any) -> None:
+        self._shown = shown
+        self.__doc__ = shown.__doc__
+
+    def __get__(self, queue: Any, cls: type | None = None) -> Any:
+        return self if queue is None else self._shown.__get__(queue, cls)
+
+
+for _each in ("capacity", "closed", "largest", "max_capacity", "name"):
+    setattr(_ObjectQueue, _each, _Shadowable(getattr(SharedHandle, _each)))
 
 
 class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type-arg]
@@ -174,7 +194,7 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
         As in the standard library, a handle that was closed before anything was
         put can still be asked.
         """
-        return (self.closed and self._closed_unused) or super().empty()
+        return (self._ended and self._closed_unused) or super().empty()
 
     def close(self) -> None:
         """Leave the queue: this handle only, others go on.  Twice is allowed.
@@ -182,7 +202,7 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
         What was put stays for them.  The last process to leave a named queue
         removes its name.  Threads that wait in this handle get RingClosed.
         """
-        if not self.closed:
+        if not self._ended:
             self._closed_unused = self._put_count() == 0
         super().close()
 
