@@ -185,7 +185,8 @@ def test_get_many_takes_what_is_there_and_not_what_comes():
     with Ring.create(1 << 16) as ring, run_in_process(_flood, ring):
         wait_for(lambda: ring.statistics().producers_waiting)
         for _ in range(20):
-            assert len(ring.get_many(timeout=10)) <= (1 << 16) // 40
+            # a full ring, and one that was taken before the look at what is there
+            assert len(ring.get_many(timeout=10)) <= (1 << 16) // 40 + 1
 
 
 def _flood(ring: Ring) -> None:

@@ -88,7 +88,7 @@ cdef class RingCore:
     cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                        uint64_t *position, int flags) noexcept nogil
     cdef int take(self, Take *take, int flags) noexcept nogil
-    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
     cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil

@@ -586,10 +586,11 @@ cdef class RingCore:
         if wanted < self.consumer_mapping.capacity and area_may_shrink(h):
             self.oversized = wanted
 
-    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most,
+    cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil:
         """Take up to `most` whole messages, frames and all, that fit into the
-        room: copied as one span, split by the caller after unlocking."""
+        room and begin before position `stop`: copied as one span, split by the
+        caller after unlocking."""
         cdef Take found
         cdef Frame *frame
         cdef uint64_t pos, end, length
@@ -606,7 +607,7 @@ cdef class RingCore:
         if result == DONE:
             m = self.consumer_mapping
             pos = end = found.position
-            while count < most and end < self.known_limit:
+            while count < most and end < self.known_limit and (end < stop or count == 0):
                 frame = <Frame *>(m.data + (end & m.mask))
                 length = load_relaxed64(&frame.length)
                 if (load_acquire32(&frame.state) != SHMRING_WHOLE or load_relaxed64(&frame.position) != end

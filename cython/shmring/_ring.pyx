@@ -212,7 +212,7 @@ cdef class BytesRing(RingHandle):
         try:
             while (len(taken) < most and not self.closed
                     and load_acquire64(&self.header.read_position) < end):
-                result = self.take_span(room, SPAN_BYTES, most - len(taken), &size, 0)
+                result = self.take_span(room, SPAN_BYTES, most - len(taken), end, &size, 0)
                 if result == PARTIAL:
                     try:
                         taken.append(self.get(False))
