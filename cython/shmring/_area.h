@@ -27,6 +27,7 @@
 #define AREA_REGRET_NS ((uint64_t)1000000000) /* growing so soon after shrinking: it was a mistake */
 #define AREA_PATIENCE_NS ((int64_t)250000000) /* after one mistake; doubled by each further one, */
 #define AREA_MOST_PATIENCE 4                  /* up to two seconds */
+#define AREA_BURST_LIMIT ((uint64_t)256 << 20)
 #define AREA_DOUBLING_LIMIT ((uint64_t)64 << 20) /* growing holds the lock: 64 MiB take 25 ms */
 
 typedef struct {
@@ -206,7 +207,11 @@ SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, 
         return 0;
     for (int i = 0; i < count; i++)
         sum += living[i].capacity;
-    uint64_t wanted = current < AREA_DOUBLING_LIMIT || count > SHMRING_AREA_COUNT / 2 ? 2 * current : AREA_DOUBLING_LIMIT;
+    /* One area, and it is too small for what came since: the burst will come again. */
+    uint64_t doubling = count == 1 ? AREA_BURST_LIMIT : AREA_DOUBLING_LIMIT;
+    uint64_t wanted = current < AREA_BURST_LIMIT ? current : AREA_BURST_LIMIT;
+    if (current < doubling || count > SHMRING_AREA_COUNT / 2)
+        wanted = 2 * current;
     uint64_t least = area_power_of_two(need);
     if (wanted < wish)
         wanted = area_power_of_two(wish < limit ? wish : limit);
