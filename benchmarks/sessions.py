@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -81,7 +82,7 @@ def two_cpus() -> tuple[int, int] | None:
     return (cpus[0], cpus[1]) if len(cpus) > 1 else None
 
 
-class Session:
+class Session(ABC):
     """The producer and consumer of some work over some transport, for one run.
 
     Attributes:
@@ -131,11 +132,13 @@ class Session:
         with deadline(self._deadline_s, self.label):
             return self._run()
 
+    @abstractmethod
     def _prepare(self) -> None:
-        raise NotImplementedError
+        """What happens before the go."""
 
+    @abstractmethod
     def _run(self) -> float:
-        raise NotImplementedError
+        """What `run` answers."""
 
     def _fork(self, body: Callable[..., None], *args: Any) -> Connection:
         """Run ``body(control, ...)`` in a child that does not outlive this session."""

@@ -485,9 +485,9 @@ async def main():
     global tasks
     tasks = [asyncio.create_task(queue.aget()) for _ in range(10)]
     tasks += [asyncio.create_task(bounded.aput(i)) for i in range(10)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0.05)
-    assert threading.active_count() == 3
+    async with asyncio.timeout(10):
+        while threading.active_count() != 3:  # this thread and a helper a queue
+            await asyncio.sleep(0.001)
 
 if sys.argv[1] == "run":
     asyncio.run(main())

@@ -49,6 +49,7 @@ from operations import (
 
 from shmring import Ring
 from shmring.errors import Empty
+from support import wait_for
 
 pytestmark = [
     pytest.mark.torture,
@@ -288,8 +289,7 @@ class Sleeper(threading.Thread):
         self.got: bytes | None = None
         self.when = 0.0
         self.start()
-        while not in_futex(f"/proc/self/task/{self.native_id}"):
-            time.sleep(0.0002)
+        wait_for(lambda: in_futex(f"/proc/self/task/{self.native_id}"), what="the sleeper to sleep")
 
     def run(self) -> None:
         with contextlib.suppress(Empty):
