@@ -22,7 +22,7 @@ CYTHON = ROOT / "cython" / "shmring"
 FLOORS = [
     ["errors"],
     ["trouble"],
-    ["_core", "_handle", "_ring", "_queue", "_memory", "_wait"],
+    ["_core", "_handle", "_tree", "_ring", "_queue", "_memory", "_wait"],
     ["_deadline"],
     ["segment"],
     ["handle"],

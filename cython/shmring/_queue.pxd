@@ -8,7 +8,8 @@ from shmring._handle cimport RingHandle
 cdef class ObjectRing(RingHandle):
     cdef object encoder  # obj -> (kind, segments); never called under a lock
     cdef object decoder  # kind, head, buffers -> obj
-    cdef bint raw  # bytes travel as they are, past the codec
+    cdef bint raw  # bytes travel as they are, past the codec,
+    cdef bint trees  # and trees of exact builtins as _tree.pyx writes them
 
     # a pickler that is used again and again
     cdef object pickler_type
@@ -23,6 +24,7 @@ cdef class ObjectRing(RingHandle):
 
     cdef int renew_pickler(self) except -1
     cdef object encode(self, object obj)
+    cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
     cdef object next_object(self, object block, object timeout)

@@ -1,8 +1,9 @@
 """The compiled half of Queue: one call from the object to the frame.
 
 `ObjectRing` knows two hooks, an encoder and a decoder, and never imports
-pickle.  `bytes` travel as they are; everything else is what the codec made of
-it: a head, and perhaps large buffers that travel beside it, out of band.
+pickle.  `bytes` travel as they are, trees of builtins as `_tree.pyx` writes
+them; everything else is what the codec made of it: a head, and perhaps large
+buffers that travel beside it, out of band.
 
 Payload of a frame whose kind carries MULTI
     +-------+----------+-----+--------------+------+----------+-----
@@ -33,6 +34,7 @@ from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
     store_release64, wait_announce, wait_sleep, wait_wake_all,
 )
+from shmring._tree cimport Writer, tree_free, tree_read, tree_write
 
 from queue import Empty, Full
 
@@ -45,6 +47,7 @@ cdef enum:
 
 cdef uint32_t RAW = 0
 cdef uint32_t PLAIN = 1  # what an encoder that returns bytes means
+cdef uint32_t TREE = 4  # past the codec, if it is one that would carry the same objects
 cdef uint32_t MULTI = 1u << 31
 
 
@@ -111,12 +114,13 @@ cdef class Parcel:
 cdef class ObjectRing(RingHandle):
     """The compiled half of shmring.Queue."""
 
-    def _set_codec(self, encoder, decoder, bint raw, pickler_type=None, loader=None,
-                   explain_encode=None, explain_decode=None):
+    def _set_codec(self, encoder, decoder, bint raw, bint trees=False, pickler_type=None,
+                   loader=None, explain_encode=None, explain_decode=None):
         """Install the hooks.
 
         `encoder(obj)` returns (kind, segments) and `decoder(kind, head, buffers)`
-        the object.  With `raw`, exact bytes travel past both.  `pickler_type`
+        the object.  With `raw`, exact bytes travel past both, and with `trees`
+        what is made of exact builtins alone.  `pickler_type`
         makes a pickler that is used again and again (dump, clear_memo, chunks,
         buffers) in place of the encoder, `loader(head)` stands in for the
         decoder where there are no buffers; `explain_encode(obj, error)` and
@@ -125,6 +129,7 @@ cdef class ObjectRing(RingHandle):
         self.encoder = encoder
         self.decoder = decoder
         self.raw = raw
+        self.trees = trees
         self.pickler_type = pickler_type
         self.loader = loader
         self.explain_encode = explain_encode
@@ -193,9 +198,22 @@ cdef class ObjectRing(RingHandle):
         cdef Segment segment
         cdef Item item
         cdef Parcel parcel
+        cdef Writer writer
+        cdef char room[SMALL]
         if self.raw and PyBytes_CheckExact(obj):
             encoded = obj
             item.kind = RAW
+        elif self.trees and tree_write(&writer, room, SMALL, obj):
+            segment.data = writer.start
+            item.length = segment.length = <uint64_t>(writer.at - writer.start)
+            item.segments = &segment
+            item.count = 1
+            item.kind = TREE
+            item.owner = 0
+            try:
+                return self.put_or_wait(&item, 1, position, block, timeout)
+            finally:
+                tree_free(&writer)
         else:
             encoded = self.encode(obj)
             if not PyBytes_CheckExact(encoded):
@@ -235,10 +253,19 @@ cdef class ObjectRing(RingHandle):
         cdef Segment *segments
         cdef Py_ssize_t n, i
         cdef Py_ssize_t done = 0
+        cdef Writer writer
+        cdef char room[SMALL]
         for obj in objects:
             if self.raw and PyBytes_CheckExact(obj):
                 held.append(RAW)
                 held.append(obj)
+                continue
+            if self.trees and tree_write(&writer, room, SMALL, obj):
+                held.append(TREE)
+                try:
+                    held.append(PyBytes_FromStringAndSize(writer.start, writer.at - writer.start))
+                finally:
+                    tree_free(&writer)
                 continue
             encoded = self.encode(obj)
             held.append(PLAIN)
@@ -280,10 +307,20 @@ cdef class ObjectRing(RingHandle):
 
     # ---- get --------------------------------------------------------------------------------
 
+    cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length):
+        """Decode a payload that lies in private memory."""
+        if kind == TREE and self.trees:
+            return tree_read(payload, length)
+        if kind & MULTI:
+            return self.split(kind, payload, length)
+        return self.decode(kind, PyBytes_FromStringAndSize(payload, <Py_ssize_t>length), None)
+
     cdef object decode(self, uint32_t kind, object head, object buffers):
         if buffers is None:
             if self.raw and kind == RAW:
                 return head
+            if kind == TREE and self.trees:
+                return tree_read(PyBytes_AS_STRING(head), <uint64_t>PyBytes_GET_SIZE(head))
             if kind == PLAIN and self.loader is not None:
                 try:
                     return self.loader(head)
@@ -343,10 +380,7 @@ cdef class ObjectRing(RingHandle):
         while True:
             result = self.take_or_wait(&take, block, timeout)
             if result == DONE:
-                if take.kind & MULTI:
-                    return self.split(take.kind, room, take.length)
-                head = PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
-                return self.decode(take.kind, head, None)
+                return self.decode_at(take.kind, room, take.length)
             if result != PARTIAL:
                 raise Empty
             if not take.kind & MULTI:
@@ -447,11 +481,7 @@ cdef class ObjectRing(RingHandle):
                 while at < size:
                     frame = <Frame *>(room + at)
                     try:
-                        if frame.kind & MULTI:
-                            taken.append(self.split(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
-                        else:
-                            taken.append(self.decode(frame.kind, PyBytes_FromStringAndSize(
-                                <char *>frame + SHMRING_FRAME_BYTES, <Py_ssize_t>frame.length), None))
+                        taken.append(self.decode_at(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
                     except DecodeError as error:
                         failed = failed or error
                     at += shmring_frame_span(frame.length)

@@ -23,6 +23,7 @@ class ObjectRing(RingHandle):
         encoder: Callable[[Any], tuple[int, list[Any]]],
         decoder: Callable[[int, bytes, Any], Any],
         raw: bool,
+        trees: bool = False,
         pickler_type: Callable[[], Any] | None = None,
         loader: Callable[[bytes], Any] | None = None,
         explain_encode: Callable[[Any, BaseException], BaseException] | None = None,

@@ -90,6 +90,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
                 found.encode,
                 found.decode,
                 raw,
+                True,
                 ReusedPickler,
                 pickle.loads,
                 encode_error,
