@@ -75,11 +75,15 @@ def first_message(make: Callable[[], Any]) -> float:
 
 
 def unread(make: Callable[[], Any], count: int) -> float:
-    """Seconds until the last put of `count` dicts returned, with no reader; all are read after."""
+    """Seconds until the last put of `count` dicts returned, with no reader; all are read after.
+
+    The dicts are made before: that is the program's work, at 0.1 to 0.25 us each.
+    """
+    dicts = [{"id": n, "name": "a name", "value": 1.5, "ok": True} for n in range(count)]
     queue = make()
     began = time.perf_counter()
-    for number in range(count):
-        queue.put({"id": number, "name": "a name", "value": 1.5, "ok": True})
+    for each in dicts:
+        queue.put(each)
     took = time.perf_counter() - began
     for number in range(count):
         assert queue.get(timeout=PATIENCE)["id"] == number

@@ -112,6 +112,8 @@ cdef class RingCore:
     @final
     cdef uint64_t front_name(self) noexcept nogil
     @final
+    cdef int lock_slowly(self, uint32_t *word, int tried, int flags) noexcept nogil
+    @final
     cdef int recover_producers(self) noexcept nogil
     @final
     cdef int recover_consumers(self) noexcept nogil

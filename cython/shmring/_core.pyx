@@ -43,6 +43,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
 
 cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
+cdef enum: CPU_BYTES = 1024  # written between two looks at the CPU: a look costs a tenth of a put
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
 
 _started = sync_start()
@@ -114,22 +115,33 @@ cdef class RingCore:
 
     # ---- locks ----------------------------------------------------------------------------
 
-    cdef int lock_producers(self, int flags) noexcept nogil:
-        cdef int result = lock_try(&self.header.producer_lock)
-        if result == LOCK_TAKEN:
-            return DONE
+    @cython.final
+    cdef int lock_slowly(self, uint32_t *word, int tried, int flags) noexcept nogil:
+        """The word of a side was not simply free."""
+        cdef int result = tried
+        cdef bint producers = word == &self.header.producer_lock
         if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
-            result = lock_wait(&self.header.producer_lock, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
+            result = lock_wait(word, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
         if result == LOCK_TAKEN:
             return DONE
         if result == LOCK_BUSY:
             return BUSY
         if result == LOCK_GARBAGE:
             return CORRUPT
-        result = self.recover_producers()
-        if result != DONE:
+        result = self.recover_producers() if producers else self.recover_consumers()
+        if result != DONE and producers:
             self.unlock_producers()
+        elif result != DONE:
+            self.unlock_consumers()
         return result
+
+    cdef int lock_producers(self, int flags) noexcept nogil:
+        cdef int tried = lock_try(&self.header.producer_lock)
+        return DONE if tried == LOCK_TAKEN else self.lock_slowly(&self.header.producer_lock, tried, flags)
+
+    cdef int lock_consumers(self, int flags) noexcept nogil:
+        cdef int tried = lock_try(&self.header.consumer_lock)
+        return DONE if tried == LOCK_TAKEN else self.lock_slowly(&self.header.consumer_lock, tried, flags)
 
     cdef void unlock_producers(self) noexcept nogil:
         cdef Mapping *stale = self.producer_stale
@@ -137,23 +149,6 @@ cdef class RingCore:
         lock_release(&self.header.producer_lock)
         if stale != NULL:
             area_release(stale)
-
-    cdef int lock_consumers(self, int flags) noexcept nogil:
-        cdef int result = lock_try(&self.header.consumer_lock)
-        if result == LOCK_TAKEN:
-            return DONE
-        if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
-            result = lock_wait(&self.header.consumer_lock, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
-        if result == LOCK_TAKEN:
-            return DONE
-        if result == LOCK_BUSY:
-            return BUSY
-        if result == LOCK_GARBAGE:
-            return CORRUPT
-        result = self.recover_consumers()
-        if result != DONE:
-            self.unlock_consumers()
-        return result
 
     cdef void unlock_consumers(self) noexcept nogil:
         cdef Mapping *stale = self.consumer_stale
@@ -218,11 +213,11 @@ cdef class RingCore:
                        uint64_t *position, int flags) noexcept nogil:
         """Put as many of `items` from `done` on as fit, under one lock."""
         cdef Py_ssize_t before = done[0]
-        cdef int result = self.lock_producers(flags)
+        cdef int result = RingCore.lock_producers(self, flags)
         if result != DONE:
             return result
         result = self.put_locked(items, count, done, position, flags)
-        self.unlock_producers()
+        RingCore.unlock_producers(self)
         if done[0] != before:
             self.wake_consumers()
         return result
@@ -303,7 +298,8 @@ cdef class RingCore:
             budget -= 1
         if pos != start:
             count_on(&h.put_count, start, pos, at - done[0])
-            store_relaxed32(&h.producer_cpu, current_cpu())
+            if start & (CPU_BYTES - 1) < pos - start:
+                store_relaxed32(&h.producer_cpu, current_cpu())
             store_release64(&h.write_position, pos)  # the commit
             if h.front_who != 0 and h.front_who == self.front_name():
                 h.front_who = h.front_need = h.front_until_ns = 0
@@ -483,7 +479,6 @@ cdef class RingCore:
             store_release64(&self.claim.low, h.read_position)
             store_release64(&self.claim.high, following)
         self.commit_read(following, count)
-        store_relaxed32(&h.consumer_cpu, current_cpu())
         if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
             self.note_empty(following)
 
@@ -495,7 +490,7 @@ cdef class RingCore:
         cdef char *payload
         cdef uint64_t following
         cdef int i
-        cdef int result = self.lock_consumers(flags)
+        cdef int result = RingCore.lock_consumers(self, flags)
         if result != DONE:
             return result
         if self.claim != NULL and self.claim.low < self.claim.high:
@@ -530,10 +525,10 @@ cdef class RingCore:
                 memcpy(take.room, payload, take.length)
         if result == DONE and take.leaser == 0:
             self.take_leave(take.position + shmring_frame_span(take.length), 1)
-        self.unlock_consumers()
+        RingCore.unlock_consumers(self)
         if result == DONE and take.leaser == 0:
-            self.wake_producers()
-            self.pass_baton()
+            RingCore.wake_producers(self)
+            RingCore.pass_baton(self)
         return result
 
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil:

@@ -144,7 +144,7 @@ cdef class RingHandle(RingCore):
         h.token = token
         h.named = name != b""
         memcpy(h.name, <char *>name, len(name) if len(name) < 256 else 0)
-        h.producer_cpu = h.consumer_cpu = SHMRING_NO_CPU
+        h.producer_cpu = SHMRING_NO_CPU
         h.areas[0].base = 0
         h.areas[0].capacity = capacity
         h.areas[0].offset = SHMRING_HEADER_BYTES
@@ -247,6 +247,8 @@ cdef class RingHandle(RingCore):
         if now - self.moved_ns < LATELY_NS:
             standstill = PREEMPTED_NS
             until += PREEMPTED_NS
+        elif seen == self.full_read:
+            return FULL  # not since the last growth, or never: nobody reads
         while result == FULL and now < until and now - moved < standstill:
             announced = wait_announce(&h.space_wait)
             wait_sleep(&h.space_wait, announced, STANDSTILL_NS // 3)
@@ -364,7 +366,6 @@ cdef class RingHandle(RingCore):
         cdef uint32_t cpu = current_cpu()
         cdef uint32_t other = load_relaxed32(&h.producer_cpu)
         cdef int _turn
-        store_relaxed32(&h.consumer_cpu, cpu)
         if other == cpu or other == SHMRING_NO_CPU:
             return False
         for _turn in range(SPIN_TURNS):

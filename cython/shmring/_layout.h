@@ -123,7 +123,7 @@ typedef struct {
     char pad_producers[128 - 84];
     /* consumers */
     uint32_t consumer_lock;
-    uint32_t consumer_cpu;
+    uint32_t pad_lock;
     uint64_t read_position;
     uint64_t read_generation;
     uint64_t reaped; /* areas below this generation were given back */

@@ -66,7 +66,6 @@ cdef extern from "_layout.h" nogil:
         uint64_t shrunk_ns
         uint32_t patience
         uint32_t consumer_lock
-        uint32_t consumer_cpu
         uint64_t read_position
         uint64_t read_generation
         uint64_t reaped
