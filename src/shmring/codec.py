@@ -11,12 +11,19 @@ import copyreg
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from shmring.arrays import IN_BAND_BYTES, array_reducer
 from shmring.blame import culprit_of, first_type_in
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
+
+_tree: ModuleType | None
+try:
+    from shmring import _tree
+except ImportError:
+    _tree = None  # the fallback, where pickle carries everything
+
 
 __all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
 
@@ -26,6 +33,7 @@ KIND_BYTES = 0
 KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
+KIND_TREE = 4  # as in cython/shmring/_queue.pyx
 
 Reducer = Callable[[Any], Any]
 
@@ -100,17 +108,24 @@ class ReusedPickler:
 
 
 class PickleCodec:
-    """Pickle protocol 5 with large buffers out of band; the default."""
+    """Pickle protocol 5 with large buffers out of band; the default.
+
+    What is made of exact builtins alone is encoded by ``_tree`` instead, which
+    carries the same in a fraction of the time.
+    """
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """Pickle an object.
+        """Encode an object.
 
         Returns:
-            the kind, and the pickle followed by its out-of-band buffers.
+            the kind, and the tree, or the pickle followed by its out-of-band
+            buffers.
 
         Raises:
             EncodeError: naming the type, and the attribute that failed.
         """
+        if _tree is not None and (tree := _tree.encode(obj)) is not None:
+            return KIND_TREE, [tree]
         pickler = ReusedPickler()
         try:
             pickler.dump(obj)
@@ -128,6 +143,8 @@ class PickleCodec:
         """
         if kind == KIND_BYTES and not buffers:
             return head
+        if kind == KIND_TREE and not buffers and _tree is not None:
+            return _tree.decode(bytes(head))
         if kind != KIND_PICKLE:
             raise DecodeError(
                 f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}"
