@@ -29,7 +29,7 @@ from shmring._layout cimport (
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
-    store_relaxed32, store_release32, sync_start, wait_announce, wait_sleep,
+    store_release32, sync_start, wait_announce, wait_sleep,
     wait_wake_all,
 )
 

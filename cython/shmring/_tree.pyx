@@ -47,6 +47,8 @@ cdef extern from *:
     #define SHMRING_TREES 1
     #endif
     #define SHMRING_TYPE_OF(o) ((PyObject *)Py_TYPE(o))
+    #define SHMRING_LIST_ITEMS(o) (((PyListObject *)(o))->ob_item)
+    #define SHMRING_TUPLE_ITEMS(o) (((PyTupleObject *)(o))->ob_item)
     /* An int of one digit, which most are: its value without a call. */
     #if PY_VERSION_HEX >= 0x030C0000
     #define SHMRING_IS_SHORT(o) PyUnstable_Long_IsCompact((PyLongObject *)(o))
@@ -86,6 +88,8 @@ cdef extern from *:
     PyObject *list_type "((PyObject *)&PyList_Type)"
     PyObject *tuple_type "((PyObject *)&PyTuple_Type)"
     PyObject *bytes_type "((PyObject *)&PyBytes_Type)"
+    PyObject **list_items "SHMRING_LIST_ITEMS"(PyObject *)
+    PyObject **tuple_items "SHMRING_TUPLE_ITEMS"(PyObject *)
     PyObject *none "Py_None"
     PyObject *true "Py_True"
     PyObject *false "Py_False"
@@ -113,12 +117,8 @@ cdef extern from "Python.h":
     PyObject *PyDict_New()
     int PyDict_SetItem(PyObject *, PyObject *, PyObject *)
     Py_ssize_t PyList_GET_SIZE(PyObject *)
-    PyObject *PyList_GET_ITEM(PyObject *, Py_ssize_t)
-    void PyList_SET_ITEM(PyObject *, Py_ssize_t, PyObject *)
     PyObject *PyList_New(Py_ssize_t)
     Py_ssize_t PyTuple_GET_SIZE(PyObject *)
-    PyObject *PyTuple_GET_ITEM(PyObject *, Py_ssize_t)
-    void PyTuple_SET_ITEM(PyObject *, Py_ssize_t, PyObject *)
     PyObject *PyTuple_New(Py_ssize_t)
     Py_ssize_t Py_REFCNT(PyObject *)
     void Py_INCREF(PyObject *)
@@ -310,6 +310,7 @@ cdef bint write_longer(Writer *w, PyObject *obj, bint root) noexcept:
     cdef PyObject *kind = type_of(obj)
     cdef PyObject *key
     cdef PyObject *value
+    cdef PyObject **items
     cdef Py_ssize_t count, i
     if kind == bytes_type:
         return write_bytes(w, obj)
@@ -331,15 +332,15 @@ cdef bint write_longer(Writer *w, PyObject *obj, bint root) noexcept:
         while PyDict_Next(obj, &i, &key, &value):
             if not write_value(w, key) or not write_value(w, value):
                 return False
-    elif kind == list_type:
-        write_head(w, FIX_LIST, LIST, count)
-        for i in range(count):
-            if not write_value(w, PyList_GET_ITEM(obj, i)):
-                return False
     else:
-        write_head(w, FIX_TUPLE, TUPLE, count)
+        if kind == list_type:
+            write_head(w, FIX_LIST, LIST, count)
+            items = list_items(obj)
+        else:
+            write_head(w, FIX_TUPLE, TUPLE, count)
+            items = tuple_items(obj)
         for i in range(count):
-            if not write_value(w, PyTuple_GET_ITEM(obj, i)):
+            if not write_value(w, items[i]):
                 return False
     w.depth -= 1
     return True
@@ -478,40 +479,25 @@ cdef PyObject *read_dict(Reader *r, Py_ssize_t count, int depth) noexcept:
     return made
 
 
-cdef PyObject *read_list(Reader *r, Py_ssize_t count, int depth) noexcept:
-    cdef PyObject *made
-    cdef PyObject *value
+cdef PyObject *read_items(Reader *r, PyObject *made, PyObject **items, Py_ssize_t count, int depth) noexcept:
+    """Fill a new list or tuple, or give it up."""
     cdef Py_ssize_t i
-    if count > r.end - r.at or depth == 0:
-        return NULL
-    made = PyList_New(count)
-    if made == NULL:
-        return NULL
     for i in range(count):
-        value = read_value(r, depth - 1)
-        if value == NULL:
+        items[i] = read_value(r, depth - 1)
+        if items[i] == NULL:
             Py_DECREF(made)
             return NULL
-        PyList_SET_ITEM(made, i, value)
     return made
+
+
+cdef PyObject *read_list(Reader *r, Py_ssize_t count, int depth) noexcept:
+    cdef PyObject *made = PyList_New(count) if count <= r.end - r.at and depth > 0 else NULL
+    return read_items(r, made, list_items(made), count, depth) if made != NULL else NULL
 
 
 cdef PyObject *read_tuple(Reader *r, Py_ssize_t count, int depth) noexcept:
-    cdef PyObject *made
-    cdef PyObject *value
-    cdef Py_ssize_t i
-    if count > r.end - r.at or depth == 0:
-        return NULL
-    made = PyTuple_New(count)
-    if made == NULL:
-        return NULL
-    for i in range(count):
-        value = read_value(r, depth - 1)
-        if value == NULL:
-            Py_DECREF(made)
-            return NULL
-        PyTuple_SET_ITEM(made, i, value)
-    return made
+    cdef PyObject *made = PyTuple_New(count) if count <= r.end - r.at and depth > 0 else NULL
+    return read_items(r, made, tuple_items(made), count, depth) if made != NULL else NULL
 
 
 cdef PyObject *held(PyObject *obj) noexcept:
