@@ -22,7 +22,6 @@ import stat
 import struct
 import time
 import weakref
-from pathlib import Path
 from typing import Protocol
 
 from shmring.errors import (
@@ -125,9 +124,9 @@ def default_max_capacity() -> int:
     with contextlib.suppress(OSError):
         shm = os.statvfs(DIRECTORY)
         limits.append(shm.f_blocks * shm.f_frsize)
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    half = min(limit for limit in limits if limit > 0) // 2
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
+        limits.append(int(limit.read()))
+    half = min(each for each in limits if each > 0) // 2
     return max(1 << (half.bit_length() - 1), 1 << 20)
 
 
