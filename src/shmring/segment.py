@@ -45,6 +45,7 @@ __all__ = [
     "create_anonymous",
     "create_named",
     "default_max_capacity",
+    "is_named",
     "link",
     "open_block",
     "open_named",
@@ -361,6 +362,11 @@ def reclaim(name: str) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def is_named(fd: int, name: str) -> bool:
+    """Whether who asks for the name now gets the block behind `fd`."""
+    return _is(fd, _path(name))
 
 
 def release(name: str, identity: tuple[int, int]) -> None:
