@@ -65,10 +65,10 @@ def name_is_gone(fd: int) -> bool:
 
 
 def say_name_is_gone(name: bytes, token: int) -> None:
-    """A get waits on a ring that nobody can attach to any more."""
+    """A process waits on a ring that nobody can attach to any more."""
     label = os.fsdecode(name) if name else f"shmring-{token:016x}"
     _warn(
-        "/dev/shm/%s was removed while get waits: only those that have it open already can put;"
-        " unless one of them does, make the queue anew",
+        "/dev/shm/%s was removed while this process waits for a message in it: only those that have"
+        " it open already can put one; unless one of them does, make the queue anew",
         label,
     )
