@@ -9,29 +9,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from support import SHARED_MEMORY, shared_memory_names, used_by_others, wait_for
+from support import SHARED_MEMORY, leftovers, remove_if_ours, shared_memory_names, wait_for
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
-    """Each test takes its names out of /dev/shm again; one that does not fails, here."""
+    """Each test takes its names out of /dev/shm again; one that does not fails, here.
+
+    What is left is removed only if this run surely made it.
+    """
     before = shared_memory_names()
     yield
     if not shared_memory_names() - before:
         return
     gc.collect()
-
-    def leftovers() -> list[str]:
-        return sorted(name for name in shared_memory_names() - before if not used_by_others(name))
-
     # another run on this machine may be between making a name and mapping it
     with contextlib.suppress(TimeoutError):
-        wait_for(lambda: not leftovers(), timeout=2, what="names to go", dump=False)
-    left = leftovers()
-    for name in left:
-        (SHARED_MEMORY / name).unlink(missing_ok=True)
+        wait_for(lambda: not leftovers(before), timeout=2, what="names to go", dump=False)
+    left = leftovers(before)
     if left:
-        pytest.fail(f"left in {SHARED_MEMORY} (and now removed): {', '.join(left)}")
+        removed = [name for name in left if remove_if_ours(name)]
+        pytest.fail(
+            f"left in {SHARED_MEMORY}: {', '.join(left)}; removed, being surely of this run:"
+            f" {', '.join(removed) or 'none'}"
+        )
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -56,22 +57,70 @@ def shared_memory_names() -> set[str]:
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
-def used_by_others(name: str) -> bool:
-    """Whether a process outside this test run (its process group) has mapped ``name``.
+def holders(name: str) -> set[int]:
+    """The living processes that have ``name`` mapped or open, as far as /proc shows.
 
-    Another run of the suite on the same machine is no leak of this one.  The file is
-    recognised by device and inode: one that was linked later has no path in the maps.
+    The file is recognised by device and inode: one that was linked later has no path in the maps.
     """
     try:
-        found = (SHARED_MEMORY / name).stat()
+        found = (SHARED_MEMORY / name).lstat()
     except FileNotFoundError:
-        return True  # gone in the meantime, so it was somebody's who cleans up
-    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+        return set()
+    mapped = [f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}", str(found.st_ino)]
+    holding = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.getpgid(int(process.name)) == os.getpgrp():
-                continue
-            for line in (process / "maps").read_text().splitlines():
-                if line.split()[3:5] == [device, str(found.st_ino)]:
-                    return True
-    return False
+        with contextlib.suppress(OSError):  # it has ended, or is none of this user's
+            lines = (process / "maps").read_text().splitlines()
+            if any(line.split()[3:5] == mapped for line in lines):
+                holding.add(int(process.name))
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(descriptor.stat(), found):
+                        holding.add(int(process.name))
+    return holding
+
+
+def is_of_this_run(pid: int) -> bool:
+    """Whether ``pid`` is this process or descends from it: surely no stranger."""
+    while pid not in (0, os.getpid()):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return False
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return pid != 0
+
+
+def leftovers(before: set[str]) -> list[str]:
+    """The names that came since and are nobody else's.
+
+    Another's is what a process holds that neither descends from this one nor is in its group,
+    where orphans stay.
+    """
+
+    def is_a_strangers(pid: int) -> bool:
+        try:
+            return os.getpgid(pid) != os.getpgrp() and not is_of_this_run(pid)
+        except ProcessLookupError:
+            return False
+
+    return sorted(
+        name
+        for name in shared_memory_names() - before
+        if (SHARED_MEMORY / name).exists() and not any(map(is_a_strangers, holders(name)))
+    )
+
+
+def remove_if_ours(name: str) -> bool:
+    """Remove a name that this run surely made, and say whether it was one.
+
+    Such a name carries this process's pid, or is held by processes of this run and nobody else.
+    What nobody holds may be what a stranger's process left, or has just made.
+    """
+    holding = holders(name)
+    if not all(map(is_of_this_run, holding)):
+        return False
+    if not holding and str(os.getpid()) not in re.findall(r"\d+", name):
+        return False
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
+    return True

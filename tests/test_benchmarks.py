@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ pytest.importorskip("numpy")
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402  (the path first)
-from benchmarks import costs, figures
+from benchmarks import costs, dropin, figures
 from benchmarks.adapters import (
     TRANSPORTS,
     MultiprocessingPipe,
@@ -201,6 +202,14 @@ def test_costs_are_counted() -> None:
     killed = costs.killed()
     assert killed["processes"] == 4
     assert killed["names"] == []
+
+
+@pytest.mark.parametrize("library", ["shmring", "multiprocessing"])
+def test_the_first_message_of_a_child_is_timed(library: str, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    seconds = dropin.first_message(library, str(tmp_path))
+    assert 0 < seconds < time.perf_counter() - began
+    assert [*tmp_path.rglob("hello.*.pyc")], "what a child imports is compiled once"
 
 
 def test_pytest_collects_and_runs_them() -> None:

@@ -421,6 +421,28 @@ def test_memory(name: str) -> None:
     memory.cleanup()
 
 
+def test_connecting_again_finds_the_memory_of_today(name: str) -> None:
+    memory, other = SharedMemoryManager(name, 100), SharedMemoryManager(name, 100)
+    with memory, other:
+        assert memory.create()
+        assert other.connect()
+        with pytest.raises(NameInUse, match="open already"):
+            other.connect()
+        memory.cleanup()
+        assert memory.create()
+        memory.write_data(b"of today")
+        assert not other.is_current()
+        assert other.connect()
+        assert other.is_current()
+        assert other.read_data(8) == b"of today"
+        memory.cleanup()
+        assert not other.connect()
+        assert other.create()
+        assert memory.connect()
+        memory.cleanup()
+        assert other.is_current(), "who created once is no creator of what it connects to"
+
+
 def test_arrays_over_memory(name: str) -> None:
     numpy = pytest.importorskip("numpy")
     with SharedMemoryManager(name, 100) as memory:

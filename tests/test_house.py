@@ -21,6 +21,8 @@ CYTHON = ROOT / "cython" / "shmring"
 # The compiled modules share a floor, and may import one another.
 FLOORS = [
     ["errors"],
+    ["_lazy"],
+    ["statistics"],
     ["trouble"],
     ["_core", "_handle", "_tree", "_ring", "_queue", "_memory", "_wait"],
     ["_deadline"],
@@ -86,11 +88,14 @@ class Imports(ast.NodeVisitor):
         self.names: set[str] = set()
 
     def visit_If(self, node: ast.If) -> None:
-        if ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING":
-            for child in node.orelse:
-                self.visit(child)
-        else:
+        if ast.unparse(node.test).rpartition(".")[2] != "TYPE_CHECKING":
             self.generic_visit(node)
+            return
+        for child in node.orelse:
+            self.visit(child)
+            if "lazily(" in ast.unparse(child):  # what types see there is imported when asked for
+                for later in node.body:
+                    self.visit(later)
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:

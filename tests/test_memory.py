@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shmring import InvalidArgument, LayoutMismatch, Ring, RingClosed, SharedMemoryManager
+from shmring import (
+    InvalidArgument,
+    LayoutMismatch,
+    NameInUse,
+    Ring,
+    RingClosed,
+    SharedMemoryManager,
+)
 from support import run_in_process, wait_for
 
 NAME = "test-memory"
@@ -101,6 +108,35 @@ def test_use_before_and_after():
         assert memory.create()
         memory.cleanup()
         memory.cleanup()
+
+
+def test_connecting_again_finds_the_block_of_today(memory):
+    other = SharedMemoryManager(NAME, 1000)
+    assert other.connect()
+    with pytest.raises(NameInUse, match="attached already"):
+        other.connect()
+    memory.cleanup()
+    assert memory.create()
+    memory.write_data(b"of today")
+    assert not other.is_current()
+    assert other.connect()
+    assert other.is_current()
+    assert other.read_data(8) == b"of today"
+    os.unlink(f"/dev/shm/{NAME}")  # a stranger does, so that nothing bears the name
+    assert not other.connect()
+    with pytest.raises(RingClosed):
+        other.read_data(1)
+    assert memory.create()
+    assert memory.read_data(8) == bytes(8)
+
+
+def test_who_created_once_is_no_creator_of_what_it_connects_to(memory):
+    memory.cleanup()
+    with SharedMemoryManager(NAME, 1000) as other:
+        assert other.create()
+        assert memory.connect()
+        memory.cleanup()
+        assert other.is_current()
 
 
 def test_attach_to_what_is_not_a_block_or_too_small(memory):

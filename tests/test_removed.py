@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -11,7 +13,7 @@ import threading
 
 import pytest
 
-from shmring import Queue, Ring, RingNotFound
+from shmring import Queue, Ring, RingNotFound, wait
 from support import run_in_process, wait_for
 
 NAME = "test-removed"
@@ -37,15 +39,50 @@ def test_those_who_are_attached_go_on_and_nobody_else_can_join():
         assert child.exitcode == 0
 
 
+def _get(queue: Queue[str]) -> None:
+    queue.get(timeout=60)
+
+
+def _aget(queue: Queue[str]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            await queue.aget()
+
+    asyncio.run(main())
+
+
+def _wait(queue: Queue[str]) -> None:
+    assert wait([queue], timeout=60) == [queue]
+    queue.get_nowait()
+
+
+def _wait_beside_a_file(queue: Queue[str]) -> None:
+    reader, writer = os.pipe()
+    assert wait([reader, queue], timeout=60) == [queue]
+    queue.get_nowait()
+    os.close(reader)
+    os.close(writer)
+
+
+def _wait_on_more_than_the_kernel_takes(queue: Queue[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(Ring.create(4096)) for _ in range(150)]
+        assert wait([queue, *others], timeout=60) == [queue]
+    queue.get_nowait()
+
+
 @pytest.mark.parametrize("given", [True, False])
-def test_a_get_that_waits_says_that_the_name_was_removed(caplog, given):
+@pytest.mark.parametrize(
+    "take", [_get, _aget, _wait, _wait_beside_a_file, _wait_on_more_than_the_kernel_takes]
+)
+def test_whoever_waits_says_that_the_name_was_removed(caplog, take, given):
     def said() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
     with Queue(name=NAME if given else None) as queue:
-        waiter = threading.Thread(target=lambda: [queue.get(timeout=60) for _ in range(2)])
+        waiter = threading.Thread(target=lambda: [take(queue) for _ in range(2)])
         waiter.start()
-        name = queue.name  # made now, if none was given, while the get waits
+        name = queue.name  # made now, if none was given, while the other waits
         wait_for(lambda: queue.statistics().consumers_waiting)
         assert not said()
         os.unlink(f"/dev/shm/{name}")
@@ -56,6 +93,7 @@ def test_a_get_that_waits_says_that_the_name_was_removed(caplog, given):
         assert not waiter.is_alive()
         assert len(said()) == 1
         assert f"/dev/shm/{name} was removed" in said()[0]
+        assert "make the queue anew" in said()[0]
 
 
 def test_a_name_given_up_on_purpose_is_no_trouble(caplog):

@@ -13,7 +13,7 @@ cdef class RingHandle(RingCore):
     cdef int64_t inside  # calls that go on without the GIL
     cdef int64_t views  # views that live
     cdef int full_seen  # why a put could not grow, and whether the log says so
-    cdef int name_gone  # slices of a get that found the name removed; 2, and the log says so
+    cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
     cdef uint64_t full_read  # where consumers stood when a put last met a full ring
     cdef int64_t moved_ns  # when consumers were last seen to have moved
 

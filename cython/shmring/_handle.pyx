@@ -450,8 +450,7 @@ cdef class RingHandle(RingCore):
                     if self.closed or not block or monotonic_ns() >= until:
                         self.pass_baton()
                         break
-                    if self.name_gone != 2 and load_relaxed32(&self.header.named) != 0:
-                        self.look_for_name()
+                    self.look_for_name()
             finally:
                 fetch_add64(&self.inside, -1)
             if result == DONE or result == PARTIAL:
@@ -465,7 +464,10 @@ cdef class RingHandle(RingCore):
             handle_leave(&self.inside)
 
     cdef int look_for_name(self) except -1:
-        """Once a handle, when two slices found no name: a new one is marked before it appears."""
+        """Once a slice of a wait for messages.  When two found no name, the log says so, once a
+        handle; at the second, because a new name is marked before it appears."""
+        if self.name_gone == 2 or load_relaxed32(&self.header.named) == 0:
+            return 0
         if not trouble.name_is_gone(self.fd):
             self.name_gone = 0
             return 0

@@ -129,6 +129,15 @@ cdef int shrink_idle(list rings) except -1:
     return 0
 
 
+cdef int look_for_names(list rings) except -1:
+    """Once a slice, as in a sleeping get: who waits in vain hears why."""
+    cdef RingHandle ring
+    for each in rings:
+        ring = each
+        ring.look_for_name()
+    return 0
+
+
 def wait_rings(list rings, timeout=None, Bell bell=None):
     """Sleep until one of `rings` is ready, the bell was rung, or time ran out.
 
@@ -148,6 +157,7 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
     cdef uint32_t *bell_word = NULL if bell is None else &bell.word
     cdef int64_t until = deadline_of(timeout)
     cdef int64_t slept, slice_ns
+    cdef int64_t looked = monotonic_ns()
     cdef bint ever_slept = False
     cdef bint heard = False
     cdef RingHandle ring
@@ -179,6 +189,9 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
             ready = ready_of(rings)
             if not ready and monotonic_ns() - slept >= SYNC_SLICE_NS:
                 shrink_idle(rings)
+            if not ready and monotonic_ns() - looked >= SYNC_SLICE_NS:  # slices may be shorter
+                looked = monotonic_ns()
+                look_for_names(rings)
         return ready
     finally:
         leave(rings, ever_slept)
@@ -256,6 +269,8 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
             if monotonic_ns() - slept >= SYNC_SLICE_NS and not ring.closed:
                 may_put = room
                 shrink_idle(rings)
+                if data:
+                    look_for_names(rings)
     finally:
         leave(rings, not may_get)
 

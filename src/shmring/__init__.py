@@ -8,48 +8,6 @@
 >>> queue.close()
 """
 
-from shmring._backend import (
-    JoinableQueue,
-    Queue,
-    Ring,
-    SharedMemoryManager,  # noqa: F401  (not in __all__: multiprocessing has one of that name)
-    SimpleQueue,
-    backend,
-    cleanup_stale,
-    wait,
-)
-from shmring.context import get_context
-from shmring.coordinator import Progress, Report, coordinator_process
-from shmring.errors import (
-    AccessRefused,
-    DecodeError,
-    Empty,
-    EncodeError,
-    Full,
-    InvalidArgument,
-    LayoutMismatch,
-    MessageTooLarge,
-    NameInUse,
-    NameUnknown,
-    NotSupportedByFallback,
-    PeerDied,
-    RemoteError,
-    RemoteTraceback,
-    RingClosed,
-    RingCorrupted,
-    RingExists,
-    RingNotFound,
-    SharedMemoryFull,
-    ShmringError,
-    ShutDown,
-    TaskTimeout,
-    WorkerDied,
-)
-from shmring.example import multiprocessing_example
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import Message, MessageType
-from shmring.worker import current_worker, worker_process
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -94,3 +52,77 @@ __all__ = [
     "wait",
     "worker_process",
 ]
+
+import typing
+
+from shmring import _lazy
+
+if typing.TYPE_CHECKING:
+    from shmring._backend import (
+        JoinableQueue,
+        Queue,
+        Ring,
+        SimpleQueue,
+        backend,
+        cleanup_stale,
+        wait,
+    )
+    from shmring._backend import (
+        SharedMemoryManager as SharedMemoryManager,
+    )
+    from shmring.context import get_context
+    from shmring.coordinator import Progress, Report, coordinator_process
+    from shmring.errors import (
+        AccessRefused,
+        DecodeError,
+        Empty,
+        EncodeError,
+        Full,
+        InvalidArgument,
+        LayoutMismatch,
+        MessageTooLarge,
+        NameInUse,
+        NameUnknown,
+        NotSupportedByFallback,
+        PeerDied,
+        RemoteError,
+        RemoteTraceback,
+        RingClosed,
+        RingCorrupted,
+        RingExists,
+        RingNotFound,
+        SharedMemoryFull,
+        ShmringError,
+        ShutDown,
+        TaskTimeout,
+        WorkerDied,
+    )
+    from shmring.example import multiprocessing_example
+    from shmring.ipc import HighPerformanceIPC
+    from shmring.message import Message, MessageType
+    from shmring.worker import current_worker, worker_process
+else:
+    __getattr__, __dir__ = _lazy.lazily(
+        globals(),
+        {
+            **dict.fromkeys(__all__, "errors"),
+            "HighPerformanceIPC": "ipc",
+            "JoinableQueue": "_backend",
+            "Message": "message",
+            "MessageType": "message",
+            "Progress": "coordinator",
+            "Queue": "_backend",
+            "Report": "coordinator",
+            "Ring": "_backend",
+            "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
+            "SimpleQueue": "_backend",
+            "backend": "_backend",
+            "cleanup_stale": "_backend",
+            "coordinator_process": "coordinator",
+            "current_worker": "worker",
+            "get_context": "context",
+            "multiprocessing_example": "example",
+            "wait": "_backend",
+            "worker_process": "worker",
+        },
+    )

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
+
+from shmring._lazy import lazily
 
 __all__ = [
     "JoinableQueue",
@@ -29,7 +32,11 @@ def _choose() -> Literal["ring", "queue"]:
     if wanted == "queue":
         return "queue"
     try:
-        from shmring import _memory, _queue, _ring, _wait  # noqa: F401
+        from shmring import _queue  # noqa: F401  (with _core and _handle; the rest when used)
+
+        for name in ("_memory", "_ring", "_wait"):
+            if find_spec(f"shmring.{name}") is None:
+                raise ModuleNotFoundError(f"No module named 'shmring.{name}'")
     except ImportError as error:
         if wanted == "ring":
             raise
@@ -45,19 +52,25 @@ def _choose() -> Literal["ring", "queue"]:
 
 backend: Literal["ring", "queue"] = _choose()
 
-if TYPE_CHECKING or backend == "ring":
+if TYPE_CHECKING:
     from shmring.memory import SharedMemoryManager
     from shmring.queues import JoinableQueue, Queue, SimpleQueue
     from shmring.ring import Ring
     from shmring.segment import cleanup_stale
     from shmring.waiting import wait
 else:
-    from shmring.fallback import (
-        JoinableQueue,
-        Queue,
-        Ring,
-        SharedMemoryManager,
-        SimpleQueue,
-        cleanup_stale,
-        wait,
+    _names = [name for name in __all__ if name != "backend"]
+    __getattr__, __dir__ = lazily(
+        globals(),
+        dict.fromkeys(_names, "fallback")
+        if backend == "queue"
+        else {
+            "JoinableQueue": "queues",
+            "Queue": "queues",
+            "Ring": "ring",
+            "SharedMemoryManager": "memory",
+            "SimpleQueue": "queues",
+            "cleanup_stale": "segment",
+            "wait": "waiting",
+        },
     )

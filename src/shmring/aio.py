@@ -18,17 +18,19 @@ with the last waiter.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from shmring._queue import ObjectRing
 from shmring._wait import Bell, Outgoing, pass_on, ready_now, watch
 from shmring.errors import Empty
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["AwaitableRing"]
 
@@ -115,7 +117,9 @@ class _Waiter:
     __slots__ = ("called", "loop", "outgoing", "turn")
 
     def __init__(self, outgoing: Outgoing | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
+        from asyncio import get_running_loop  # who waits here has imported it
+
+        self.loop = get_running_loop()
         self.outgoing = outgoing
         self.stand()
 

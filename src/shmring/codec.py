@@ -15,7 +15,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from shmring.arrays import IN_BAND_BYTES, array_reducer
-from shmring.blame import culprit_of, first_type_in
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 
 _tree: ModuleType | None
@@ -254,6 +253,8 @@ def find_codec(codec: Any) -> Any:
 
 def encode_error(obj: Any, error: BaseException) -> EncodeError:
     """Say which object could not be pickled and, if it can be found, which part."""
+    from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
+
     culprit = culprit_of(obj, _reducers)
     where = f": {culprit} is the part that cannot travel" if culprit else ""
     return EncodeError(f"{_a(obj)} cannot be put ({error}){where}")
@@ -261,6 +262,8 @@ def encode_error(obj: Any, error: BaseException) -> EncodeError:
 
 def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
     """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
+    from shmring.blame import first_type_in
+
     return _undecodable(head, buffers, error, first_type_in(head))
 
 

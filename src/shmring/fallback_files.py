@@ -281,10 +281,14 @@ class SharedFile:
         """Remove the names now; whoever has the file open goes on."""
         # On Windows a file in use stays until the last one closes it.
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            if _is_still(self.path, self._fd):
+            if self.is_named():
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     self._lock_path().unlink()
                 self.path.unlink()
+
+    def is_named(self) -> bool:
+        """Whether its name still leads to this file."""
+        return _is_still(self.path, self._fd)
 
     def _lock_path(self) -> Path:
         return self.path.with_name(self.path.name + ".lock")
@@ -379,7 +383,7 @@ class SharedMemoryManager:
         Returns:
             False if the name is in use; what a crash left is reclaimed.
         """
-        self._refuse_second()
+        self._make_way()
         try:
             self._file = SharedFile.create(f"{self.name}.memory", self.size)
         except RingExists:
@@ -396,7 +400,7 @@ class SharedMemoryManager:
         Raises:
             InvalidArgument: there is one, and it is smaller than ``size``.
         """
-        self._refuse_second()
+        self._make_way()
         try:
             attached = SharedFile.attach(f"{self.name}.memory")
         except RingNotFound:
@@ -407,6 +411,13 @@ class SharedMemoryManager:
             raise InvalidArgument(f"{self.name} has {found} bytes: size={self.size} was asked for")
         self._file = attached
         return True
+
+    def is_current(self) -> bool:
+        """Whether who connects now gets the block that is open here.
+
+        False after its name was removed, also where another block bears it by now.
+        """
+        return self._file is not None and self._file.is_named()
 
     def write_data(self, data: bytes | bytearray | memoryview, offset: int = 0) -> None:
         """Copy bytes into the block, under its lock.
@@ -481,6 +492,7 @@ class SharedMemoryManager:
             return
         if self._creator_pid == os.getpid():  # not its forked children
             self._file.unlink()
+        self._creator_pid = 0
         self._file.close()
         self._file = None
 
@@ -499,9 +511,11 @@ class SharedMemoryManager:
             raise RingClosed(f"shared memory {self.name!r}: call create() or connect() first")
         return self._file
 
-    def _refuse_second(self) -> None:
-        if self._file is not None:
+    def _make_way(self) -> None:
+        """Let go of a block that has gone; NameInUse if it has not."""
+        if self.is_current():
             raise NameInUse(f"shared memory {self.name!r} is open already: call cleanup() first")
+        self.cleanup()
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0:

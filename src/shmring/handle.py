@@ -15,56 +15,27 @@ import multiprocessing.reduction
 import multiprocessing.util
 import operator
 import os
-import secrets
 import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
 from shmring._handle import LAYOUT, RingHandle
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 
-__all__ = ["RingStatistics", "SharedHandle"]
+if TYPE_CHECKING:
+    from shmring.statistics import RingStatistics
+
+__all__ = ["SharedHandle"]
 
 _POLL_S = 0.002
 _CREATION_GRACE_S = 1.0  # what an attacher grants a creator that has begun
 
 # Here and below: past what a subclass may have called closed, fileno or name itself.
 _closed_of: Callable[[RingHandle], bool] = RingHandle.closed.__get__  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, slots=True)
-class RingStatistics:
-    """What stands in a ring's header: a snapshot, readable by every process.
-
-    Attributes:
-        capacity, max_capacity: bytes, of the area producers write to and of all.
-        used_bytes: frames that were put and not yet taken, headers included.
-        messages: in the ring now; reservations count from their beginning.
-        messages_put, messages_taken, bytes_put: since the ring was made.
-        growths: how often the ring grew or shrank.
-        recoveries: lock owners that were found dead.
-        consumers_waiting, producers_waiting: somebody sleeps (or did last).
-        shut_down, poisoned: no more puts; no more anything.
-    """
-
-    capacity: int
-    max_capacity: int
-    used_bytes: int
-    messages: int
-    messages_put: int
-    messages_taken: int
-    bytes_put: int
-    growths: int
-    recoveries: int
-    consumers_waiting: bool
-    producers_waiting: bool
-    shut_down: bool
-    poisoned: bool
 
 
 def rounded_capacity(name: str, value: object) -> int:
@@ -115,7 +86,7 @@ class SharedHandle(RingHandle):
                 max_messages,
                 segment.pid_namespace(),
                 self._user_kind,
-                secrets.randbits(64),
+                int.from_bytes(os.urandom(8), sys.byteorder),
                 encoded,
                 buffer is not None,
             )
@@ -245,6 +216,8 @@ class SharedHandle(RingHandle):
 
     def statistics(self) -> RingStatistics:
         """A snapshot of what stands in the header; works from every process."""
+        from shmring.statistics import RingStatistics  # not at the top: dataclasses cost 10 ms
+
         return RingStatistics(**self._statistics())
 
     def close(self) -> None:

@@ -307,12 +307,16 @@ class HighPerformanceIPC:
         """
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
-        if memory_name in self.shared_memories or not memory.create():
+        if not memory.create():
             raise NameInUse(f"shared memory {memory_name!r} exists in namespace {self.namespace!r}")
+        self.close_shared_memory(memory_name)  # one whose name was given back
         self.shared_memories[memory_name] = memory
 
     def connect_shared_memory(self, memory_name: str, size: int) -> None:
         """Open a block of memory that another process created; nothing happens if it is open.
+
+        A block that is open here and has gone, or was created anew since, is
+        closed, and the one of today is opened.
 
         Args:
             memory_name: its name.
@@ -325,7 +329,9 @@ class HighPerformanceIPC:
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
         if memory_name in self.shared_memories:
-            return
+            if self.shared_memories[memory_name].is_current():
+                return
+            self.close_shared_memory(memory_name)
         if not memory.connect():
             raise NameUnknown(
                 f"shared memory {memory_name!r} does not exist in namespace {self.namespace!r}"

@@ -34,7 +34,8 @@ class SharedMemoryManager:
         name: a file in /dev/shm.
         size: bytes.
 
-    One process calls :meth:`create`, the others :meth:`connect`.  Reads and
+    One process calls :meth:`create`, the others :meth:`connect`; either lets go
+    of a block that was removed since it was opened here.  Reads and
     writes exclude each other in all processes; a process that is killed inside
     one blocks nobody, and may leave a write half done.
     """
@@ -56,7 +57,7 @@ class SharedMemoryManager:
         Raises:
             SharedMemoryFull: /dev/shm has no room.
         """
-        self._check_unused()
+        self._make_way()
         try:
             fd = segment.create_named(self.name, MEMORY_HEADER_BYTES + self.size, _HEADER)
         except RingExists:
@@ -73,7 +74,7 @@ class SharedMemoryManager:
             LayoutMismatch: it is not a block of this class.
             InvalidArgument: it is smaller than `size`.
         """
-        self._check_unused()
+        self._make_way()
         try:
             fd = segment.open_named(self.name)
         except RingNotFound:
@@ -81,9 +82,18 @@ class SharedMemoryManager:
         self._map(fd)
         return True
 
-    def _check_unused(self) -> None:
-        if self._memory is not None:
+    def is_current(self) -> bool:
+        """Whether who connects now gets the block that is open here.
+
+        False after its name was removed, also where another block bears it by now.
+        """
+        return self._memory is not None and segment.is_named(self._fd, self.name)
+
+    def _make_way(self) -> None:
+        """Let go of a block that has gone; NameInUse if it has not."""
+        if self.is_current():
             raise NameInUse(f"{self.name!r} is attached already: call cleanup() first")
+        self.cleanup()
 
     def _map(self, fd: int) -> None:
         try:
@@ -161,7 +171,8 @@ class SharedMemoryManager:
         found = os.fstat(fd)
         os.close(fd)
         identity = (found.st_dev, found.st_ino)
-        if self._creator_pid != os.getpid():
+        creator_pid, self._creator_pid = self._creator_pid, 0
+        if creator_pid != os.getpid():
             segment.release(self.name, identity)
             return
         with contextlib.suppress(RingNotFound):  # somebody removed it first

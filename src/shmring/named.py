@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from typing import Any
 
@@ -40,13 +39,7 @@ if backend == "ring":
 
     def is_current(queue: Any, name: str) -> bool:
         """Whether who asks for the name now gets the queue behind this handle."""
-        if queue.closed:
-            return False
-        try:
-            found = os.lstat(f"{segment.DIRECTORY}/{name}")
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(found, os.fstat(queue.fileno()))
+        return not queue.closed and segment.is_named(queue.fileno(), name)
 
     def remove_queue(queue: Any) -> None:
         """Close a queue of one's own, and give its name back."""

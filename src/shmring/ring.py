@@ -7,7 +7,8 @@ from typing import Any, Self
 from shmring import segment
 from shmring._ring import BytesRing
 from shmring.errors import InvalidArgument
-from shmring.handle import RingStatistics, SharedHandle, rounded_capacity
+from shmring.handle import SharedHandle, rounded_capacity
+from shmring.statistics import RingStatistics
 
 __all__ = ["Ring", "RingStatistics"]
 

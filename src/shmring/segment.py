@@ -22,7 +22,6 @@ import stat
 import struct
 import time
 import weakref
-from pathlib import Path
 from typing import Protocol
 
 from shmring.errors import (
@@ -46,6 +45,7 @@ __all__ = [
     "create_anonymous",
     "create_named",
     "default_max_capacity",
+    "is_named",
     "link",
     "open_block",
     "open_named",
@@ -125,9 +125,9 @@ def default_max_capacity() -> int:
     with contextlib.suppress(OSError):
         shm = os.statvfs(DIRECTORY)
         limits.append(shm.f_blocks * shm.f_frsize)
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    half = min(limit for limit in limits if limit > 0) // 2
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
+        limits.append(int(limit.read()))
+    half = min(each for each in limits if each > 0) // 2
     return max(1 << (half.bit_length() - 1), 1 << 20)
 
 
@@ -362,6 +362,11 @@ def reclaim(name: str) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def is_named(fd: int, name: str) -> bool:
+    """Whether who asks for the name now gets the block behind `fd`."""
+    return _is(fd, _path(name))
 
 
 def release(name: str, identity: tuple[int, int]) -> None:

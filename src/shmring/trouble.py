@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 
 from shmring.errors import RingCorrupted, SharedMemoryFull
 
 __all__ = ["corrupted", "name_is_gone", "say_full", "say_name_is_gone", "system_error"]
-
-_logger = logging.getLogger("shmring")
 
 _TEXTS = {
     errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)",
@@ -41,12 +38,18 @@ def corrupted(found: str | None, written: int, read: int) -> RingCorrupted:
     return RingCorrupted(f"{text} (written up to {written}, read up to {read}); recreate the ring")
 
 
+def _warn(text: str, *args: object) -> None:
+    import logging  # not at the top: a child pays for it before its first message
+
+    logging.getLogger("shmring").warning(text, *args)
+
+
 def say_full(limit: int | None) -> None:
     """A put that was to grow waits: at `limit` bytes, or, with None, for want of memory."""
     why = "the file system of shared memory is full"
     if limit is not None:
         why = f"max_capacity={limit} (unless given, half of shared memory) is reached"
-    _logger.warning(
+    _warn(
         "%s: put waits for a reader; enlarge /dev/shm (for containers: --shm-size)"
         " or bound the queue with maxsize or max_capacity",
         why,
@@ -62,10 +65,10 @@ def name_is_gone(fd: int) -> bool:
 
 
 def say_name_is_gone(name: bytes, token: int) -> None:
-    """A get waits on a ring that nobody can attach to any more."""
+    """A process waits on a ring that nobody can attach to any more."""
     label = os.fsdecode(name) if name else f"shmring-{token:016x}"
-    _logger.warning(
-        "/dev/shm/%s was removed while get waits: only those that have it open already can put;"
-        " unless one of them does, make the queue anew",
+    _warn(
+        "/dev/shm/%s was removed while this process waits for a message in it: only those that have"
+        " it open already can put one; unless one of them does, make the queue anew",
         label,
     )

@@ -1,0 +1,37 @@
+"""What ``statistics()`` of a ring or a queue returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["RingStatistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatistics:
+    """What stands in a ring's header: a snapshot, readable by every process.
+
+    Attributes:
+        capacity, max_capacity: bytes, of the area producers write to and of all.
+        used_bytes: frames that were put and not yet taken, headers included.
+        messages: in the ring now; reservations count from their beginning.
+        messages_put, messages_taken, bytes_put: since the ring was made.
+        growths: how often the ring grew or shrank.
+        recoveries: lock owners that were found dead.
+        consumers_waiting, producers_waiting: somebody sleeps (or did last).
+        shut_down, poisoned: no more puts; no more anything.
+    """
+
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    messages: int
+    messages_put: int
+    messages_taken: int
+    bytes_put: int
+    growths: int
+    recoveries: int
+    consumers_waiting: bool
+    producers_waiting: bool
+    shut_down: bool
+    poisoned: bool
