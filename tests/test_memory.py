@@ -103,6 +103,7 @@ def test_use_before_and_after():
         memory.cleanup()
 
 
+@pytest.mark.fault(35)
 def test_attach_to_what_is_not_a_block_or_too_small(memory):
     with Ring.create(name="test-memory-ring"), pytest.raises(LayoutMismatch):
         SharedMemoryManager("test-memory-ring", 10).connect()

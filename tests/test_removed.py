@@ -26,6 +26,7 @@ def _answer(name: str) -> None:
             queue.put(bytes(i * 10))  # it grows, too
 
 
+@pytest.mark.fault(41)
 def test_those_who_are_attached_go_on_and_nobody_else_can_join():
     with Queue(name=NAME) as queue, run_in_process(_answer, NAME, method="spawn") as child:
         assert queue.get(timeout=60) == "attached"
@@ -37,6 +38,7 @@ def test_those_who_are_attached_go_on_and_nobody_else_can_join():
         assert child.exitcode == 0
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("given", [True, False])
 def test_a_get_that_waits_says_that_the_name_was_removed(caplog, given):
     def said() -> list[str]:
@@ -69,6 +71,7 @@ def test_a_name_given_up_on_purpose_is_no_trouble(caplog):
         assert not caplog.records
 
 
+@pytest.mark.fault(41)
 def test_the_name_can_be_used_anew_and_both_go_on():
     with Queue(name=NAME) as old:
         os.unlink(PATH)
@@ -82,6 +85,7 @@ def test_the_name_can_be_used_anew_and_both_go_on():
     assert not os.path.exists(PATH)
 
 
+@pytest.mark.fault(22)
 def test_a_file_cut_short_ends_its_users_at_once():
     """As with any mapped file the kernel sends SIGBUS: nobody waits for ever."""
     program = f"import shmring; shmring.Ring.attach({NAME!r}).get()"
