@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench torture lint wheel build clean
+.PHONY: help demo test test-fallback bench torture faults lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,6 +29,9 @@ test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on t
 
 torture: build $(VENV)/.with-test  ## the long tests
 	$(PYTEST) -m torture $(TEST_ARGS)
+
+faults:  ## write docs/faults.md from the marks on the tests
+	$(PYTHON) tests/faults.py
 
 bench: build $(VENV)/.with-bench  ## beside multiprocessing's Queue, SimpleQueue and Pipe
 	$(PYTEST) benchmarks --benchmark-only -W default $(BENCH_ARGS)

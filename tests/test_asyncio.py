@@ -368,6 +368,7 @@ def test_shutdown_reaches_those_who_put():
     run(main())
 
 
+@pytest.mark.fault(33)
 def test_close_while_waiting():
     async def main():
         queue = Queue()
@@ -450,6 +451,7 @@ def test_a_loop_that_does_not_run_holds_nobody_up(queue):
     lost.get_coro().close()
 
 
+@pytest.mark.fault(18)
 def test_a_forked_child_begins_afresh(queue):
     def child(results):
         async def main():
@@ -500,6 +502,7 @@ print("end")
 """
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("how", ["run", "stop", "close"])
 def test_a_process_ends_with_calls_pending(how):
     done = subprocess.run(

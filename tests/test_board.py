@@ -92,6 +92,7 @@ def test_a_slot_says_what_its_process_does(shared: Board) -> None:
     assert find(shared, "me").heartbeats == beats + 1
 
 
+@pytest.mark.fault(16)
 def test_another_process_is_seen_and_its_death_is_proved(shared: Board, start_method: str) -> None:
     with run_in_process(stay, NAME, "other", method=start_method) as process:
         wait_for(lambda: find(shared, "other"), what="the other's slot")
@@ -105,6 +106,7 @@ def test_another_process_is_seen_and_its_death_is_proved(shared: Board, start_me
         assert (after.task, after.state) == (41, State.WORKING), "readable after death"
 
 
+@pytest.mark.fault(14)
 def test_stopped_is_silent_and_not_dead(shared: Board) -> None:
     with run_in_process(stay, NAME, "stopped") as process:
         wait_for(lambda: find(shared, "stopped"), what="the slot")
@@ -116,6 +118,7 @@ def test_stopped_is_silent_and_not_dead(shared: Board) -> None:
         assert not entry.is_silent(3600)
 
 
+@pytest.mark.fault(17)
 def test_a_pid_used_again_is_not_taken_for_the_old_process() -> None:
     assert not is_process_dead(os.getpid(), process_start_ticks(os.getpid()))
     assert is_process_dead(os.getpid(), process_start_ticks(os.getpid()) + 1)
@@ -222,6 +225,7 @@ def test_impossible_names_are_refused(shared: Board, process_id: str) -> None:
     assert find(shared, "x" * 72) is not None
 
 
+@pytest.mark.fault(35)
 def test_what_is_no_board_is_refused(shared: Board) -> None:
     storage = open_storage()
     with contextlib.closing(storage):
@@ -230,6 +234,7 @@ def test_what_is_no_board_is_refused(shared: Board) -> None:
             Board(storage)
 
 
+@pytest.mark.fault(23)
 def test_random_bytes_in_a_slot_are_no_crash(shared: Board) -> None:
     shared.register("me")
     storage = open_storage()

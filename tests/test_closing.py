@@ -33,6 +33,7 @@ def in_a_child(scene: Callable[[], None]) -> None:
         assert child.exitcode == 0
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("side", ["peek", "reserve"])
 def test_while_a_block_is_being_entered(side):
     """The lock is held by another; close begins; the lock is released; the block is entered."""
@@ -82,6 +83,7 @@ class Slow:
         Slow.closed.wait(0.05)
 
 
+@pytest.mark.fault(33)
 def test_while_get_many_decodes():
     def scene() -> None:
         queue = Queue()
@@ -98,6 +100,7 @@ def test_while_get_many_decodes():
     in_a_child(scene)
 
 
+@pytest.mark.fault(33)
 def test_while_shutdown_waits_for_the_lock():
     def scene() -> None:
         ring = Ring.create()
@@ -121,6 +124,7 @@ def test_while_shutdown_waits_for_the_lock():
     in_a_child(scene)
 
 
+@pytest.mark.fault(18, 33)
 def test_in_a_forked_child_whose_own_thread_waits():
     with Ring.create() as ring:
 
@@ -143,6 +147,7 @@ def test_in_a_forked_child_whose_own_thread_waits():
         in_a_child(scene)
 
 
+@pytest.mark.fault(18)
 def test_a_child_forked_inside_a_block_can_get_and_close():
     with Ring.create() as ring:
         ring.put_many([b"1", b"2"])

@@ -474,6 +474,7 @@ def test_ctrl_c_leaves_nothing(started: subprocess.Popen[str]) -> None:
     assert not [name for name in shared_memory_names() if f"demo-{started.pid}-" in name]
 
 
+@pytest.mark.fault(37)
 @ring_only
 def test_rm_stale_removes_what_a_crash_left(started: subprocess.Popen[str]) -> None:
     def left() -> set[str]:

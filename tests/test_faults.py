@@ -47,6 +47,7 @@ def _get_for_ever(ring: Ring) -> None:
         ring.get()
 
 
+@pytest.mark.fault(1)
 def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody():
     moments = random.Random(1)
     with Ring.create(1 << 24) as ring:
@@ -66,6 +67,7 @@ def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody():
     pytest.fail("no kill hit the lock")
 
 
+@pytest.mark.fault(2)
 def test_consumers_killed_inside_get_lose_at_most_what_they_took():
     moments = random.Random(2)
     with Ring.create(1 << 24) as ring:
@@ -88,6 +90,7 @@ def test_consumers_killed_inside_get_lose_at_most_what_they_took():
     pytest.fail("no kill hit the lock")
 
 
+@pytest.mark.fault(8)
 def test_growing_producers_killed_leave_memory_accounted_for():
     moments = random.Random(5)
     with Ring.create(1 << 16, max_capacity=1 << 27) as ring:
@@ -107,6 +110,7 @@ def test_growing_producers_killed_leave_memory_accounted_for():
         assert held <= 4 * ring.capacity + 8192, f"{held} bytes for a capacity of {ring.capacity}"
 
 
+@pytest.mark.fault(6)
 def test_a_sleeping_consumer_killed_takes_no_wake_with_it():
     with Ring.create() as ring:
         for _ in range(20):
@@ -128,6 +132,7 @@ def _take(ring: Ring, parent: int) -> None:
         ring.get(timeout=30)
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("side", ["reserve", "peek"])
 def test_killed_inside_a_block(side):
     with Ring.create() as ring:
@@ -148,6 +153,7 @@ def _hold(ring: Ring, side: str) -> None:
         signal.pause()
 
 
+@pytest.mark.fault(13)
 def test_a_stopped_lock_holder_is_waited_for_and_never_robbed():
     with Ring.create(1 << 24) as ring, run_in_process(_put_for_ever, ring) as holder:
         process = psutil.Process(holder.pid)
@@ -178,6 +184,7 @@ def _room(ring: Ring) -> bool:
     return ring.statistics().used_bytes < ring.capacity - 1000
 
 
+@pytest.mark.fault(18)
 def test_fork_while_another_thread_is_inside_put():
     with Ring.create(1 << 24) as ring:
         stop = threading.Event()
@@ -226,6 +233,7 @@ while True:
 """
 
 
+@pytest.mark.fault(37)
 def test_all_processes_killed_leave_nothing_of_anonymous_queues():
     before = shared_memory_names()
     program = subprocess.Popen(
@@ -241,6 +249,7 @@ def test_all_processes_killed_leave_nothing_of_anonymous_queues():
     assert leftovers(before) == []
 
 
+@pytest.mark.fault(37)
 def test_a_crashed_runs_name_is_usable_again():
     name = "test-faults-crashed"
     with run_in_process(_create_and_die, name) as child:
@@ -258,6 +267,7 @@ def _create_and_die(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.fault(37)
 def test_cleanup_removes_what_is_stale_and_nothing_else(tmp_path):
     from shmring import cleanup_stale
 
@@ -279,6 +289,7 @@ def test_cleanup_removes_what_is_stale_and_nothing_else(tmp_path):
         os.unlink(foreign)
 
 
+@pytest.mark.fault(34)
 def test_an_interpreter_exits_with_a_thread_blocked_in_get():
     program = (
         "import threading; from shmring import Queue; queue = Queue();"
@@ -289,6 +300,7 @@ def test_an_interpreter_exits_with_a_thread_blocked_in_get():
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.fault(21)
 def test_a_full_file_system_fails_by_name_and_leaves_nothing(tmp_path):
     """In a mount namespace of its own, with a /dev/shm of one MiB."""
     program = (

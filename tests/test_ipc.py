@@ -325,6 +325,7 @@ def entry_of(ipc: HighPerformanceIPC, process_id: str) -> Entry:
     return entry
 
 
+@pytest.mark.fault(16)
 def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_method: str) -> None:
     ipc.create_message_queue("quiet")
     assert ipc.check_alive_processes() == []
@@ -337,6 +338,7 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
     assert list(ipc.alive_processes) == ["child"]
 
 
+@pytest.mark.fault(14)
 def test_the_stopped_are_silent_in_time(ipc: HighPerformanceIPC) -> None:
     ipc.create_message_queue("quiet")
     with run_in_process(keep_beating, ipc.namespace, "child") as process:
@@ -517,6 +519,7 @@ def create_and_wait(namespace: str) -> None:
     signal.pause()
 
 
+@pytest.mark.fault(37)
 def test_names_of_the_killed_can_be_used_again(ipc: HighPerformanceIPC, start_method: str) -> None:
     with run_in_process(create_and_wait, ipc.namespace, method=start_method):
         ipc.connect_message_queue("ready", timeout=30)

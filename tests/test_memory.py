@@ -139,6 +139,7 @@ def test_who_created_once_is_no_creator_of_what_it_connects_to(memory):
         assert other.is_current()
 
 
+@pytest.mark.fault(35)
 def test_attach_to_what_is_not_a_block_or_too_small(memory):
     with Ring.create(name="test-memory-ring"), pytest.raises(LayoutMismatch):
         SharedMemoryManager("test-memory-ring", 10).connect()

@@ -268,6 +268,7 @@ def test_workers_started_by_the_caller(ipc: HighPerformanceIPC, start_method: st
     assert {row.pid for row in report.workers} == {worker.pid for worker in workers}
 
 
+@pytest.mark.fault(10, 16)
 @ring_only
 def test_without_spawn_the_tasks_of_the_dead_are_put_back(
     ipc: HighPerformanceIPC, tmp_path: Path
@@ -367,6 +368,7 @@ def test_a_failing_iterable_of_tasks_is_raised(ipc: HighPerformanceIPC) -> None:
 # -- killed workers ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault(10)
 @ring_only
 def test_a_killed_worker_is_replaced_and_its_task_done_by_another(
     ipc: HighPerformanceIPC, start_method: str, tmp_path: Path
@@ -386,6 +388,7 @@ def test_a_killed_worker_is_replaced_and_its_task_done_by_another(
         assert len(set(pids)) == len(pids)
 
 
+@pytest.mark.fault(10)
 @ring_only
 def test_a_worker_killed_from_outside_in_the_middle(ipc: HighPerformanceIPC) -> None:
     killed: list[int] = []
@@ -404,6 +407,7 @@ def test_a_worker_killed_from_outside_in_the_middle(ipc: HighPerformanceIPC) -> 
     assert (row.state, row.exitcode) == ("dead", -9)
 
 
+@pytest.mark.fault(12)
 @ring_only
 @pytest.mark.parametrize("max_retries", [0, 2])
 def test_a_task_that_kills_its_workers_fails_alone(
@@ -589,6 +593,7 @@ def test_what_the_caller_made_survives_that_its_name_is_taken(
         assert ipc.receive_message(taken, timeout=5) is not None
 
 
+@pytest.mark.fault(15)
 @both_backends
 def test_without_their_coordinator_workers_end_by_themselves(
     ipc: HighPerformanceIPC, start_method: str
@@ -621,6 +626,7 @@ def test_one_coordinator_a_namespace(ipc: HighPerformanceIPC) -> None:
     assert report.results == [10]
 
 
+@pytest.mark.fault(42)
 @pytest.mark.skipif(backend != "ring", reason="a served queue goes with its creator")
 def test_each_worker_gets_one_shutdown_message(ipc: HighPerformanceIPC) -> None:
     """A worker written by hand, in this process, sees what the contract says."""

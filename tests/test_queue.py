@@ -330,6 +330,7 @@ class Hostile:
         return os.mkdir, ("/dev/shm/test-queue-was-unpickled",)
 
 
+@pytest.mark.fault(38)
 def test_bytes_codec_carries_bytes_and_never_unpickles():
     with Queue(codec="bytes", name="test-queue-bytes") as queue:
         for data in (b"x", bytearray(b"y"), memoryview(b"z"), np.arange(1000)):
@@ -497,6 +498,7 @@ def test_attach_to_what_is_not_a_queue():
         Queue.attach("test-queue-a-ring")
 
 
+@pytest.mark.fault(29, 30)
 def test_attach_to_what_others_could_open():
     with Queue(name="test-queue-open") as queue:
         os.fchmod(queue.fileno(), 0o666)

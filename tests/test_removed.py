@@ -28,6 +28,7 @@ def _answer(name: str) -> None:
             queue.put(bytes(i * 10))  # it grows, too
 
 
+@pytest.mark.fault(41)
 def test_those_who_are_attached_go_on_and_nobody_else_can_join():
     with Queue(name=NAME) as queue, run_in_process(_answer, NAME, method="spawn") as child:
         assert queue.get(timeout=60) == "attached"
@@ -71,6 +72,7 @@ def _wait_on_more_than_the_kernel_takes(queue: Queue[str]) -> None:
     queue.get_nowait()
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(
     "take", [_get, _aget, _wait, _wait_beside_a_file, _wait_on_more_than_the_kernel_takes]
@@ -107,6 +109,7 @@ def test_a_name_given_up_on_purpose_is_no_trouble(caplog):
         assert not caplog.records
 
 
+@pytest.mark.fault(41)
 def test_the_name_can_be_used_anew_and_both_go_on():
     with Queue(name=NAME) as old:
         os.unlink(PATH)
@@ -120,6 +123,7 @@ def test_the_name_can_be_used_anew_and_both_go_on():
     assert not os.path.exists(PATH)
 
 
+@pytest.mark.fault(22)
 def test_a_file_cut_short_ends_its_users_at_once():
     """As with any mapped file the kernel sends SIGBUS: nobody waits for ever."""
     program = f"import shmring; shmring.Ring.attach({NAME!r}).get()"

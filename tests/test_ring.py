@@ -249,6 +249,7 @@ def test_other_consumers_wait_behind_a_peek(ring):
     assert taken == [b"second"]
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("side", ["reserve", "peek"])
 def test_leaving_with_a_living_array_is_refused_and_loses_nothing(ring, side):
     ring.put(b"whole")
@@ -330,6 +331,7 @@ def test_a_view_survives_the_growth_of_its_ring():
         assert [len(m) for m in ring.get_many()] == [100_000] * 20
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("side", ["reserve", "peek"])
 def test_a_forked_child_cannot_end_its_parents_block(ring, side):
     ring.put(b"front")
@@ -367,6 +369,7 @@ def test_attach_by_name(start_method):
     assert not os.path.exists("/dev/shm/test-ring-by-name")
 
 
+@pytest.mark.fault(27)
 def test_attach_waits_for_the_creator():
     made: list[Ring] = []
     timer = threading.Timer(0.05, lambda: made.append(Ring.create(name="test-ring-late")))
@@ -504,6 +507,7 @@ def test_names_in_use_and_names_of_nothing():
     assert 0.05 <= time.monotonic() - begun < 5
 
 
+@pytest.mark.fault(30, 35)
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(20_000), b"x" * 20_000])
 def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
     path = "/dev/shm/test-ring-foreign"
@@ -519,6 +523,7 @@ def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
         os.unlink(path)
 
 
+@pytest.mark.fault(35)
 def test_attach_to_another_version():
     with Ring.create(name="test-ring-version") as ring:
         os.pwrite(ring.fileno(), (99).to_bytes(4, "little"), 8)
@@ -544,6 +549,7 @@ def test_use_after_close(ring):
     assert issubclass(RingClosed, ValueError)
 
 
+@pytest.mark.fault(33)
 def test_closing_wakes_a_thread_that_waits(ring):
     raised = []
 
@@ -578,6 +584,7 @@ def test_immediate_shutdown_refuses_gets_too(ring):
         ring.get()
 
 
+@pytest.mark.fault(23)
 def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     ring.put(b"x" * 100)
     with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
@@ -591,6 +598,7 @@ def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     assert ring.statistics().poisoned
 
 
+@pytest.mark.fault(24)
 def test_garbage_in_a_lock_word_is_an_error_in_time(ring):
     ring.put(b"x")
     with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
@@ -600,6 +608,7 @@ def test_garbage_in_a_lock_word_is_an_error_in_time(ring):
         ring.get(timeout=5)
 
 
+@pytest.mark.fault(31)
 def test_ctrl_c_reaches_a_blocked_get(ring):
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()

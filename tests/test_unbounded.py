@@ -229,6 +229,7 @@ assert os.listdir("/dev/shm") == []
 """
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(("queues", "limit"), [(1, "None"), (3, "1 << 30")])
 def test_a_full_shared_memory_means_waiting_and_one_line_in_the_log(tmp_path, queues, limit):
     """The first ends at its max_capacity, half of what there is; the others fill it."""
@@ -319,6 +320,7 @@ def _create_without_file_size() -> None:
     Queue()
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     ("action", "number", "said"),
     [
@@ -344,6 +346,7 @@ def _put_with_small_files(queue: Queue[object]) -> None:
     queue.put(bytes(8 * MIB))
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     ("action", "number", "said"),
     [
@@ -379,6 +382,7 @@ def _put_with_none(queue: Queue[object], go: Queue[object]) -> None:
     queue.put("small")
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("action", [_get_with_little_address_space, _put_with_none])
 def test_no_memory_to_map_a_grown_area_leaves_the_message_to_others(report, action):
     large = b"x" * (40 * MIB)

@@ -171,6 +171,7 @@ def peek_and_die(ring, ready):
         forever()
 
 
+@pytest.mark.fault(9, 16)
 @pytest.mark.parametrize("how", [reserve_and_die, peek_and_die])
 def test_the_way_is_cleared_of_the_killed(how):
     with Ring.create() as ring, Queue() as ready, Queue() as other:
@@ -204,6 +205,7 @@ def test_closed_raises(queues):
         wait([*queues, closed])
 
 
+@pytest.mark.fault(33)
 def test_closed_while_we_wait(queues, kernel):
     queue = Queue()
     with in_thread(lambda: (wait_for(asleep(queue)), queue.close())):
@@ -329,6 +331,7 @@ def wait_in_process(queues, ready, result):
         result.put(time.monotonic())
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("with_file", [False, True])
 def test_ctrl_c_ends_it_within_100_ms(queues, with_file):
     left, right = socket.socketpair()
@@ -348,6 +351,7 @@ def test_ctrl_c_ends_it_within_100_ms(queues, with_file):
     assert quickest < 1.0  # 100 ms is promised; a busy machine gets ten times that
 
 
+@pytest.mark.fault(6)
 def test_killed_waiters_do_not_disturb(queues):
     with Queue() as ready, Queue() as result:
         for number in range(10):
@@ -364,6 +368,7 @@ def wait_and_answer(queues, answers):
     answers.put(len(wait(queues)))
 
 
+@pytest.mark.fault(18)
 def test_fork_while_another_thread_waits(queues):
     with Queue() as answers, in_thread(wait, queues):
         wait_for(asleep(queues[0]))

@@ -130,6 +130,29 @@ SYNC_SLOW int area_punch(int fd, uint64_t offset, uint64_t bytes)
     return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) == 0 ? 0 : errno;
 }
 
+static inline int area_share(const shmring_area *one, const shmring_area *other)
+{
+    return one->offset < other->offset + other->capacity && other->offset < one->offset + one->capacity;
+}
+
+/* Does an area lie over a living one of another generation?  Such a record is
+ * garbage, and to write or punch there would destroy what others use.  The
+ * last generation is read first: areas that lived at that moment share nothing,
+ * while an older `reaped` would bring in one whose place a later one has. */
+SYNC_SLOW int area_overlaps(shmring_header *header, const shmring_area *area, uint64_t generation)
+{
+    uint64_t last = load_acquire64(&header->write_generation);
+    uint64_t first = load_acquire64(&header->reaped);
+    if (last - first >= SHMRING_AREA_COUNT)
+        return 1;
+    for (uint64_t g = first; g <= last; g++) {
+        shmring_area other = *shmring_area_of(header, g);
+        if (g != generation && area_share(area, &other))
+            return 1;
+    }
+    return 0;
+}
+
 /* Collect the living areas, sorted by offset.  -1 if the records are garbage. */
 SYNC_SLOW int area_living(shmring_header *header, shmring_area *living)
 {
@@ -146,6 +169,8 @@ SYNC_SLOW int area_living(shmring_header *header, shmring_area *living)
         for (; i > 0 && living[i - 1].offset > area.offset; i--)
             living[i] = living[i - 1];
         living[i] = area;
+        if ((i > 0 && area_share(&living[i - 1], &area)) || (i + 1 < count && area_share(&area, &living[i + 1])))
+            return -1;
     }
     return count;
 }
@@ -196,6 +221,8 @@ SYNC_SLOW int area_tidy(shmring_header *header, int fd, const area_file *own)
     return 0;
 }
 
+#define AREA_GARBAGE UINT64_MAX /* instead of a capacity: the records are none */
+
 /* How large the next area may be for a frame of `need` bytes: 0 if not at all.
  * `wish` is what would serve well. */
 SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, uint64_t need, uint64_t wish)
@@ -203,7 +230,9 @@ SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, 
     shmring_area living[SHMRING_AREA_COUNT];
     int count = area_living(header, living);
     uint64_t limit = header->max_capacity, sum = 0;
-    if (count < 0 || count >= SHMRING_AREA_COUNT - 1 || limit > SHMRING_MAX_CAPACITY || need > limit)
+    if (count < 0)
+        return AREA_GARBAGE;
+    if (count >= SHMRING_AREA_COUNT - 1 || limit > SHMRING_MAX_CAPACITY || need > limit)
         return 0;
     for (int i = 0; i < count; i++)
         sum += living[i].capacity;
@@ -302,7 +331,7 @@ SYNC_SLOW int area_open(shmring_header *header, int fd, const area_file *own, ui
     int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    if (!area_check(&area, file.bytes))
+    if (!area_check(&area, file.bytes) || area_overlaps(header, &area, generation))
         return EILSEQ; /* the caller says RingCorrupted */
     return area_map(fd, &area, generation, out);
 }
@@ -317,7 +346,9 @@ SYNC_SLOW int area_reap(shmring_header *header, int fd, const area_file *own)
         return ours;
     while (header->reaped < header->read_generation) {
         shmring_area area = *shmring_area_of(header, header->reaped);
-        int error = area_check(&area, UINT64_MAX >> 1) ? area_punch(fd, area.offset, area.capacity) : EILSEQ;
+        if (!area_check(&area, UINT64_MAX >> 1) || area_overlaps(header, &area, header->reaped))
+            return EILSEQ;
+        int error = area_punch(fd, area.offset, area.capacity);
         if (error != 0)
             return error; /* the next one tries again */
         store_release64(&header->reaped, header->reaped + 1);

@@ -18,6 +18,8 @@ cdef extern from "_area.h" nogil:
         uint64_t inode
         uint64_t bytes
 
+    const uint64_t AREA_GARBAGE  # what area_next_capacity returns when the records are none
+
     int area_stat(int fd, File *file) noexcept
     uint64_t area_page() noexcept
     uint64_t area_power_of_two(uint64_t value) noexcept

@@ -20,8 +20,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from shmring._area cimport (
-    Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap, area_release,
-    area_tidy,
+    AREA_GARBAGE, Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap,
+    area_release, area_tidy,
 )
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
@@ -196,7 +196,8 @@ cdef class RingCore:
                 store_release64(&h.claims[i].high, h.claims[i].low)
         if h.lease_owner != 0 and h.lease_high <= pos:
             store_release64(&h.lease_owner, 0)
-        area_reap(h, self.fd, &self.file)
+        if area_reap(h, self.fd, &self.file) == EILSEQ:
+            return self.poison(POISON_AREA)
         wait_wake_all(&h.data_wait)
         wait_wake_all(&h.space_wait)
         return DONE
@@ -258,8 +259,8 @@ cdef class RingCore:
                 break
             span = shmring_frame_span(items[at].length)
             read = self.known_read if self.known_read > m.base else m.base
-            if pos - read + span > m.capacity or h.front_until_ns != 0:
-                # a known position that lies too far back, or one ahead, ends up here as well
+            # in this form a position before `read` ends up here too, instead of overflowing
+            if span > m.capacity or pos - read > m.capacity - span or h.front_until_ns != 0:
                 result = self.make_room(pos, span, span, 0)
                 if result == FULL and flags & MAY_GROW:
                     taken = 0
@@ -326,7 +327,7 @@ cdef class RingCore:
         if h.front_until_ns != 0:
             if h.front_until_ns < <uint64_t>monotonic_ns():
                 h.front_who = h.front_need = h.front_until_ns = 0
-            elif h.front_who != self.front_name() and h.front_need <= m.capacity:
+            elif h.front_who != self.front_name() and h.front_need <= m.capacity and span <= m.capacity:
                 need += h.front_need  # somebody who needs more waits already: leave his room free
                 if need > m.capacity:
                     need = m.capacity
@@ -337,6 +338,8 @@ cdef class RingCore:
         # room for what follows, and for two of the kind: one is written while one is read
         wanted = following if following > 2 * span else 2 * span
         wanted = area_next_capacity(h, m.capacity, span, wanted)
+        if wanted == AREA_GARBAGE:
+            return self.poison(POISON_AREA)
         if wanted == 0:
             return FULL
         error = area_grow(h, self.fd, &self.file, wanted, &m)
@@ -412,7 +415,8 @@ cdef class RingCore:
             self.read_capacity = m.capacity
         if h.read_generation != generation:
             store_release64(&h.read_generation, generation)
-            area_reap(h, self.fd, &self.file)
+            if area_reap(h, self.fd, &self.file) == EILSEQ:
+                return self.poison(POISON_AREA)
         if limit - pos > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_limit = limit
@@ -609,7 +613,7 @@ cdef class RingCore:
                         or length > m.capacity - SHMRING_FRAME_BYTES
                         or shmring_frame_span(length) > self.known_limit - end):
                     break  # left to front(), which knows what to do with it
-                if end + shmring_frame_span(length) - pos > room_bytes:
+                if end + shmring_frame_span(length) - pos > (room_bytes if room_bytes < m.capacity else m.capacity):
                     break
                 end += shmring_frame_span(length)
                 count += 1

@@ -24,7 +24,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take, count_read
+from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take, count_read
 from shmring._handle cimport RingHandle, deadline_of
 from shmring._layout cimport (
     SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
@@ -447,7 +447,7 @@ cdef class ObjectRing(RingHandle):
         cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
         cdef char *room
         cdef uint64_t size = 0
-        cdef uint64_t at, end
+        cdef uint64_t at, end, first
         cdef Frame *frame
         cdef int result
         cdef list taken
@@ -478,8 +478,14 @@ cdef class ObjectRing(RingHandle):
                 if result != DONE:
                     break  # an error shows itself in the next call; what was taken is not lost
                 at = 0
+                first = (<Frame *>room).position
                 while at < size:
                     frame = <Frame *>(room + at)
+                    # our own copy, but made after the check: lengths may have changed between
+                    if (size - at < SHMRING_FRAME_BYTES or frame.length > size - at - SHMRING_FRAME_BYTES
+                            or frame.position != first + at):
+                        self.poison(POISON_FRAME)
+                        break
                     try:
                         taken.append(self.decode_at(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
                     except DecodeError as error:

@@ -21,7 +21,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
 from shmring._area cimport area_release
-from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, Item, Segment, Take
+from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, POISON_FRAME, Item, Segment, Take
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._sync cimport fetch_add64, load_acquire64, sync_epoch, sync_start
@@ -195,7 +195,7 @@ cdef class BytesRing(RingHandle):
         """
         cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
         cdef char *room
-        cdef uint64_t size, at, end
+        cdef uint64_t size, at, end, first
         cdef Frame *frame
         cdef int result
         cdef list taken
@@ -222,8 +222,14 @@ cdef class BytesRing(RingHandle):
                 if result != DONE:
                     break  # an error shows itself in the next call; what was taken is not lost
                 at = 0
+                first = (<Frame *>room).position
                 while at < size:
                     frame = <Frame *>(room + at)
+                    # our own copy, but made after the check: lengths may have changed between
+                    if (size - at < SHMRING_FRAME_BYTES or frame.length > size - at - SHMRING_FRAME_BYTES
+                            or frame.position != first + at):
+                        self.poison(POISON_FRAME)
+                        break
                     taken.append(PyBytes_FromStringAndSize(
                         <char *>frame + SHMRING_FRAME_BYTES, <Py_ssize_t>frame.length))
                     at += shmring_frame_span(frame.length)

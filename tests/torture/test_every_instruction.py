@@ -135,6 +135,7 @@ def quiet() -> Iterator[None]:
     os.sched_setaffinity(0, cpus)
 
 
+@pytest.mark.fault(1, 2, 4, 8, 9)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
 @pytest.mark.usefixtures("quiet")
 def test_killed_before_every_instruction(operation: Operation, stepper: ModuleType) -> None:
@@ -185,6 +186,7 @@ def test_killed_before_every_instruction(operation: Operation, stepper: ModuleTy
     )
 
 
+@pytest.mark.fault(4, 8)
 @pytest.mark.parametrize(
     ("first", "second", "apart"),
     [
@@ -312,6 +314,7 @@ def in_futex(process: str) -> bool:
         return False
 
 
+@pytest.mark.fault(3)
 @pytest.mark.usefixtures("quiet")
 def test_a_waker_killed_leaves_no_sleeper_behind(stepper: ModuleType) -> None:
     began = time.monotonic()
@@ -353,6 +356,7 @@ def test_a_waker_killed_leaves_no_sleeper_behind(stepper: ModuleType) -> None:
     )
 
 
+@pytest.mark.fault(7)
 @pytest.mark.usefixtures("quiet")
 def test_a_woken_one_killed_takes_no_wake_with_it(stepper: ModuleType) -> None:
     began = time.monotonic()

@@ -1,0 +1,106 @@
+"""What stands in a ring's file, read and written past all locks; a lock whose holder stops."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from shmring import Queue, Ring
+from shmring._handle import LAYOUT
+from support import run_in_process, wait_for
+
+DATA_WAIT = LAYOUT["WAITING_OFFSET"]
+SPACE_WAIT = LAYOUT["WAITING_OFFSET"] + 4
+LEASE_OWNER = LAYOUT["WAITING_OFFSET"] + 16
+WRITE_POSITION = LAYOUT["PRODUCERS_OFFSET"] + 8
+WRITE_GENERATION = LAYOUT["PRODUCERS_OFFSET"] + 16
+FRONT = LAYOUT["PRODUCERS_OFFSET"] + 48  # who waits for much space, how much, until when
+READ_POSITION = LAYOUT["CONSUMERS_OFFSET"] + 8
+READ_GENERATION = LAYOUT["CONSUMERS_OFFSET"] + 16
+REAPED = LAYOUT["CONSUMERS_OFFSET"] + 24
+LOCKS = {"producers": LAYOUT["PRODUCERS_OFFSET"], "consumers": LAYOUT["CONSUMERS_OFFSET"]}
+
+# In a lock word.
+OWNER = 0x3FFFFFFF
+OWNER_DIED = 0x40000000
+WAITERS = 0x80000000
+
+# In a wait word.
+SLEEPING = 1
+WOKEN = 2
+
+AnyRing = Ring | Queue[object]
+
+
+def word(ring: AnyRing | int, offset: int, value: int | None = None, *, size: int = 8) -> int:
+    """A word of the file, given by a handle or a descriptor; written first, if a value is given."""
+    fd = ring if isinstance(ring, int) else ring.fileno()
+    if value is not None:
+        os.pwrite(fd, value.to_bytes(size, "little"), offset)
+    return int.from_bytes(os.pread(fd, size, offset), "little")
+
+
+def lock_word(ring: AnyRing | int, side: str, value: int | None = None) -> int:
+    """The lock word of the "producers" or the "consumers"; written first, if a value is given."""
+    return word(ring, LOCKS[side], value, size=4)
+
+
+def area(
+    ring: AnyRing, generation: int, record: tuple[int, int, int] | None = None
+) -> tuple[int, ...]:
+    """(base, capacity, offset) of an area; written first, if a record is given."""
+    at = LAYOUT["AREAS_OFFSET"] + 32 * (generation % LAYOUT["AREA_COUNT"])
+    if record is not None:
+        os.pwrite(ring.fileno(), struct.pack("<3Q", *record), at)
+    return struct.unpack("<3Q", os.pread(ring.fileno(), 24, at))
+
+
+def first_frame(ring: AnyRing) -> int:
+    """Where in the file the frame in front begins."""
+    read = word(ring, READ_POSITION)
+    _, capacity, offset = area(ring, word(ring, READ_GENERATION))
+    return offset + read % capacity
+
+
+_LARGE = bytes(4_000_000)  # copying this takes most of a call, under the lock
+
+
+def _put_and_get_for_ever(ring: Ring) -> None:
+    while True:
+        ring.put(_LARGE)
+        ring.get()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still after SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@contextlib.contextmanager
+def stopped_under_lock(ring: Ring, side: str) -> Iterator[BaseProcess]:
+    """A process that was stopped by SIGSTOP while it holds a lock of an empty ring of 16 MiB.
+
+    It goes on, and is killed, at the end of the block.
+    """
+    with run_in_process(_put_and_get_for_ever, ring) as holder:
+        pid = holder.pid
+        assert pid is not None
+        for _ in range(1000):
+            before = ring.statistics().messages_taken
+            wait_for(lambda before=before: ring.statistics().messages_taken > before)
+            os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: is_stopped(pid))
+            if lock_word(ring, side) & OWNER == pid:
+                break
+            os.kill(pid, signal.SIGCONT)
+        else:
+            raise AssertionError(f"no stop fell under the lock of the {side}")
+        try:
+            yield holder
+        finally:
+            os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,288 @@
+"""Killed in a chosen place, not reaped, replaced by `exec`: nobody waits for the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from header import (
+    DATA_WAIT,
+    LEASE_OWNER,
+    LOCKS,
+    OWNER,
+    SLEEPING,
+    WAITERS,
+    WOKEN,
+    first_frame,
+    lock_word,
+    stopped_under_lock,
+    word,
+)
+from shmring import JoinableQueue, Queue, Ring
+from shmring.errors import Empty
+from support import run_in_process, wait_for
+
+SOON = 1.0  # seconds: 100 ms are meant, a busy machine gets ten times that
+
+
+def state_of(pid: int | None) -> str:
+    """R, S, T, Z ... as /proc has it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def name_of(pid: int | None) -> str:
+    """Of the program that runs."""
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+# ---- locks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(1, 2, 16)
+@pytest.mark.parametrize("side", LOCKS)
+def test_killed_under_a_lock_and_never_reaped(side):
+    with Ring.create(1 << 24) as ring, stopped_under_lock(ring, side) as holder:
+        os.kill(holder.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        ring.put(b"after", timeout=5)
+        left = ring.get_many(timeout=5)
+        assert time.monotonic() - begun < SOON
+        wait_for(lambda: state_of(holder.pid) == "Z", what="it to be a zombie")
+        assert left.pop() == b"after"
+        assert [len(message) for message in left] in ([], [4_000_000])
+        assert ring.statistics().recoveries == 1
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("side", LOCKS)
+def test_a_killed_waiter_for_a_lock_takes_nothing_with_it(side):
+    def pass_through() -> None:
+        if side == "producers":
+            ring.put(b"", timeout=30)
+        else:
+            with contextlib.suppress(Empty):
+                ring.get(timeout=0.01)
+        assert ring.statistics().recoveries == 0
+
+    with (
+        Ring.create(1 << 24) as ring,
+        stopped_under_lock(ring, side) as holder,
+        run_in_process(pass_through) as victim,
+    ):
+        wait_for(lambda: lock_word(ring, side) & WAITERS, what="somebody to wait for the lock")
+        with run_in_process(pass_through) as behind:
+            wait_for(lambda: state_of(behind.pid) == "S", what="another to wait behind him")
+            victim.kill()
+            victim.join()
+            assert lock_word(ring, side) & OWNER == holder.pid
+            os.kill(holder.pid, signal.SIGCONT)
+            behind.join(30)
+            assert behind.exitcode == 0
+        pass_through()
+
+
+@pytest.mark.fault(19)
+def test_exec_while_a_thread_holds_a_lock_lets_it_go():
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+
+    def replace_myself() -> None:
+        copying = bytes(4_000_000)
+
+        def put() -> None:
+            while True:
+                ring.put(copying)
+                ring.get()
+
+        thread = threading.Thread(target=put, daemon=True)
+        thread.start()
+        while lock_word(ring, "producers") & OWNER != thread.native_id:
+            pass
+        os.execl(sleep, sleep, "60")
+
+    with Ring.create(1 << 24) as ring:
+        for _ in range(100):
+            with run_in_process(replace_myself) as child:
+                wait_for(lambda: name_of(child.pid) == "sleep")
+                begun = time.monotonic()
+                ring.put(b"after", timeout=5)
+                assert ring.get_many(timeout=5)[-1] == b"after"
+                assert time.monotonic() - begun < SOON
+                assert child.is_alive()
+            if ring.statistics().recoveries:
+                return
+    pytest.fail("no exec hit the lock")
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_exec_inside_a_block_holds_the_message_until_the_new_program_ends(side):
+    cat = shutil.which("cat")
+    assert cat is not None
+    reading, writing = os.pipe()
+
+    def replace_myself() -> None:
+        with ring.reserve(4) if side == "reserve" else ring.peek():
+            ring.put(b"behind")
+            os.dup2(reading, 0)
+            os.close(writing)
+            os.execl(cat, cat)
+
+    with Ring.create() as ring:
+        if side == "peek":
+            ring.put(b"front")
+        with run_in_process(replace_myself) as child:
+            wait_for(lambda: name_of(child.pid) == "cat")
+            with pytest.raises(Empty):
+                ring.get(timeout=0.1)
+            os.close(writing)
+            assert ring.get(timeout=SOON) == (b"front" if side == "peek" else b"behind")
+        os.close(reading)
+
+
+# ---- owners of reservations and leases -------------------------------------------------------
+
+
+def hold(ring: Ring, side: str) -> None:
+    with ring.reserve(4) if side == "reserve" else ring.peek():
+        ring.put(b"behind")
+        signal.pause()
+
+
+@pytest.mark.fault(9, 16)
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_the_owner_of_a_block_killed_and_never_reaped(side):
+    with Ring.create() as ring:
+        ring.put(b"front")
+        with run_in_process(hold, ring, side) as owner:
+            wait_for(lambda: ring.statistics().messages == (3 if side == "reserve" else 2))
+            owner.kill()
+            begun = time.monotonic()
+            assert [ring.get(timeout=5), ring.get(timeout=5)] == [b"front", b"behind"]
+            assert time.monotonic() - begun < SOON
+            wait_for(lambda: state_of(owner.pid) == "Z", what="it to be a zombie")
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("side", ["reserve", "peek"])
+def test_the_owner_of_a_block_whose_pid_another_process_has_now(side):
+    with Ring.create() as ring:
+        if side == "peek":
+            ring.put(b"front")
+        with run_in_process(hold, ring, side) as owner:
+            wait_for(lambda: ring.statistics().messages == 2)
+            at = LEASE_OWNER if side == "peek" else first_frame(ring) + 24
+            named = word(ring, at)
+            assert named & 0x3FFFFF == owner.pid
+            with pytest.raises(Empty):
+                ring.get(timeout=0.1)
+            word(ring, at, named - (1 << 22))  # one that began a tick earlier
+            assert ring.get(timeout=SOON) == (b"front" if side == "peek" else b"behind")
+            assert owner.is_alive()
+
+
+# ---- sleepers and wakes ----------------------------------------------------------------------
+
+
+@pytest.mark.fault(3, 7)
+def test_a_wake_that_never_arrives_costs_one_slice_of_sleep():
+    """A producer that dies before its wake, and a woken one that dies, both leave this behind."""
+    left_alone = 0
+    with Ring.create() as ring:
+        for _ in range(10):
+            taken: list[float] = []
+
+            def take(taken: list[float] = taken) -> None:
+                ring.get(timeout=30)
+                taken.append(time.monotonic())
+
+            thread = threading.Thread(target=take)
+            thread.start()
+            wait_for(lambda: word(ring, DATA_WAIT, size=4) & SLEEPING)
+            woken = word(ring, DATA_WAIT, word(ring, DATA_WAIT, size=4) | WOKEN, size=4)
+            begun = time.monotonic()
+            ring.put(b"and nobody is told")
+            left_alone += word(ring, DATA_WAIT, size=4) == woken and not taken
+            thread.join(30)
+            assert taken[0] - begun < SOON
+    assert left_alone, "each of the wakes was made after all"
+
+
+@pytest.mark.fault(7)
+def test_a_woken_consumer_killed_leaves_the_message_to_another():
+    with Ring.create() as ring, Queue() as answers:
+
+        def take(name: str) -> None:
+            answers.put((name, ring.get(timeout=30)))
+
+        who: list[str] = []
+        for number in range(20):
+            with run_in_process(take, "victim") as victim:
+                wait_for(lambda: ring.statistics().consumers_waiting)
+                with run_in_process(take, "other") as other:
+                    wait_for(lambda: state_of(other.pid) == "S")
+                    ring.put(b"%d" % number)
+                    victim.kill()
+                    wait_for(lambda: ring.qsize() == 0, timeout=SOON, what="one to take it")
+                    victim.join()
+                    ring.put(b"")  # for the other, should the victim have been quicker
+                    other.join(30)
+                    assert other.exitcode == 0
+            left = ring.get_many(block=False) if ring.qsize() else []
+            assert left in ([], [b""])
+            who += [name for name, message in answers.get_many() if message]
+        assert "other" in who
+
+
+@pytest.mark.fault(6)
+def test_puts_after_the_death_of_sleepers_wake_nobody():
+    with Ring.create() as ring, contextlib.ExitStack() as victims:
+        for _ in range(3):
+            victims.enter_context(run_in_process(ring.get))
+        wait_for(lambda: ring.statistics().consumers_waiting)
+        victims.close()
+        ring.put(b"first")  # finds out that nobody sleeps
+        after = word(ring, DATA_WAIT, size=4)
+        assert not after & SLEEPING
+        for _ in range(1000):
+            ring.put(b"x")
+        assert word(ring, DATA_WAIT, size=4) == after
+        assert len(ring.get_many()) == 1001
+
+
+# ---- joining ---------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(39)
+def test_a_consumer_killed_before_task_done_is_waited_for():
+    with JoinableQueue() as queue, Queue() as taken:
+
+        def take_and_wait() -> None:
+            taken.put(queue.get())
+            signal.pause()
+
+        queue.put_many(["done", "never done"])
+        queue.get()
+        queue.task_done()
+        with run_in_process(take_and_wait):
+            assert taken.get(timeout=30) == "never done"
+        joined = threading.Event()
+
+        def join() -> None:
+            queue.join()
+            joined.set()
+
+        thread = threading.Thread(target=join)
+        thread.start()
+        assert queue.join(timeout=0.3) is False
+        assert not joined.is_set()
+        queue.task_done()  # a supervisor that knows of the death may say so
+        thread.join(30)
+        assert joined.is_set()
