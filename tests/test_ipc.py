@@ -183,6 +183,17 @@ def test_impossible_names_are_refused(ipc: HighPerformanceIPC, name: str) -> Non
         ipc.create_shared_memory(name, 10)
 
 
+def test_impossible_bounds_are_refused(ipc: HighPerformanceIPC) -> None:
+    for absurd in (1 << 63, 1 << 70):
+        with pytest.raises(InvalidArgument, match=f"maxsize={absurd}: more messages than memory"):
+            ipc.create_message_queue("q", absurd)
+    assert ipc.message_queues == {}
+    ipc.create_message_queue("q", (1 << 63) - 1)
+    ipc.send_message("q", MessageType.DATA, 1)
+    ipc.create_message_queue("unbounded", -1)
+    ipc.send_message("unbounded", MessageType.DATA, 1)
+
+
 @pytest.mark.parametrize("timeout", [-1, float("nan")])
 def test_impossible_timeouts_are_refused(ipc: HighPerformanceIPC, timeout: float) -> None:
     ipc.create_message_queue("q")
