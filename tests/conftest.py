@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
 
+from shmring import HighPerformanceIPC
 from support import SHARED_MEMORY, leftovers, remove_if_ours, shared_memory_names, wait_for
 
 
@@ -42,3 +45,23 @@ def start_method(request: pytest.FixtureRequest) -> str:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform does not start processes by {method}")
     return method
+
+
+@pytest.fixture
+def namespace() -> str:
+    """One that no other run has."""
+    return f"test-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def ipc(namespace: str) -> Iterator[HighPerformanceIPC]:
+    """This process in that namespace."""
+    with HighPerformanceIPC("main", namespace=namespace) as opened:
+        yield opened
+
+
+@pytest.fixture
+def other(namespace: str) -> Iterator[HighPerformanceIPC]:
+    """A second instance in this process: as another process would see it."""
+    with HighPerformanceIPC("other", namespace=namespace) as opened:
+        yield opened

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing import util
 
 import pytest
@@ -23,17 +20,6 @@ from shmring.message import Message, MessageType
 from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
-
-
-@pytest.fixture
-def namespace() -> str:
-    return f"test-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-@pytest.fixture
-def ipc(namespace: str) -> Iterator[HighPerformanceIPC]:
-    with HighPerformanceIPC("main", namespace=namespace) as opened:
-        yield opened
 
 
 # -- the dead stay dead -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import threading
 
 import pytest
 
-from shmring import Queue, Ring, SharedMemoryFull
+from shmring import Queue, Ring, SharedMemoryFull, ShutDown
 from shmring.errors import Empty, Full
 from support import run_in_process, wait_for
 
@@ -120,6 +121,64 @@ def _take(queue: Queue[object], done: Queue[object], count: int) -> None:
     for _ in range(count):
         queue.get()
     done.put("all")
+
+
+def _take_until_shut_down(queue, orders, outcomes):
+    outcomes.put(len(queue.get()))
+    orders.get()
+    for ask in (queue.get, queue.get_nowait, queue.get_many, lambda: queue.put(1)):
+        try:
+            ask()
+        except ShutDown:
+            outcomes.put("ShutDown")
+
+
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_what_an_immediate_shutdown_drops_gives_its_memory_back(count, start_method):
+    with Queue() as queue, Queue() as orders, Queue() as outcomes:
+        for number in range(count + 1):  # one area, or several
+            queue.put(bytes([number % 256]) * (100_000 if number % 7 else MIB))
+        given = queue, orders, outcomes
+        with run_in_process(_take_until_shut_down, *given, method=start_method) as child:
+            assert outcomes.get(timeout=60) == MIB
+            assert held(queue) > count * 100_000
+            queue.shutdown(immediate=True)
+            queue.shutdown(immediate=True)
+            assert held(queue) <= 8192, "the header alone"
+            orders.put("go on")
+            assert [outcomes.get(timeout=60) for _ in range(4)] == ["ShutDown"] * 4
+            child.join(60)
+            assert child.exitcode == 0
+        statistics = queue.statistics()
+        assert (statistics.messages, statistics.used_bytes) == (0, 0)
+        assert statistics.messages_taken == 1
+        with pickle.loads(pickle.dumps(queue)) as late, pytest.raises(ShutDown):
+            late.get()
+        assert held(queue) <= 8192
+
+
+def test_shutting_down_without_haste_gives_nothing_away():
+    with Queue() as queue:
+        queue.put_many([b"x" * 100_000] * 20)
+        queue.shutdown()
+        assert held(queue) > 2_000_000
+        assert queue.get_many() == [b"x" * 100_000] * 20
+        with pytest.raises(ShutDown):
+            queue.get()
+
+
+def test_a_view_outlives_an_immediate_shutdown():
+    """Which is why a Ring keeps its memory."""
+    with Ring.create(max_capacity=MIB) as ring:
+        ring.put_many([b"front", b"x" * 100_000])
+        block = ring.reserve(5)
+        with block as reserved, ring.peek() as front:
+            ring.shutdown(immediate=True)
+            assert bytes(front) == b"front"
+            reserved[:] = b"later"
+            assert bytes(reserved) == b"later"
+        with pytest.raises(ShutDown):
+            ring.get()
 
 
 # ---- a flow --------------------------------------------------------------------------------

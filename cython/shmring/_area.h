@@ -1,4 +1,4 @@
-/* Areas of the file: where one may lie, growing by one, giving one back, and
+/* Areas of the file: where one may lie, growing by one, giving one or all back, and
  * the mapping of one into this process.
  *
  * All of it is called under the producers' lock (place, grow, tidy) or the
@@ -354,6 +354,16 @@ SYNC_SLOW int area_reap(shmring_header *header, int fd, const area_file *own)
         store_release64(&header->reaped, header->reaped + 1);
     }
     return 0;
+}
+
+/* Give back every page behind the header, when no process looks at a frame any
+ * more: nothing is stored, so being killed here costs nothing but the memory.
+ * On an error it stays until the last handle goes. */
+SYNC_SLOW void area_forget(int fd, const area_file *own)
+{
+    area_file file = {0, 0, 0};
+    if (area_is_ours(fd, own, &file) == 0 && file.bytes > SHMRING_HEADER_BYTES)
+        (void)area_punch(fd, SHMRING_HEADER_BYTES, file.bytes - SHMRING_HEADER_BYTES);
 }
 
 #endif

@@ -30,3 +30,4 @@ cdef extern from "_area.h" nogil:
     int area_grow(Header *header, int fd, const File *own, uint64_t capacity, Mapping **out) noexcept
     int area_open(Header *header, int fd, const File *own, uint64_t generation, Mapping **out) noexcept
     int area_reap(Header *header, int fd, const File *own) noexcept
+    void area_forget(int fd, const File *own) noexcept

@@ -13,7 +13,7 @@ from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from shmring._area cimport area_open, area_release, area_stat
+from shmring._area cimport area_forget, area_open, area_release, area_stat
 from shmring._core cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY,
     FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
@@ -606,7 +606,8 @@ cdef class RingHandle(RingCore):
         return {
             "capacity": self.capacity,
             "max_capacity": h.max_capacity,
-            "used_bytes": load_acquire64(&h.write_position) - load_acquire64(&h.read_position),
+            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
+                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
             "messages": self._qsize(),
             "messages_put": count_read(&h.put_count, &h.write_position),
             "messages_taken": count_read(&h.get_count, &h.read_position),
@@ -640,8 +641,11 @@ cdef class RingHandle(RingCore):
             self.raise_outcome(result)
         return 0
 
-    def _shutdown(self, bint immediate):
-        """Refuse further puts in every process; gets too, at once or when empty."""
+    def _shutdown(self, bint immediate, bint without_views=False):
+        """Refuse further puts in every process; gets too, at once or when empty.
+
+        What is dropped at once gives its memory back where views cannot exist: nobody looks at it.
+        """
         self.enter()
         try:
             # Each refusal under the lock of those whom it refuses, so that none who
@@ -652,6 +656,9 @@ cdef class RingHandle(RingCore):
             wait_wake_all(&self.header.data_wait)
             wait_wake_all(&self.header.space_wait)
             wait_wake_all(&self.header.done_wait)
+            if immediate and without_views:
+                with nogil:
+                    area_forget(self.fd, &self.file)
         finally:
             self.leave()
 

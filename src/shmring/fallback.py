@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.queues
-import operator
 import os
 import sys
 import threading
@@ -35,7 +34,7 @@ from shmring.errors import (
     ShutDown,
 )
 from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
-from shmring.fallback_server import ServedQueue, check_timeout
+from shmring.fallback_server import ServedQueue, check_timeout, checked_maxsize
 
 __all__ = [
     "JoinableQueue",
@@ -65,18 +64,10 @@ def _refuse(what: str, reason: str) -> NoReturn:
     )
 
 
-def _checked_maxsize(maxsize: object) -> int:
-    try:
-        bound = max(0, operator.index(maxsize))  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
+def _maxsize_of_a_pipe(maxsize: object) -> int:
     from multiprocessing.synchronize import SEM_VALUE_MAX  # type: ignore[attr-defined]
 
-    if bound > SEM_VALUE_MAX:
-        raise InvalidArgument(
-            f"maxsize={maxsize}: the semaphore of a pipe counts to {SEM_VALUE_MAX}"
-        )
-    return bound
+    return checked_maxsize(maxsize, SEM_VALUE_MAX, f"a pipe's semaphore counts to {SEM_VALUE_MAX}")
 
 
 def _stock(ctx: Any) -> Any:
@@ -163,7 +154,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
         chosen = _stock(ctx)
         self._codec = find_codec(codec)
-        self._inner = self._make(chosen, _checked_maxsize(maxsize))
+        self._inner = self._make(chosen, _maxsize_of_a_pipe(maxsize))
         self._flag = chosen.RawValue("B", _OPEN)
         self._reset()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import queue
 import secrets
@@ -151,11 +152,13 @@ class ServedQueue:
 
         Raises:
             RingExists: a living process serves that name.
+            InvalidArgument: an impossible maxsize.
         """
+        bound = checked_maxsize(maxsize, (1 << 63) - 1, "more messages than memory can ever hold")
         self = cls(name, codec)
         endpoint = SharedFile.create(f"{name}.queue", _ENDPOINT_BYTES)
         try:
-            local: queue.Queue[tuple[int, list[bytes]]] = queue.Queue(maxsize)
+            local: queue.Queue[tuple[int, list[bytes]]] = queue.Queue(bound)
             key = secrets.token_bytes(32)
             # A name in Linux's abstract space goes with the process, however it ends.
             address = f"\0shmring-{secrets.token_hex(16)}" if sys.platform == "linux" else None
@@ -333,6 +336,17 @@ def _as_text(address: object) -> str:
     if not isinstance(address, (str, bytes)):
         raise InvalidArgument(f"address={address!r}: a path or pipe expected on this platform")
     return address if isinstance(address, str) else os.fsdecode(address)
+
+
+def checked_maxsize(maxsize: object, most: int, why: str) -> int:
+    """A bound on messages, 0 for none; InvalidArgument, which says why, above `most`."""
+    try:
+        bound = max(0, operator.index(maxsize))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
+    if bound > most:
+        raise InvalidArgument(f"maxsize={maxsize}: {why}")
+    return bound
 
 
 def check_timeout(timeout: float | None) -> None:

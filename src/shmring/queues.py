@@ -126,8 +126,11 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
         """Refuse further puts in every process; gets when empty, or at once.
 
         Waiting producers, and consumers with nothing to take, get ShutDown.
+
+        Args:
+            immediate: drop what is there, and give its memory back.
         """
-        self._shutdown(immediate)
+        self._shutdown(immediate, without_views=True)
 
     # ---- claims, for the coordinator ----------------------------------------------------------
 

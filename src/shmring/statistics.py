@@ -14,7 +14,8 @@ class RingStatistics:
     Attributes:
         capacity, max_capacity: bytes, of the area producers write to and of all.
         used_bytes: frames that were put and not yet taken, headers included.
-        messages: in the ring now; reservations count from their beginning.
+        messages: in the ring now; reservations count from their beginning.  After an
+            immediate shutdown both are 0: nobody takes what is left.
         messages_put, messages_taken, bytes_put: since the ring was made.
         growths: how often the ring grew or shrank.
         recoveries: lock owners that were found dead.
