@@ -20,8 +20,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from shmring._area cimport (
-    AREA_GARBAGE, Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap, area_release,
-    area_tidy,
+    AREA_GARBAGE, Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap,
+    area_release, area_tidy,
 )
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
