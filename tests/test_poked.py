@@ -17,6 +17,7 @@ import pytest
 from header import (
     FRONT,
     LOCKS,
+    MEMORY_LOCK,
     OWNER_DIED,
     READ_GENERATION,
     READ_POSITION,
@@ -123,15 +124,10 @@ def test_the_lock_word_of_plain_memory_names_nobody():
     with SharedMemoryManager(name, 100) as memory:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:
-            before = file.read(4096)
-            for at in range(16, 256, 4):  # wherever it stands: not in magic and version
-                file.seek(at)
-                file.write(NOBODY.to_bytes(4, "little"))
-            file.flush()
+            word(file.fileno(), MEMORY_LOCK, NOBODY, size=4)
             with pytest.raises(RingCorrupted, match="lock word"):
                 memory.read_data(10)
-            file.seek(0)
-            file.write(before)
+            word(file.fileno(), MEMORY_LOCK, 0, size=4)
         memory.write_data(b"again")
         assert memory.read_data(5) == b"again"
 

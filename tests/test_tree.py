@@ -219,6 +219,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_bad_bytes_are_an_error_that_names_them(data):
     with pytest.raises(DecodeError, match=f"a message of {len(data)} bytes was taken and cannot"):
@@ -244,6 +245,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.fault(23)
 def test_mutated_bytes_give_an_object_or_an_error_and_leak_nothing():
     rng = random.Random(20261122)
     whole = [

@@ -7,7 +7,8 @@ cdef struct MemoryHeader:
     uint64_t magic
     uint32_t version
     uint32_t spare
-    uint64_t padding[6]
+    uint64_t padding[5]
+    uint64_t pid_namespace  # inode of the creator's; shmring.segment looks at it
     uint32_t lock  # on a line of its own
 
 cdef class LockedMemory:

@@ -12,7 +12,7 @@ Layout, little-endian words of eight bytes::
 
     header, 256 bytes:
       0 the storage's own        1 magic                 2 version
-      3 slots ever used
+      3 slots ever used          7 the storage's own
     slot, 256 bytes:
       0 pid, 0 = never used      1 start time (ticks)    2 incarnation
       3 heartbeat (ns)           4 state                 5 waiting since (ns)
@@ -584,7 +584,7 @@ def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
 
     Raises:
         RingNotFound: the race was lost until the deadline.
-        AccessRefused: it is somebody else's.
+        AccessRefused: it is somebody else's, or of another PID namespace.
     """
     from shmring import segment  # the fallback has no such floor
 
@@ -593,7 +593,7 @@ def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
         with contextlib.suppress(RingExists):
             return _SegmentStorage(name, segment.create_named(name, BOARD_BYTES))
         with contextlib.suppress(RingNotFound):
-            return _SegmentStorage(name, segment.open_named(name, 0.0))
+            return _SegmentStorage(name, segment.open_memory(name))
         if time.monotonic() >= deadline:
             raise RingNotFound(f"{name} could be neither made nor opened within {timeout:g} s")
 

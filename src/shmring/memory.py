@@ -70,13 +70,13 @@ class SharedMemoryManager:
         """Attach to a block that exists; False if there is none.
 
         Raises:
-            AccessRefused: it is somebody else's.
+            AccessRefused: it is somebody else's, or was made in another PID namespace.
             LayoutMismatch: it is not a block of this class.
             InvalidArgument: it is smaller than `size`.
         """
         self._make_way()
         try:
-            fd = segment.open_named(self.name)
+            fd = segment.open_memory(self.name)
         except RingNotFound:
             return False
         self._map(fd)

@@ -48,6 +48,7 @@ __all__ = [
     "is_named",
     "link",
     "open_block",
+    "open_memory",
     "open_named",
     "pid_namespace",
     "reclaim",
@@ -60,6 +61,8 @@ MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_layout.h
 MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
 LAYOUT_VERSION = 1
 HEADER_BYTES = 8192
+
+_NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
 _POLL_S = 0.002
 _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
@@ -244,7 +247,7 @@ def link(fd: int, name: str) -> None:
 
 
 def create_named(name: str, size: int, header: bytes = b"") -> int:
-    """Make a named block of `size` allocated bytes that begins with `header`.
+    """Make a named block of plain memory, of `size` allocated bytes, that begins with `header`.
 
     The name appears when the block is complete.  Returns the descriptor; give
     it back with :func:`release`.
@@ -254,6 +257,7 @@ def create_named(name: str, size: int, header: bytes = b"") -> int:
     try:
         allocate(fd, 0, size)
         os.pwrite(fd, header or struct.pack("<Q", MEMORY_MAGIC), 0)
+        os.pwrite(fd, struct.pack("<Q", pid_namespace()), _NAMESPACE_OFFSET)
         link(fd, name)
     except BaseException:
         os.close(fd)
@@ -299,6 +303,25 @@ def open_named(name: str, timeout: float = 0.0) -> int:
                 raise
             os.close(fd)  # removed while we opened it: look again
         time.sleep(_POLL_S)
+
+
+def open_memory(name: str) -> int:
+    """Open what :func:`create_named` made.
+
+    Raises: as :func:`open_named`; AccessRefused also where it was made in another
+        PID namespace, since locks and slots name their owners by pid.
+    """
+    fd = open_named(name)
+    start = os.pread(fd, _NAMESPACE_OFFSET + 8, 0).ljust(_NAMESPACE_OFFSET + 8, b"\0")
+    (magic,), (namespace,) = struct.unpack("<Q", start[:8]), struct.unpack("<Q", start[-8:])
+    if magic == MEMORY_MAGIC and namespace != pid_namespace():
+        os.close(fd)
+        raise AccessRefused(
+            errno.EACCES,
+            f"{_path(name)} was created in another PID namespace, where process ids mean other"
+            " processes: share the namespace (for containers: --pid)",
+        )
+    return fd
 
 
 def open_block(block: object) -> int:

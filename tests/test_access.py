@@ -1,0 +1,271 @@
+"""Who may open what, and what stands in the way of a name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shmring import (
+    AccessRefused,
+    Queue,
+    Ring,
+    RingExists,
+    SharedMemoryManager,
+    ShmringError,
+    cleanup_stale,
+)
+from shmring.board import open_segment
+from support import run_in_process
+
+NAME = f"test-access-{os.getpid()}"
+PATH = Path("/dev/shm", NAME)
+NOBODY = 65534
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def as_nobody(action: Callable[[], object]) -> None:
+    """Run something as another user, in a child, and have it succeed."""
+
+    def drop_and_act() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        action()
+
+    with run_in_process(drop_and_act) as child:
+        child.join(30)
+        assert child.exitcode == 0
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[SharedMemoryManager]:
+    with SharedMemoryManager(NAME, 100) as made:
+        assert made.create()
+        yield made
+
+
+MADE = {
+    "ring": (lambda: Ring.create(name=NAME), lambda: Ring.attach(NAME)),
+    "queue": (lambda: Queue(name=NAME), lambda: Queue.attach(NAME)),
+    "memory": (memory, lambda: SharedMemoryManager(NAME, 100).connect()),
+    "board": (lambda: contextlib.closing(open_segment(NAME)), lambda: open_segment(NAME)),
+}
+made = pytest.mark.parametrize(("make", "attach"), MADE.values(), ids=MADE)
+
+
+# ---- another PID namespace -----------------------------------------------------------------
+
+ELSEWHERE = """
+import os, sys, shmring, shmring.board
+assert os.getpid() == 1, "no PID namespace of its own"
+name = sys.argv[1]
+for attach in (
+    lambda: shmring.Ring.attach(name + "-ring"),
+    lambda: shmring.Queue.attach(name + "-queue"),
+    lambda: shmring.SharedMemoryManager(name + "-memory", 100).connect(),
+    lambda: shmring.board.open_segment(name + "-board"),
+):
+    try:
+        attach()
+    except shmring.AccessRefused as refused:
+        print(refused)
+"""
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("mount", [[], ["--mount-proc"]], ids=["their /proc", "its own /proc"])
+def test_another_pid_namespace_is_refused_with_the_reason(mount):
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare(1) to make a PID namespace with")
+    with (
+        Ring.create(name=NAME + "-ring") as ring,
+        Queue(name=NAME + "-queue"),
+        SharedMemoryManager(NAME + "-memory", 100) as memory,
+        contextlib.closing(open_segment(NAME + "-board")),
+    ):
+        assert memory.create()
+        done = subprocess.run(
+            ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", ELSEWHERE, NAME],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.stderr.startswith("unshare"):
+            pytest.skip(f"no PID namespace to be had here: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("created in another PID namespace") == 4, done.stdout
+        assert done.stdout.count("--pid") == 4
+        ring.put(b"x")
+        assert ring.get() == b"x"
+
+
+# ---- another user --------------------------------------------------------------------------
+
+
+@as_root
+@made
+@pytest.mark.fault(29)
+def test_another_user_is_refused(make, attach):
+    def be_refused() -> None:
+        with pytest.raises(AccessRefused, match="Permission denied") as caught:
+            attach()
+        assert caught.value.errno == errno.EACCES
+        assert isinstance(caught.value, PermissionError)
+        with pytest.raises(RingExists, match="not ours"):
+            Ring.create(name=NAME)
+        assert SharedMemoryManager(NAME, 10).create() is False
+        assert NAME not in cleanup_stale()
+
+    with make():
+        as_nobody(be_refused)
+        assert PATH.exists()
+
+
+@as_root
+@pytest.mark.fault(29, 37)
+def test_what_another_user_left_is_his():
+    """Also for root, who could open and remove it."""
+
+    def leave_it() -> None:
+        Ring.create(name=NAME)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(AssertionError, match="-9"):
+        as_nobody(leave_it)
+    try:
+        assert PATH.stat().st_uid == NOBODY
+        assert NAME not in cleanup_stale()
+        with pytest.raises(AccessRefused, match=f"belongs to user {NOBODY}"):
+            Ring.attach(NAME)
+        with pytest.raises(RingExists, match="not ours"):
+            Ring.create(name=NAME)
+        as_nobody(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
+        assert not PATH.exists(), "he can"
+    finally:
+        PATH.unlink(missing_ok=True)
+
+
+# ---- something that stands there already -----------------------------------------------------
+
+
+def foreign_file() -> None:
+    PATH.write_bytes(b"somebody else's" * 1000)
+    PATH.chmod(0o600)
+
+
+def empty_file() -> None:
+    PATH.touch(0o600)
+
+
+def open_to_all() -> None:
+    with Ring.create(name=NAME + "-2") as ring:
+        ring.put(b"x")
+        os.link(f"/dev/shm/{NAME}-2", PATH)
+    PATH.chmod(0o644)
+
+
+def of_another_user() -> None:
+    foreign_file()
+    os.chown(PATH, NOBODY, -1)
+
+
+def symlink_to(target: Path) -> Callable[[], None]:
+    return lambda: PATH.symlink_to(target)
+
+
+def listening_socket() -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(PATH))
+    PATH.chmod(0o600)
+
+
+VICTIM = Path("/dev/shm", NAME + "-victim")
+SQUATTED = {  # and what attaching says
+    "foreign file": (foreign_file, "begins with"),
+    "empty file": (empty_file, "not a ring|has 0 bytes"),
+    "file open to all": (open_to_all, "mode 644"),
+    "file of another user": (of_another_user, f"belongs to user {NOBODY}"),
+    "directory": (lambda: PATH.mkdir(0o700), "Is a directory"),
+    "fifo": (lambda: os.mkfifo(PATH, 0o600), "not a regular file"),
+    "socket": (listening_socket, "cannot be opened"),
+    "symlink to nothing": (symlink_to(VICTIM.with_name(NAME + "-nothing")), "symbolic links"),
+    "symlink to a file": (symlink_to(VICTIM), "symbolic links"),
+    "symlink to a ring": (symlink_to(VICTIM.with_name(NAME + "-ring")), "symbolic links"),
+}
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(("squat", "said"), SQUATTED.values(), ids=SQUATTED)
+def test_a_name_that_is_taken_is_refused_and_left_alone(squat, said):
+    if squat is of_another_user and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    VICTIM.write_bytes(b"precious" * 4000)
+    VICTIM.chmod(0o600)
+    try:
+        with Ring.create(name=NAME + "-ring") as ring:
+            ring.put(b"kept")
+            squat()
+            before = os.lstat(PATH)
+            for attach in (
+                lambda: Ring.attach(NAME),
+                lambda: Queue.attach(NAME),
+                lambda: SharedMemoryManager(NAME, 10).connect(),
+            ):
+                with pytest.raises(ShmringError, match=said):
+                    attach()
+            for make in (lambda: Ring.create(name=NAME), lambda: Queue(name=NAME)):
+                with pytest.raises(RingExists, match="in use, or is not ours"):
+                    make()
+            assert SharedMemoryManager(NAME, 10).create() is False
+            assert NAME not in cleanup_stale()
+            after = os.lstat(PATH)
+            assert (after.st_ino, after.st_size, after.st_mtime_ns, after.st_mode) == (
+                before.st_ino,
+                before.st_size,
+                before.st_mtime_ns,
+                before.st_mode,
+            )
+            assert ring.get() == b"kept"
+        assert VICTIM.read_bytes() == b"precious" * 4000
+    finally:
+        VICTIM.unlink()
+        if stat.S_ISDIR(os.lstat(PATH).st_mode):
+            PATH.rmdir()
+        else:
+            PATH.unlink()
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666, 0o601])
+@made
+def test_a_mode_that_lets_others_in_is_refused(make, attach, mode):
+    with make():
+        PATH.chmod(mode)
+        with pytest.raises(AccessRefused, match=f"has mode {mode:o}: it must be closed to others"):
+            attach()
+        PATH.chmod(0o600)
+    assert not PATH.exists()
+
+
+@pytest.mark.fault(29)
+@made
+def test_what_is_made_is_closed_to_others_whatever_the_umask(make, attach):
+    before = os.umask(0)
+    try:
+        with make():
+            assert stat.S_IMODE(PATH.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
