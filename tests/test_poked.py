@@ -15,7 +15,6 @@ from collections.abc import Callable
 import pytest
 
 from header import (
-    FRONT,
     LOCKS,
     MEMORY_LOCK,
     OWNER_DIED,
@@ -451,13 +450,3 @@ def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
         with run_in_process(flip), run_in_process(read) as reader:
             reader.join(60)
             assert reader.exitcode == 0
-
-
-def test_a_message_larger_than_the_area_is_no_smaller_because_another_waits():
-    """What a waiting producer needs is left free only where there is room at all."""
-    with Ring.create(4096, max_capacity=1 << 20) as ring:
-        in_ten_seconds = time.monotonic_ns() + 10**10
-        for at, value in ((0, 1), (8, 96), (16, in_ten_seconds)):
-            word(ring, FRONT + at, value)
-        ring.put(bytes(60_000))
-        assert ring.get() == bytes(60_000)

@@ -7,13 +7,16 @@ import errno
 import os
 import pickle
 import resource
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from shmring import Queue, Ring, SharedMemoryFull, ShutDown
+from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full
 from support import run_in_process, wait_for
 
@@ -61,6 +64,19 @@ def test_what_is_larger_than_the_area_still_fits_up_to_max_capacity():
         queue.put(bytes((1 << 22) - 100), timeout=5)
         assert queue.get() == b"small"
         assert len(queue.get(timeout=5)) == (1 << 22) - 100
+
+
+@pytest.mark.parametrize("size", [5_000, 60_000, 500_000])
+def test_what_is_larger_than_the_area_fits_while_another_producer_waits(size):
+    """His room is left free where there is room for both; that does not make an area larger."""
+    with Ring.create(4096, max_capacity=1 << 20) as ring:
+        message = bytes(range(250)) * (size // 250)
+        waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 10**10)  # who, need, until
+        os.pwrite(ring.fileno(), waits, LAYOUT["PRODUCERS_OFFSET"] + 48)
+        ring.put(message, timeout=5)
+        assert ring.get() == message
+        ring.put(b"next")
+        assert ring.get() == b"next"
 
 
 # ---- given back ----------------------------------------------------------------------------

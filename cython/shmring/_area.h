@@ -78,12 +78,17 @@ static inline uint64_t area_power_of_two(uint64_t value)
     return power;
 }
 
+static inline int area_size_is_right(uint64_t capacity)
+{
+    return capacity >= SHMRING_MIN_CAPACITY && capacity <= SHMRING_MAX_CAPACITY && (capacity & (capacity - 1)) == 0;
+}
+
 /* One local copy of a record, checked against the file: nothing that stands in
  * shared memory decides alone what is mapped. */
 SYNC_SLOW int area_check(const shmring_area *area, uint64_t file_bytes)
 {
     uint64_t cap = area->capacity;
-    return cap >= SHMRING_MIN_CAPACITY && cap <= SHMRING_MAX_CAPACITY && (cap & (cap - 1)) == 0
+    return area_size_is_right(cap)
         && area->offset >= SHMRING_HEADER_BYTES && area->offset % 4096 == 0
         && area->offset <= file_bytes && cap <= file_bytes - area->offset && area->base % 8 == 0;
 }
@@ -281,7 +286,7 @@ SYNC_SLOW int area_may_shrink(shmring_header *header)
 }
 
 /* Under the producers' lock: allocate, map, record and publish the next area.
- * On any error nothing has changed. */
+ * On any error nothing has changed; EILSEQ if the header is garbage. */
 SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, uint64_t capacity, area_mapping **out)
 {
     shmring_area living[SHMRING_AREA_COUNT], area;
@@ -291,8 +296,9 @@ SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, ui
     if (error != 0)
         return error;
     int count = area_living(header, living);
-    if (count < 0)
-        return EINVAL;
+    /* the capacity was made of words of the header, and indices are masked with it */
+    if (count < 0 || count >= SHMRING_AREA_COUNT || !area_size_is_right(capacity))
+        return EILSEQ;
     area.base = header->write_position;
     area.capacity = capacity;
     area.offset = area_place(living, count, capacity);

@@ -327,9 +327,9 @@ cdef class RingCore:
         if h.front_until_ns != 0:
             if h.front_until_ns < <uint64_t>monotonic_ns():
                 h.front_who = h.front_need = h.front_until_ns = 0
-            elif h.front_who != self.front_name() and h.front_need <= m.capacity and span <= m.capacity:
+            elif h.front_who != self.front_name() and h.front_need <= m.capacity:
                 need += h.front_need  # somebody who needs more waits already: leave his room free
-                if need > m.capacity:
+                if need > m.capacity and span <= m.capacity:
                     need = m.capacity
         if used + need <= m.capacity:
             return DONE
@@ -347,7 +347,7 @@ cdef class RingCore:
             wanted //= 2  # less than hoped for is better than waiting
             error = area_grow(h, self.fd, &self.file, wanted, &m)
         if error != 0:
-            return -error
+            return self.poison(POISON_AREA) if error == EILSEQ else -error
         if self.producer_stale != NULL:  # this handle was a generation behind already
             area_release(self.producer_stale)
         self.producer_stale = self.producer_mapping

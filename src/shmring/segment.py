@@ -358,7 +358,12 @@ def _check_access(fd: int, path: str) -> None:
 
 
 def reclaim(name: str) -> bool:
-    """Remove a block of ours that nobody has open; True if the name is free now.
+    """Remove a block of ours that nobody has open; True if the name is free now."""
+    return _remove_if_stale(name) or not os.path.lexists(_path(name))
+
+
+def _remove_if_stale(name: str) -> bool:
+    """Remove a block of ours that nobody has open; True if it was this call that did.
 
     Only regular files of this user that begin with one of our magic numbers
     are removed, and only when the exclusive lock proves that nobody is left.
@@ -366,25 +371,21 @@ def reclaim(name: str) -> bool:
     path = _path(name)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return True
     except OSError:
         return False
     try:
         _check_access(fd, path)
         (magic,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
-        if magic not in (MAGIC, MEMORY_MAGIC):
+        if magic not in (MAGIC, MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
             return False
-        if not _lock(fd, fcntl.LOCK_EX):
+        if not _is(fd, path):  # another was faster, and the name may be somebody's again
             return False
-        if _is(fd, path):  # else another cleaner was faster, and the name may be somebody's again
-            os.unlink(path)
-            return True
-        return not os.path.lexists(path)
+        os.unlink(path)
     except (AccessRefused, FileNotFoundError):
         return False
     finally:
         os.close(fd)
+    return True
 
 
 def is_named(fd: int, name: str) -> bool:
@@ -427,13 +428,10 @@ def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
 def cleanup_stale() -> list[str]:
     """Remove the named blocks of ours that no living process has open.
 
-    Returns the names that were removed.  Live blocks, other programs' files
-    and other users' files are left alone.
+    Returns the names that were removed here: what another cleaner, or the last
+    one out, removes meanwhile is not among them.  Live blocks, other programs'
+    files and other users' files are left alone.
     """
-    removed = []
     with os.scandir(DIRECTORY) as entries:
         names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    for name in sorted(names):
-        if os.path.lexists(_path(name)) and reclaim(name):
-            removed.append(name)
-    return removed
+    return [name for name in sorted(names) if _remove_if_stale(name)]
