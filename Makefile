@@ -8,12 +8,13 @@ PLATFORM := manylinux_2_28_$(shell uname -m)
 COMPILED := $(wildcard cython/shmring/*.pyx cython/shmring/*.pxd cython/shmring/*.h)
 STUBS = $(patsubst src/shmring/%.pyi,shmring.%,$(wildcard src/shmring/*.pyi))
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
+SECONDS := 600
 PYTEST := $(BIN)/python -m pytest -q
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench torture faults lint wheel build clean
+.PHONY: help demo test test-fallback bench torture soak faults lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,6 +30,9 @@ test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on t
 
 torture: build $(VENV)/.with-test  ## the long tests
 	$(PYTEST) -m torture $(TEST_ARGS)
+
+soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
+	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
