@@ -16,6 +16,7 @@ import pytest
 
 from header import (
     FRONT,
+    LAYOUT,
     LOCKS,
     OWNER_DIED,
     READ_GENERATION,
@@ -28,7 +29,6 @@ from header import (
     word,
 )
 from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, SharedMemoryManager, ShmringError
-from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full, ShutDown
 from support import run_in_process, wait_for
 
