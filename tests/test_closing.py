@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import pytest
 
+from header import LAYOUT
 from shmring import Queue, Ring, RingClosed
-from shmring._handle import LAYOUT
 from support import run_in_process, wait_for
 
 CONSUMERS = LAYOUT["CONSUMERS_OFFSET"]

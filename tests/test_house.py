@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import fnmatch
 import importlib
+import os
 import re
+import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -237,6 +239,28 @@ def test_no_file_is_too_long_to_read() -> None:
     }
     too_long = {path: lines for path, lines in lengths.items() if lines > MOST_LINES}
     assert not too_long, f"over {MOST_LINES} lines: {too_long}; split by concept"
+
+
+def test_what_runs_on_both_back_ends_can_be_collected_without_the_extension() -> None:
+    """As on macOS, on Windows, and on kernels without robust futexes."""
+    compiled = [f"shmring.{path.stem}" for path in CYTHON.glob("*.pyx")]
+    program = (
+        "import pytest, sys\n"
+        f"sys.modules.update(dict.fromkeys({compiled}))\n"
+        "arguments = ['--collect-only', '-q', '-p', 'no:cacheprovider', '-m', 'both_backends']\n"
+        f"sys.exit(pytest.main([*arguments, {str(ROOT / 'tests')!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "SHMRING_BACKEND": "queue"},
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "test_ipc.py" in done.stdout
 
 
 def test_types_travel_with_the_package() -> None:

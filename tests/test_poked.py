@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from header import (
+    LAYOUT,
     LOCKS,
     MEMORY_LOCK,
     OWNER_DIED,
@@ -28,7 +29,6 @@ from header import (
     word,
 )
 from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, SharedMemoryManager, ShmringError
-from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full, ShutDown
 from support import run_in_process, wait_for
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._tree", reason="the extension is not built")
+pytest.importorskip("shmring._tree", reason="the extension cannot be loaded", exc_type=ImportError)
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -15,8 +15,8 @@ import time
 
 import pytest
 
+from header import LAYOUT
 from shmring import Queue, Ring, SharedMemoryFull, ShutDown
-from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full
 from support import run_in_process, wait_for
 

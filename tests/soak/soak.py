@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import heapq
 import itertools
+import logging
 import mmap
 import os
 import random
@@ -29,7 +30,7 @@ from workload import DRAIN, END, LANES, PAUSE, RUN
 __all__ = ["Soak", "main"]
 
 STOP_S = (0.005, 0.25)  # shortest and longest
-PAUSE_S = 0.3  # more than a slice of sleep, after which an idle ring gives memory back
+PAUSE_S = (0.3, 1.0)  # so that rings run empty, and idle ones give memory back
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -153,7 +154,7 @@ class Soak:
             for crew in self.crews:
                 crew.flow.stopped(began, time.monotonic_ns())
 
-        self._after(PAUSE_S, go_on)
+        self._after(self._rng.uniform(*PAUSE_S), go_on)
 
     def _after(self, seconds: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), what))
@@ -181,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     faulthandler.enable()  # children inherit it: one that does not end says where it was
+    logging.getLogger("shmring").setLevel(logging.ERROR)  # that it is full, it says once a handle
     with contextlib.suppress(PermissionError):
         os.nice(-10)  # or, on a busy machine, it would seldom come to kill anybody
     soak = Soak(options.every, options.seed)

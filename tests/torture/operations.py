@@ -16,7 +16,7 @@ import pytest
 from shmring import Ring, segment
 from shmring.errors import Empty, Full
 
-_handle = pytest.importorskip("shmring._handle")
+_handle = pytest.importorskip("shmring._handle", exc_type=ImportError)
 LAYOUT = _handle.LAYOUT
 PAGE = os.sysconf("SC_PAGESIZE")
 OWNER_DIED = 0x40000000
