@@ -393,20 +393,44 @@ def is_named(fd: int, name: str) -> bool:
     return _is(fd, _path(name))
 
 
+# What this process left while others had it open: {name: identity}.
+_left: dict[str, tuple[int, int]] = {}
+_left_by = 0  # the process to which that applies
+_MOST_LEFT = 100
+
+
 def release(name: str, identity: tuple[int, int]) -> None:
     """After unmapping and closing: the last one out removes the name.
+
+    Where others have it open it is tried again when this process ends: they may
+    be its daemons, which are terminated then, and do not leave by themselves.
 
     Args:
         name: the name of the block.
         identity: its (st_dev, st_ino), so that a newer block of the same name
             is left alone.
     """
+    global _left_by
     try:
         found = os.lstat(_path(name))
     except OSError:
         return
-    if (found.st_dev, found.st_ino) == identity:
-        reclaim(name)
+    if (found.st_dev, found.st_ino) != identity or reclaim(name):
+        return
+    if _left_by != os.getpid():
+        _left_by = os.getpid()
+        _left.clear()
+        # a priority below 0: after the daemons
+        multiprocessing.util.Finalize(None, _release_again, exitpriority=-100)
+    if len(_left) >= _MOST_LEFT:
+        del _left[next(iter(_left))]
+    _left[name] = identity
+
+
+def _release_again() -> None:
+    for name, identity in list(_left.items()):
+        with contextlib.suppress(OSError):
+            release(name, identity)
 
 
 def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
