@@ -442,7 +442,7 @@ cdef class RingCore:
                 return BEHIND_LEASE
         while True:
             pos = h.read_position
-            if self.consumer_mapping.generation != h.read_generation or pos >= self.known_limit:
+            if self.consumer_mapping.generation != h.read_generation or pos >= self.known_limit or pos & 7:
                 result = self.look_further(pos)
                 if result == EMPTY and load_relaxed32(&h.shutdown) != 0:
                     return SHUT

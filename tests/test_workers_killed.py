@@ -1,0 +1,283 @@
+"""Workers killed at chosen places, by their tasks, or only stopped: each task is answered once."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import multiprocessing
+import os
+import resource
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from header import is_stopped
+from shmring import Queue, coordinator
+from shmring.board import Role, State
+from shmring.coordinator import coordinator_process
+from shmring.errors import WorkerDied
+from shmring.ipc import HighPerformanceIPC
+from shmring.message import MessageType
+from shmring.worker import Worker
+from support import run_in_process, wait_for
+
+TASKS = 30
+
+
+@pytest.fixture
+def ipc() -> Iterator[HighPerformanceIPC]:
+    namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+    with HighPerformanceIPC("coordinator", namespace=namespace) as opened:
+        yield opened
+    assert multiprocessing.active_children() == []
+
+
+# ---- killed between two steps of its loop ----------------------------------------------------
+
+
+def die_once(marker: Path) -> None:
+    """Kill this process, if it is the first to come here."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def append(task: tuple[str, int]) -> int:
+    folder, number = task
+    with Path(folder, str(number)).open("a") as lines:
+        lines.write("x")
+    return number
+
+
+# where: (of which class, before or after which step, the attempts that there are altogether)
+PLACES: dict[str, tuple[type, str, str, int]] = {
+    "with the claim, before the task is begun": (Worker, "_answer", "before", TASKS),
+    "before the answer is sent": (Worker, "_send", "before", TASKS + 1),
+    "after the answer, with the claim": (Worker, "_send", "after", TASKS),
+    "before the claim is released": (Queue, "_claim_release", "before", TASKS),
+    "after the claim is released": (Queue, "_claim_release", "after", TASKS),
+}
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_between_two_steps(
+    ipc: HighPerformanceIPC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Workers are forked with a step that kills the first of them in the middle of its work."""
+    cls, name, when, attempts = PLACES[place]
+    folder, marker = tmp_path / "attempts", tmp_path / "died"
+    folder.mkdir()
+    original: Callable[..., Any] = getattr(cls, name)
+    home = os.getpid()
+    calls = 0
+
+    def step(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        working = os.getpid() != home and (name != "_send" or args[0] is MessageType.DATA)
+        calls += working
+        if working and calls == 5 and when == "before":
+            die_once(marker)
+        result = original(self, *args)
+        if working and calls == 5 and when == "after":
+            die_once(marker)
+        return result
+
+    monkeypatch.setattr(cls, name, step)
+    tasks = [(str(folder), number) for number in range(TASKS)]
+    report = coordinator_process(ipc, 2, tasks=tasks, spawn=True, handler=append, method="fork")
+    assert report.results == list(range(TASKS))
+    assert report.died == 1
+    assert sum(len(path.read_text()) for path in folder.iterdir()) == attempts
+    assert report.retried == (when == "before" and cls is Worker)
+
+
+# ---- ended by its task -----------------------------------------------------------------------
+
+
+def end_at_two(task: tuple[str, int]) -> int:
+    how, number = task
+    if number == 2:
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if how == "exit":
+            os._exit(3)
+        if how == "segfault":
+            ctypes.string_at(0)
+        os.abort()
+    return number
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize(
+    ("how", "exitcode", "method"),
+    [
+        ("exit", 3, "fork"),
+        ("segfault", -signal.SIGSEGV, "fork"),
+        ("abort", -signal.SIGABRT, "fork"),
+        ("segfault", -signal.SIGSEGV, "spawn"),
+    ],
+)
+def test_a_task_that_ends_its_worker_fails_alone(
+    ipc: HighPerformanceIPC, how: str, exitcode: int, method: str
+) -> None:
+    report = coordinator_process(
+        ipc,
+        2,
+        tasks=[(how, number) for number in range(6)],
+        spawn=True,
+        handler=end_at_two,
+        method=method,
+        max_retries=1,
+        return_exceptions=True,
+    )
+    failed = report.results.pop(2)
+    assert report.results == [0, 1, 3, 4, 5]
+    assert isinstance(failed, WorkerDied)
+    assert (failed.task, failed.exitcode, failed.attempts) == (2, exitcode, 2)
+    assert failed.signal == (None if exitcode > 0 else -exitcode)
+    assert report.died == 2
+
+
+# ---- stopped -----------------------------------------------------------------------------------
+
+
+def wait_for_file(task: tuple[str, int]) -> int:
+    folder, number = task
+    with Path(folder, f"begun-{number}").open("a") as lines:
+        lines.write(f"{os.getpid()}\n")
+    wait_for(Path(folder, f"go-{number}").exists, 60)
+    return number
+
+
+@pytest.mark.fault(14)
+def test_a_stopped_worker_is_silent_and_keeps_its_task(
+    ipc: HighPerformanceIPC,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One is stopped at its task, one with none; a third one does all else."""
+    monkeypatch.setattr(coordinator, "_SILENCE", 0.5)
+    begun, go = tmp_path / "begun-0", tmp_path / "go-0"
+    (tmp_path / "go-1").touch()
+    outcome: list[Any] = []
+
+    def look(watcher: HighPerformanceIPC) -> None:
+        wait_for(begun.exists, 30)
+        wait_for(lambda: len(begun.read_text().split()) == 1)
+        working = int(begun.read_text())
+
+        def idle() -> list[int]:
+            return [
+                each.pid
+                for each in watcher.board_entries()
+                if each.role is Role.WORKER and each.state is not State.WORKING
+            ]
+
+        wait_for(lambda: len(idle()) == 1)
+        stopped = [working, *idle()]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for pid in stopped:
+                wait_for(lambda pid=pid: is_stopped(pid))
+            wait_for(lambda: any("silent" in text for text in caplog.messages), what="the line")
+            silent = {each.pid for each in watcher.board_entries() if each.is_silent(0.4)}
+            outcome.append(set(stopped) <= silent)
+            outcome.append(any(each.is_dead() for each in watcher.board_entries()))
+            outcome.append(begun.read_text().split() == [str(working)])
+        finally:
+            go.touch()
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+    with HighPerformanceIPC("watcher", namespace=ipc.namespace) as watcher:
+        thread = threading.Thread(target=look, args=(watcher,))
+        thread.start()
+        report = coordinator_process(
+            ipc, 2, tasks=[(str(tmp_path), 0)], spawn=True, handler=wait_for_file, method="fork"
+        )
+        thread.join(30)
+    assert outcome == [True, False, True]
+    assert report.results == [0]
+    assert (report.retried, report.died) == (0, 0)
+    said = [text for text in caplog.messages if "silent" in text]
+    assert len(said) == 1
+    assert "hung, stopped or starved; its tasks are not given to others" in said[0]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+# ---- the coordinator ends ------------------------------------------------------------------------
+
+
+def coordinate(namespace: str) -> None:
+    def tasks() -> Iterator[int]:
+        while True:
+            yield 1
+
+    with HighPerformanceIPC("coordinator", namespace=namespace) as ipc:
+        coordinator_process(ipc, 2, tasks=tasks(), spawn=True, method="fork")
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGABRT])
+def test_workers_of_a_coordinator_that_was_ended_end_and_leave_nothing(
+    ipc: HighPerformanceIPC, number: int
+) -> None:
+    def workers() -> list[Any]:
+        return [each for each in ipc.board_entries() if each.role is Role.WORKER]
+
+    with run_in_process(coordinate, ipc.namespace, method="spawn") as process:
+        wait_for(lambda: len(workers()) == 2 and all(each.tasks for each in workers()), 30)
+        assert process.pid is not None
+        resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+        begun = time.monotonic()
+        os.kill(process.pid, number)
+        wait_for(lambda: all(each.is_dead() for each in workers()), 30, "the workers' end")
+        assert time.monotonic() - begun < 20
+        process.join(30)
+    assert process.exitcode == -number
+
+
+# ---- two sentinels in one batch ----------------------------------------------------------------
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("consumers", [2, 5])
+def test_a_consumer_of_batches_puts_back_the_sentinels_that_are_not_for_it(consumers: int) -> None:
+    def consume(number: int) -> None:
+        while True:
+            batch = tasks.get_many(timeout=30)
+            work = [task for task in batch if task is not None]
+            spare = len(batch) - len(work) - 1
+            if spare > 0:  # each of the others needs one, too
+                tasks.put_many([None] * spare)
+            done.put((number, work, spare))
+            if spare >= 0:
+                return
+
+    with Queue[Any]() as tasks, Queue[Any]() as done:
+        tasks.put_many([*range(100), *[None] * consumers])
+        running = [threading.Thread(target=consume, args=(n,)) for n in range(consumers)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert tasks.empty()
+        said = done.get_many()
+        while not done.empty():
+            said += done.get_many()
+    assert sorted(task for _, work, _ in said for task in work) == list(range(100))
+    assert sum(spare >= 0 for _, _, spare in said) == consumers
+    assert max(spare for _, _, spare in said) > 0, "no batch held two"
