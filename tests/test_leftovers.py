@@ -20,6 +20,10 @@ SHM = Path("/dev/shm")
 NOBODY = 65534
 
 
+def ours() -> set[str]:
+    return {name for name in shared_memory_names() if NAME in name}
+
+
 def stale_command() -> list[str]:
     """`shmring rm --stale`, and what it says that it removed."""
     done = subprocess.run(
@@ -41,7 +45,6 @@ from shmring import HighPerformanceIPC, Queue, Ring, SharedMemoryManager
 
 name = sys.argv[1]
 kept = [Queue(), Queue(name=name + "-queue"), Ring.create(name=name + "-ring")]
-kept[0].name  # gets one on demand
 memory = SharedMemoryManager(name + "-memory", 1000)
 memory.create()
 ipc = HighPerformanceIPC("main", namespace=name)
@@ -52,7 +55,8 @@ child = get_context("fork").Process(target=kept[1].get, daemon=True)
 child.start()
 if sys.argv[2] == "handled":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(3))
-print("ready", flush=True)
+print("ready", kept[0].name, flush=True)
+sys.stdin.readline()
 END
 """
 WAIT = "while True: time.sleep(60)"
@@ -67,10 +71,11 @@ ENDS = {  # what the program does, what it is sent, how it ends
 
 
 @contextmanager
-def running(end: str, how: str = "") -> Iterator[subprocess.Popen[str]]:
-    """The program, and its process group, which is killed at the end."""
+def running(end: str, how: str = "") -> Iterator[tuple[subprocess.Popen[str], set[str]]]:
+    """The program when all is made; its process group is killed at the end."""
     program = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM.replace("END", end), NAME, how],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,9 +83,15 @@ def running(end: str, how: str = "") -> Iterator[subprocess.Popen[str]]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
+        assert program.stdin is not None
         assert program.stdout is not None
-        assert program.stdout.readline() == "ready\n", program.communicate()
-        yield program
+        ready, _, on_demand = program.stdout.readline().strip().partition(" ")
+        assert ready == "ready", program.communicate()
+        made = {each for each in shared_memory_names() if NAME in each or each == on_demand}
+        assert len(made) == 7
+        program.stdin.write("go on\n")
+        program.stdin.flush()
+        yield program, made
     finally:
         with suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
@@ -91,13 +102,12 @@ def running(end: str, how: str = "") -> Iterator[subprocess.Popen[str]]:
 def test_a_program_that_ends_by_itself_leaves_nothing(how):
     """Nor do its daemons, which inherited all it had, and are terminated on the way out."""
     end, number, status = ENDS[how]
-    before = shared_memory_names()
-    with running(end, "handled" if "handled" in how else "") as program:
+    with running(end, "handled" if "handled" in how else "") as (program, made):
         if number is not None:
             os.kill(program.pid, number)
         program.communicate(timeout=30)
         assert program.returncode == status
-        assert shared_memory_names() <= before
+        assert not shared_memory_names() & made
 
 
 @pytest.mark.fault(37)
@@ -105,10 +115,7 @@ def test_a_program_that_ends_by_itself_leaves_nothing(how):
 @pytest.mark.parametrize("clean", [cleanup_stale, stale_command])
 def test_a_program_whose_processes_are_all_killed_leaves_what_cleaning_removes(clean, number):
     """SIGTERM that nobody handles ends a program as SIGKILL does."""
-    before = shared_memory_names()
-    with running(WAIT) as program:
-        made = shared_memory_names() - before
-        assert len(made) == 7
+    with running(WAIT) as (program, made):
         assert not made & set(clean()), "they are in use"
         assert made <= shared_memory_names()
         os.killpg(program.pid, number)
@@ -116,7 +123,7 @@ def test_a_program_whose_processes_are_all_killed_leaves_what_cleaning_removes(c
         # the daemon's end is not ours to wait for
         removed: set[str] = set()
         wait_for(lambda: made <= removed or removed.update(clean()))
-    assert shared_memory_names() <= before
+    assert not shared_memory_names() & made
 
 
 # ---- and nothing else is removed -------------------------------------------------------------
@@ -164,9 +171,9 @@ def test_cleaning_removes_the_stale_and_nothing_else(clean):
                 child.join(30)
             os.chown(path, NOBODY, -1)
             cleanup.callback(path.unlink)
-        before = shared_memory_names()
+        before = ours()
         assert NAME + "-stale" in clean()
-        assert before - shared_memory_names() == {NAME + "-stale"}
+        assert before - ours() == {NAME + "-stale"}
         live.put(1)
         with Queue.attach(NAME + "-live") as other:
             assert other.get() == 1
