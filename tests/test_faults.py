@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 
+from header import LOCKS, OWNER, lock_word, stopped_under_lock
 from shmring import Queue, Ring
 from shmring.errors import Empty, Full
 from support import leftovers, run_in_process, shared_memory_names, wait_for
@@ -154,38 +154,34 @@ def _hold(ring: Ring, side: str) -> None:
 
 
 @pytest.mark.fault(13)
-def test_a_stopped_lock_holder_is_waited_for_and_never_robbed():
-    with Ring.create(1 << 24) as ring, run_in_process(_put_for_ever, ring) as holder:
-        process = psutil.Process(holder.pid)
-        try:
-            for _ in range(ROUNDS):  # until a stop falls under the lock
-                ring.get_many(timeout=10)  # so that it has room and is copying
-                process.suspend()
-                wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
-                begun = time.monotonic()
-                try:
-                    ring.put_nowait(b"")
-                except Full:
-                    if _room(ring):
-                        break
-                process.resume()
-            else:
-                pytest.fail("no stop fell under the lock")
-            assert time.monotonic() - begun < 0.5  # a millisecond, on a machine that is not busy
+@pytest.mark.parametrize("side", LOCKS)
+def test_a_stopped_lock_holder_is_waited_for_and_never_robbed(side):
+    def blocked(block: bool, timeout: float | None) -> None:
+        if side == "producers":
             with pytest.raises(Full):
-                ring.put(b"", timeout=0.15)
-        finally:
-            process.resume()
+                ring.put(b"", block, timeout)
+        else:
+            with pytest.raises(Empty):
+                ring.get(block, timeout)
+
+    with Ring.create(1 << 24) as ring, stopped_under_lock(ring, side) as holder:
+        begun = time.monotonic()
+        blocked(False, None)
+        assert time.monotonic() - begun < 0.5  # a millisecond, on a machine that is not busy
+        begun = time.monotonic()
+        blocked(True, 0.3)  # several slices
+        assert 0.3 <= time.monotonic() - begun < 3
+        assert lock_word(ring, side) & OWNER == holder.pid
+        before = ring.statistics().messages_taken
+        os.kill(holder.pid, signal.SIGCONT)
+        wait_for(lambda: ring.statistics().messages_taken > before + 5, what="it to go on")
+        ring.put(b"", timeout=10)
         assert ring.get(timeout=10) is not None
         assert ring.statistics().recoveries == 0
 
 
-def _room(ring: Ring) -> bool:
-    return ring.statistics().used_bytes < ring.capacity - 1000
-
-
 @pytest.mark.fault(18)
-def test_fork_while_another_thread_is_inside_put():
+def test_a_process_is_started_while_another_thread_is_inside_put(start_method):
     with Ring.create(1 << 24) as ring:
         stop = threading.Event()
 
@@ -197,9 +193,9 @@ def test_fork_while_another_thread_is_inside_put():
         thread = threading.Thread(target=produce)
         thread.start()
         try:
-            for _ in range(30):
-                with run_in_process(ring.put, b"child", True, 30) as child:
-                    child.join(30)
+            for _ in range(30 if start_method == "fork" else 2):
+                with run_in_process(ring.put, b"child", True, 30, method=start_method) as child:
+                    child.join(60)
                     assert child.exitcode == 0
         finally:
             stop.set()

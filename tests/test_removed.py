@@ -13,7 +13,8 @@ import threading
 
 import pytest
 
-from shmring import Queue, Ring, RingNotFound, wait
+from header import READ_POSITION, WRITE_POSITION, word
+from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, RingNotFound, wait
 from support import run_in_process, wait_for
 
 NAME = "test-removed"
@@ -124,16 +125,27 @@ def test_the_name_can_be_used_anew_and_both_go_on():
 
 
 @pytest.mark.fault(22)
-def test_a_file_cut_short_ends_its_users_at_once():
+@pytest.mark.parametrize(
+    ("call", "size"), [("get()", 0), ("put(b'x' * 9000)", 0), ("put(b'x' * 9000)", 8192)]
+)
+def test_a_file_cut_short_ends_its_users_at_once(call, size):
     """As with any mapped file the kernel sends SIGBUS: nobody waits for ever."""
-    program = f"import shmring; shmring.Ring.attach({NAME!r}).get()"
+    program = f"import shmring\nring = shmring.Ring.attach({NAME!r})\nwhile True:\n    ring.{call}"
     with Ring.create(name=NAME) as ring:
         child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
         try:
-            wait_for(lambda: ring.statistics().consumers_waiting, timeout=60)
+            wait_for(
+                lambda: ring.statistics().consumers_waiting or ring.statistics().producers_waiting,
+                timeout=60,
+            )
+            if size:  # the producer sleeps, and touches the area when there is room
+                os.truncate(PATH, size)
+                word(ring, READ_POSITION, word(ring, WRITE_POSITION))
             ring.close()
-            os.truncate(PATH, 0)
+            os.truncate(PATH, size)
             assert child.wait(30) == -signal.SIGBUS
+            with pytest.raises((LayoutMismatch, RingCorrupted)):
+                Ring.attach(NAME)
         finally:
             child.kill()
             child.wait()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -408,6 +409,49 @@ def _create_without_file_size() -> None:
 def test_creating_without_a_resource_names_it_and_leaves_nothing(report, action, number, said):
     _, raised, text = outcome_of(report, action)
     assert raised == number
+    assert said in text
+
+
+def _attach(limit: int, value: Callable[[], int]) -> None:
+    """By name, with a limit, and again without it."""
+    with Ring.create() as ring:
+        ring.put(b"still there")
+        before = resource.getrlimit(limit)
+        name = ring.name
+        try:
+            limited(limit, value())
+            Ring.attach(name)
+        finally:
+            resource.setrlimit(limit, before)
+            with Ring.attach(name) as other:
+                assert other.get() == b"still there"
+
+
+def lowest_free_descriptor() -> int:
+    free = os.dup(0)
+    os.close(free)
+    return free
+
+
+def _attach_without_descriptors() -> None:
+    _attach(resource.RLIMIT_NOFILE, lowest_free_descriptor)
+
+
+def _attach_without_address_space() -> None:
+    _attach(resource.RLIMIT_AS, address_space)
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize(
+    ("action", "number", "said"),
+    [
+        (_attach_without_descriptors, errno.EMFILE, "Too many open files"),
+        (_attach_without_address_space, errno.ENOMEM, "mapped"),
+    ],
+)
+def test_attaching_without_a_resource_names_it_and_works_later(report, action, number, said):
+    kind, raised, text = outcome_of(report, action)
+    assert (kind, raised) == ("OSError", number)
     assert said in text
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 from header import is_stopped
-from shmring import Queue, coordinator
+from shmring import Queue, board, coordinator
 from shmring.board import Role, State
 from shmring.coordinator import coordinator_process
 from shmring.errors import WorkerDied
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import MessageType
 from shmring.worker import Worker
+from shmring.workforce import VisitingWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30
@@ -96,7 +97,7 @@ def test_killed_between_two_steps(
     tasks = [(str(folder), number) for number in range(TASKS)]
     report = coordinator_process(ipc, 2, tasks=tasks, spawn=True, handler=append, method="fork")
     assert report.results == list(range(TASKS))
-    assert report.died == 1
+    assert [row.exitcode for row in report.workers].count(-signal.SIGKILL) == 1
     assert sum(len(path.read_text()) for path in folder.iterdir()) == attempts
     assert report.retried == (when == "before" and cls is Worker)
 
@@ -281,3 +282,52 @@ def test_a_consumer_of_batches_puts_back_the_sentinels_that_are_not_for_it(consu
     assert sorted(task for _, work, _ in said for task in work) == list(range(100))
     assert sum(spare >= 0 for _, _, spare in said) == consumers
     assert max(spare for _, _, spare in said) > 0, "no batch held two"
+
+
+# ---- a PID that is used again ------------------------------------------------------------------
+
+
+def stand_by(namespace: str) -> None:
+    with HighPerformanceIPC("worker", namespace=namespace) as ipc:
+        ipc.join_board(Role.WORKER)
+        signal.pause()
+
+
+@pytest.mark.fault(17)
+def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerformanceIPC) -> None:
+    """The dead one is made of a slot: the PID of the living one, started a tick earlier."""
+    workers = VisitingWorkers(ipc, 2, 60.0)
+    with (
+        HighPerformanceIPC("ghost", namespace=ipc.namespace) as ghost,
+        run_in_process(stand_by, ipc.namespace) as living,
+    ):
+        wait_for(lambda: len(workers.living()) == 1)
+        (entry,) = workers.living()
+        assert entry.pid == living.pid
+        slot = ghost.join_board(Role.WORKER)
+        slot._words[slot._base + board._START] = entry.start_ticks - 1
+        slot._words[slot._base + board._PID] = entry.pid
+
+        (departure,) = workers.departed()
+        assert departure.worker_id == "ghost"
+        assert departure.was(entry.pid, entry.start_ticks - 1)
+        assert not departure.was(entry.pid, entry.start_ticks), "claims of the living are its own"
+        workers.bury(departure, useful=False)
+        assert workers.departed() == []
+        holders = [(entry.pid, entry.start_ticks - 1), (entry.pid, entry.start_ticks)]
+        assert [each.start_ticks for each in workers.strays(holders)] == [entry.start_ticks - 1]
+
+        living.kill()
+        wait_for(workers.departed, what="its own end to be seen")
+        (departure,) = workers.departed()
+        assert departure.worker_id == "worker"
+
+
+@pytest.mark.fault(17)
+def test_claims_say_when_their_holder_started() -> None:
+    with Queue[Any]() as queue:
+        slot = queue._claim_open()
+        ticks = board.process_start_ticks(os.getpid())
+        assert queue._claims() == [(slot, os.getpid(), ticks, 0, 0)]
+        queue._claim_close(slot)
+        assert queue._claims() == []

@@ -23,6 +23,7 @@
 #define OWNER_PID_BITS 22
 
 static inline uint32_t owner_pid(uint64_t owner) { return (uint32_t)(owner & ((1u << OWNER_PID_BITS) - 1)); }
+static inline uint64_t owner_start_ticks(uint64_t owner) { return owner >> OWNER_PID_BITS; }
 
 /* Field 22 of /proc/PID/stat; the command name before it may contain anything,
  * so the fields are counted from the last parenthesis.  0 if unreadable. */

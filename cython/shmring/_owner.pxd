@@ -4,5 +4,6 @@ from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from "_owner.h" nogil:
     uint32_t owner_pid(uint64_t owner) noexcept
+    uint64_t owner_start_ticks(uint64_t owner) noexcept
     uint64_t owner_self() noexcept
     bint owner_is_dead(uint64_t owner) noexcept

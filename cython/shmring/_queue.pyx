@@ -29,7 +29,7 @@ from shmring._handle cimport RingHandle, deadline_of
 from shmring._layout cimport (
     SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
 )
-from shmring._owner cimport owner_pid
+from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
     store_release64, wait_announce, wait_sleep, wait_wake_all,
@@ -597,7 +597,7 @@ cdef class ObjectRing(RingHandle):
         store_release64(&self.header.claims[slot].owner, 0)
 
     def _claims(self):
-        """[(slot, pid, low, high)] of all holders; low < high is a claim.
+        """[(slot, pid, start_ticks, low, high)] of all holders; low < high is a claim.
 
         Takes and releases each lock once, the producers' first: that recovers
         them if their owner died, which cancels claims that were not committed.
@@ -613,7 +613,7 @@ cdef class ObjectRing(RingHandle):
         for i in range(SHMRING_CLAIM_COUNT):
             claim = self.header.claims[i]
             if claim.owner != 0:
-                found.append((i, owner_pid(claim.owner), claim.low, claim.high))
+                found.append((i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.low, claim.high))
         return found
 
     cdef int visit_locks(self) except -1:

@@ -375,8 +375,8 @@ class _Run:
         self._take_in(0)
         for departure in departed:
             lost_any = False
-            for slot, pid, low, high in claims:
-                if pid != departure.pid:
+            for slot, pid, start_ticks, low, high in claims:
+                if not departure.was(pid, start_ticks):
                     continue
                 if low < high:
                     lost_any = True
@@ -390,7 +390,9 @@ class _Run:
         if backend == "ring" and now >= self.next_look_for_strays:
             self.next_look_for_strays = now + _STRAYS
             claims = self.ipc.message_queues[self.queue_name]._claims()
-            strays = self.workers.strays(pid for _, pid, low, high in claims if low < high)
+            strays = self.workers.strays(
+                (pid, start_ticks) for _, pid, start_ticks, low, high in claims if low < high
+            )
             if strays:
                 self._settle(strays)
 

@@ -64,6 +64,8 @@ HEADER_BYTES = 8192
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
+_RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about who may open what
+
 _POLL_S = 0.002
 _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
 
@@ -285,6 +287,8 @@ def open_named(name: str, timeout: float = 0.0) -> int:
                     " create it first, or attach with a timeout",
                 ) from None
         except OSError as error:
+            if error.errno in _RUN_OUT:
+                raise
             raise AccessRefused(
                 error.errno, f"{path} cannot be opened: {os.strerror(error.errno or 0)}"
             ) from None

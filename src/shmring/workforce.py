@@ -18,7 +18,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from shmring.board import Entry, Role, State, is_process_dead
+from shmring.board import Entry, Role, State, is_process_dead, process_start_ticks
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc import HighPerformanceIPC
 from shmring.worker import run_spawned_worker
@@ -58,13 +58,25 @@ class WorkerReport:
 class Departure:
     """A worker that has ended.
 
-    ``clean`` says that it left by itself, as it does when nobody needs it.
+    ``clean`` says that it left by itself, as it does when nobody needs it;
+    ``start_ticks`` tell it from one that has its PID now, 0 where that is not known.
     """
 
     worker_id: str
     pid: int
+    start_ticks: int
     exitcode: int | None
     clean: bool
+
+    def was(self, pid: int, start_ticks: int) -> bool:
+        """Whether it was this process.
+
+        Args:
+            pid: of a process.
+            start_ticks: when that one started; 0 where that is not known.
+        """
+        known = self.start_ticks != 0 and start_ticks != 0
+        return pid == self.pid and (not known or start_ticks == self.start_ticks)
 
 
 class Workers(Protocol):
@@ -82,8 +94,8 @@ class Workers(Protocol):
         """A departure has been dealt with: forget its process."""
         ...
 
-    def strays(self, pids: Iterable[int]) -> list[Departure]:
-        """Of processes that hold claims, those that ended and that nobody saw leave."""
+    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
+        """Of (pid, start ticks) that hold claims, those that ended and that nobody saw leave."""
         ...
 
     def living(self) -> list[Entry]:
@@ -278,7 +290,9 @@ class SpawnedWorkers:
         self._roll.look()
         ended = set(connection.wait([each.sentinel for each in self._processes], 0))
         return [
-            Departure(each.name, each.pid or 0, None, clean=False)
+            Departure(
+                each.name, each.pid or 0, process_start_ticks(each.pid or 0), None, clean=False
+            )
             for each in self._processes
             if each.sentinel in ended
         ]
@@ -298,11 +312,11 @@ class SpawnedWorkers:
                 process.close()
         self._false_starts = 0 if useful else self._false_starts + 1
 
-    def strays(self, pids: Iterable[int]) -> list[Departure]:
+    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
         """None: the sentinels tell of everybody.
 
         Args:
-            pids: of processes that hold claims.
+            holders: (pid, start ticks) of processes that hold claims.
         """
         return []
 
@@ -405,7 +419,7 @@ class VisitingWorkers:
         self._number = number
         self._patience = patience
         self._roll = _Roll(ipc)
-        self._buried: set[int] = set()
+        self._buried: set[tuple[int, int]] = set()  # as PIDs are used again, with start ticks
         self._last_company = time.monotonic()
 
     def start(self) -> None:
@@ -428,10 +442,17 @@ class VisitingWorkers:
         self._roll.look()
         standing = {(each.index, each.incarnation) for each in self._roll.look()}
         return [
-            Departure(entry.process_id, entry.pid, None, clean=entry.state is State.EXITED)
+            Departure(
+                entry.process_id,
+                entry.pid,
+                entry.start_ticks,
+                None,
+                clean=entry.state is State.EXITED,
+            )
             for key, entry in self._roll.last_seen.items()
             # A slot is taken again only from the dead: no longer standing proves it too.
-            if entry.pid not in self._buried and (key not in standing or entry.is_dead())
+            if (entry.pid, entry.start_ticks) not in self._buried
+            and (key not in standing or entry.is_dead())
         ]
 
     def bury(self, departure: Departure, useful: bool) -> None:
@@ -441,18 +462,18 @@ class VisitingWorkers:
             departure: from :meth:`departed`.
             useful: of no use here.
         """
-        self._buried.add(departure.pid)
+        self._buried.add((departure.pid, departure.start_ticks))
 
-    def strays(self, pids: Iterable[int]) -> list[Departure]:
+    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
         """Those that ended, and lost their slot to the next before anybody looked.
 
         Args:
-            pids: of processes that hold claims.
+            holders: (pid, start ticks) of processes that hold claims.
         """
         return [
-            Departure(f"process {pid}", pid, None, clean=False)
-            for pid in sorted(set(pids))
-            if is_process_dead(pid)
+            Departure(f"process {pid}", pid, start_ticks, None, clean=False)
+            for pid, start_ticks in sorted(set(holders))
+            if is_process_dead(pid, start_ticks)
         ]
 
     def exitcode_of(self, pid: int) -> int | None:
