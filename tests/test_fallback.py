@@ -279,6 +279,36 @@ def serve_and_wait(name: str) -> None:
     signal.pause()
 
 
+class InterruptedCondition(threading.Condition):
+    """Ctrl-C where it hurts most: the lock is taken, and its block not yet entered."""
+
+    def __enter__(self) -> bool:
+        super().__enter__()
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_does_not_leave_a_served_queue_locked(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedQueue.create(name, 0, MessageCodec())
+    client = ServedQueue.attach(name, 1, MessageCodec())
+    local = served._local
+    assert local is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "not_empty", InterruptedCondition(local.mutex))
+        with pytest.raises(KeyboardInterrupt):
+            served.get(timeout=1)
+    putter = threading.Thread(
+        target=client.put, args=(Message(MessageType.DATA, "a", 1.0, 5),), daemon=True
+    )
+    putter.start()
+    putter.join(30)
+    assert not putter.is_alive(), "the lock was not given back"
+    assert served.get(timeout=5).data == 5
+    client.close()
+    served.close()
+
+
 def test_a_served_queue_is_found_by_name(name: str, start_method: str) -> None:
     served = ServedQueue.create(name, 1, MessageCodec())
     with pytest.raises(RingExists):

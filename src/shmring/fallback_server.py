@@ -119,6 +119,32 @@ def _hang_up(client: connection.Connection) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
+class _Local(queue.Queue[tuple[int, list[bytes]]]):
+    """A ``queue.Queue`` that Ctrl-C cannot leave locked.
+
+    Python may raise KeyboardInterrupt after a lock was taken and before the block is
+    entered that gives it back; all clients would then wait for ever.  A lock that knows
+    its owner lets him give it back.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        super().__init__(maxsize)
+        self._owned = threading.RLock()
+        self.mutex = self._owned  # type: ignore[assignment]
+        self.not_empty = threading.Condition(self._owned)
+        self.not_full = threading.Condition(self._owned)
+        self.all_tasks_done = threading.Condition(self._owned)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """One of the methods, by the thread that an interruption may hit."""
+        try:
+            return getattr(self, method)(*args)
+        except BaseException:
+            while self._owned._is_owned():  # type: ignore[attr-defined]
+                self._owned.release()
+            raise
+
+
 class ServedQueue:
     """A queue that other processes find by name; made by :meth:`create` or :meth:`attach`.
 
@@ -130,7 +156,7 @@ class ServedQueue:
         self.name = name
         self._codec = codec
         self._pid = os.getpid()
-        self._local: queue.Queue[tuple[int, list[bytes]]] | None = None
+        self._local: _Local | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
         self._endpoint: SharedFile | None = None
@@ -158,7 +184,7 @@ class ServedQueue:
         self = cls(name, codec)
         endpoint = SharedFile.create(f"{name}.queue", _ENDPOINT_BYTES)
         try:
-            local: queue.Queue[tuple[int, list[bytes]]] = queue.Queue(bound)
+            local = _Local(bound)
             key = secrets.token_bytes(32)
             # A name in Linux's abstract space goes with the process, however it ends.
             address = f"\0shmring-{secrets.token_hex(16)}" if sys.platform == "linux" else None
@@ -289,7 +315,7 @@ class ServedQueue:
                 self._endpoint.close()
             self._local = self._server = self._thread = self._endpoint = self._proxy = None
         if self._local is not None:
-            return getattr(self._local, method)(*args)
+            return self._local.call(method, *args)
         try:
             if self._proxy is None:
                 self._connect(0.0)
