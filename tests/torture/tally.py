@@ -92,7 +92,9 @@ class Tally:
 
     def harms_in_words(self) -> str:
         """All kinds with their numbers, the zeros too: what was looked for is said."""
-        return ", ".join(f"{self.harms[kind]} {kind}" for kind in HARMS)
+        found = [f"{self.harms[kind]} {kind}" for kind in HARMS if self.harms[kind]]
+        none = [kind for kind in HARMS if not self.harms[kind]]
+        return ", ".join([*found, f"0 {', '.join(none[:-1])} or {none[-1]}"])
 
     def line(self) -> str:
         """One line for the summary."""
@@ -103,8 +105,8 @@ class Tally:
         if self.missed:
             beside.append(f"{self.missed} not at the one meant")
         return (
-            f"{self.name}: {self.stops}, {self.tried} tried: {told or 'nothing to tell'}"
-            f"; {self.harms_in_words()}"
+            f"{self.name}: {self.stops}, {self.tried} tried: {told or 'none right'}"
+            f", {self.harms_in_words()}"
             + (f" ({', '.join(beside)})" if beside else "")
             + f" [{self.seconds:.0f} s]"
         )
