@@ -24,12 +24,11 @@ from looking import (
     sort_out,
 )
 from operations import forget_owner
+from shmring import Queue
+from shmring.errors import Empty
 from tally import BROKEN, DOUBLED, LOST, TORN, Harm
 from trials import Operation, Stage
 from walking import end
-
-from shmring import Queue
-from shmring.errors import Empty
 
 __all__ = ["CLAIMS"]
 
@@ -209,9 +208,8 @@ def claiming(
     act: Callable[[Desk], object],
     prepare: Callable[[], Desk] = desk,
     warm: Callable[[Desk], object] | None = open_claim,
-    faults: tuple[int, ...] = (10,),
 ) -> Operation:
-    return Operation(name, prepare, act, warm=warm, faults=faults)
+    return Operation(name, prepare, act, warm=warm)
 
 
 # ---- putting back --------------------------------------------------------------------------------
@@ -272,13 +270,12 @@ CLAIMS = [
     claiming("claim in a used slot", lambda d: d.tasks.get(), desk_with_an_answer, after_a_cycle),
     claiming("claim that moves on", lambda d: d.tasks.get(), moving_desk),
     claiming("claim of a batch", lambda d: d.tasks.get_many()),
-    claiming("claim, answer, release", cycle, faults=(10, 11)),
-    claiming("open, claim, answer, release, close", come_and_go, warm=None, faults=(10, 11)),
-    Operation("put back", widowed, lambda d: d.put_back(d.worker), faults=(10,)),
+    claiming("claim, answer, release", cycle),
+    claiming("open, claim, answer, release, close", come_and_go, warm=None),
+    Operation("put back", widowed, lambda d: d.put_back(d.worker)),
     Operation(
         "put back, locks of a dead one",
         lambda: widowed("producers", "consumers"),
         lambda d: d.put_back(d.worker),
-        faults=(4, 10),
     ),
 ]

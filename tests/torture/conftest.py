@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tally import CAUGHT, Tally
 
 HERE = Path(__file__).parent

@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 
 from looking import AT_ONCE, in_fresh_process, message
 from operations import RingStage, peek_and_leave, ring_with
+from shmring import Ring
+from shmring.errors import Full
 from sleepers import LOOK_EVERY, Sleeper, is_dead, wait_until_asleep
+from support import wait_for
 from tally import BROKEN, DOUBLED, HUNG, LOST, TORN, Harm, Tally
 from trials import Selection, Trial, watch_for_a_hang
 from wakes import HALF, Feeder
 from walking import Walker, Way, end
-
-from shmring import Ring
-from shmring.errors import Full
-from support import wait_for
 
 __all__ = ["DUELS", "ENDLESS"]
 
@@ -129,7 +128,6 @@ class SleeperAndWaker(Duel):
     wake: Callable[[Ring], object]
     warm: Callable[[Ring], object] = lambda ring: None
     apart: tuple[int, int] = (5, 61)
-    faults: tuple[int, ...] = (3,)
     sleeping: Way = field(init=False)
     waking: Way = field(init=False)
 
@@ -205,7 +203,6 @@ class TwoSleepers(Duel):
     """
 
     name: str
-    faults: tuple[int, ...] = (3, 7)
     way: Way = field(init=False)
 
     def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
@@ -272,7 +269,6 @@ class Overtaking(Duel):
     """
 
     name: str
-    faults: tuple[int, ...] = (8,)
     build = None
     way: Way = field(init=False)
 

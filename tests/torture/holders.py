@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from duels import end_if_alive, go_on
 from looking import AT_ONCE, Finding, in_fresh_process, lock_word, message, settle
 from operations import RingStage, ring_with
+from shmring import Ring
+from shmring.errors import Empty, Full
 from sleepers import Sleeper
 from tally import HUNG, LOST, Harm, Tally
 from trials import Selection, Trial, watch_for_a_hang
 from walking import Walker, Way, end, place
-
-from shmring import Ring
-from shmring.errors import Empty, Full
 
 __all__ = ["HOLDERS"]
 
@@ -43,7 +42,6 @@ class BehindAHolder(Trial):
     side: str
     act: Callable[[Ring, int], object]
     gets: bool
-    faults: tuple[int, ...] = (5, 13)
     sleeps = True
 
     def run(self, walker: Walker, selection: Selection) -> Tally:
@@ -64,7 +62,7 @@ class BehindAHolder(Trial):
             way = walker.trace(walker.victim(lambda: self.act(ring, 0)))
         for n in range(0, len(way), 10):
             with ring_with(4).ring as ring:
-                pid = walker.victim(lambda: self.act(ring, 0))  # noqa: B023
+                pid = walker.victim(lambda: self.act(ring, 0))
                 walker.hold(pid, way, n)
                 held = lock_word(ring, self.side)
                 end(pid)

@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tally import BROKEN, CORRUPTED, DISORDERED, DOUBLED, HUNG, LEAKED, LOST, MISCOUNTED, TORN, Harm
-
 from shmring import segment
 from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full, RingCorrupted
 from shmring.handle import SharedHandle
+from tally import BROKEN, CORRUPTED, DISORDERED, DOUBLED, HUNG, LEAKED, LOST, MISCOUNTED, TORN, Harm
 
 __all__ = [
     "AT_ONCE",

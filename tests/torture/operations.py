@@ -22,13 +22,27 @@ from looking import (
     settle,
     word,
 )
-from trials import Operation, Stage
-
 from shmring import Ring
 from shmring.errors import Empty, Full
 from shmring.handle import SharedHandle
+from trials import Operation, Stage
 
-__all__ = ["GROWING", "OPERATIONS", "SMALL", "RingStage", "outcome_of", "ring_with", "two_areas"]
+__all__ = [
+    "AREAS",
+    "BATCH",
+    "GETS",
+    "IN_PLACE",
+    "MIDDLE",
+    "OPERATIONS",
+    "PUTS",
+    "RECOVERIES",
+    "RingStage",
+    "forget_owner",
+    "full_of_one",
+    "outcome_of",
+    "peek_and_leave",
+    "ring_with",
+]
 
 SMALL = {"capacity": 4096}
 GROWING = {"capacity": 4096, "max_capacity": 1 << 20}
@@ -203,7 +217,6 @@ def putting(
     prepare: Callable[[], RingStage],
     act: Callable[[Ring], object],
     *puts: bytes,
-    faults: tuple[int, ...] = (1,),
     batch: bool = False,
 ) -> Operation:
     def staged() -> RingStage:
@@ -211,7 +224,7 @@ def putting(
         stage.puts, stage.batch = puts, batch
         return stage
 
-    return Operation(name, staged, lambda stage: act(stage.ring), faults=faults)
+    return Operation(name, staged, lambda stage: act(stage.ring))
 
 
 def getting(
@@ -219,21 +232,19 @@ def getting(
     prepare: Callable[[], RingStage],
     act: Callable[[Ring], object] = Ring.get,
     gets: int = 1,
-    faults: tuple[int, ...] = (2,),
 ) -> Operation:
     def staged() -> RingStage:
         stage = prepare()
         stage.gets = gets
         return stage
 
-    return Operation(name, staged, lambda stage: act(stage.ring), faults=faults)
+    return Operation(name, staged, lambda stage: act(stage.ring))
 
 
 def in_place(
     name: str,
     prepare: Callable[[], RingStage],
     act: Callable[[Ring], object],
-    faults: tuple[int, ...] = (9,),
     **promise: Any,
 ) -> Operation:
     def staged() -> RingStage:
@@ -247,7 +258,6 @@ def in_place(
         staged,
         lambda stage: act(stage.ring),
         warm=lambda stage: peek_and_leave(stage.ring),
-        faults=faults,
     )
 
 
@@ -289,76 +299,66 @@ def put_in_vain(ring: Ring) -> None:
         ring.put(MIDDLE, timeout=0.05)
 
 
-def idle(
-    name: str, prepare: Callable[[], RingStage], act: Callable[[Ring], object], *faults: int
-) -> Operation:
+def idle(name: str, prepare: Callable[[], RingStage], act: Callable[[Ring], object]) -> Operation:
     """It waits, and in the end it neither put nor took anything."""
-    return Operation(name, prepare, lambda stage: act(stage.ring), faults=faults, sleeps=True)
+    return Operation(name, prepare, lambda stage: act(stage.ring), sleeps=True)
 
 
-OPERATIONS = [
+PUTS = [
     putting("put", lambda: ring_with(3), lambda r: r.put(SHORT), SHORT),
-    putting(
-        "put over the end",
-        wrapped,
-        lambda r: r.put(message(99, 300)),
-        message(99, 300),
-    ),
+    putting("put over the end", wrapped, lambda r: r.put(message(99, 300)), message(99, 300)),
     putting("put_nowait", lambda: ring_with(3), lambda r: r.put_nowait(SHORT), SHORT),
     putting("put_many", lambda: ring_with(3), lambda r: r.put_many(BATCH), *BATCH, batch=True),
-    putting("put with growth", full_of_one, lambda r: r.put(MIDDLE), MIDDLE, faults=(1, 8)),
-    putting(
-        "put_nowait with growth", full_of_one, lambda r: r.put_nowait(LONG), LONG, faults=(1, 8)
-    ),
-    putting(
-        "put_many with growth",
-        lambda: ring_with(3, 500, **GROWING),
-        lambda r: r.put_many(LARGE_BATCH),
-        *LARGE_BATCH,
-        faults=(1, 8),
-    ),
-    putting(
-        "put to an area grown by another",
-        lambda: grown_behind(full_of_one()),
-        lambda r: r.put(MIDDLE),
-        MIDDLE,
-        faults=(1, 8),
-    ),
-    idle("put in vain", lambda: ring_with(ALL_OF_ONE, 500), put_in_vain, 1),
+    idle("put in vain", lambda: ring_with(ALL_OF_ONE, 500), put_in_vain),
+]
+
+GETS = [
     getting("get", lambda: ring_with(3)),
     getting("get over the end", lambda: wrapped().fill(1, 300).take(3)),
     getting("get of 9000 bytes", lambda: ring_with(2, 9000, capacity=1 << 16)),
     getting("get_many", lambda: ring_with(8), Ring.get_many, 8),
-    getting("get that moves on", two_areas, faults=(2, 8)),
-    getting("get_many that moves on", two_areas, Ring.get_many, 4, faults=(2, 8)),
-    idle("get in vain", lambda: ring_with(0), get_in_vain, 2),
+    idle("get in vain", lambda: ring_with(0), get_in_vain),
+]
+
+IN_PLACE = [
     in_place(
         "reserve, commit", lambda: ring_with(3), reserve_and_commit, puts=[SHORT], may_abort=True
     ),
     in_place("reserve, abort", lambda: ring_with(3), reserve_and_abort, may_abort=True),
     in_place("peek, consume", lambda: ring_with(3), peek_and_consume, gets=1),
     in_place("peek, leave", lambda: ring_with(3), peek_and_leave),
-    getting("peek that moves on", two_areas, peek_and_consume, faults=(8, 9)),
-    getting("get that gives memory back", grown_with_one_left, faults=(2, 8)),
-    idle("shrink", grown_and_empty, get_in_vain_for_long, 8),
-    putting(
-        "put, lock of a dead one",
-        lambda: left_locked("producers"),
-        lambda r: r.put(SHORT),
-        SHORT,
-        faults=(1, 4),
-    ),
-    putting(
-        "put, growth of a dead one",
-        growth_cut_short,
-        lambda r: r.put(SHORT),
-        SHORT,
-        faults=(1, 4, 8),
-    ),
-    getting(
-        "get, lock of a dead one",
-        lambda: left_locked("consumers"),
-        faults=(2, 4),
-    ),
-    getting("get, move of a dead one", moving_cut_short, faults=(2, 4, 8)),
 ]
+
+# To the next area and back: growing, moving on and giving back, shrinking.
+AREAS = [
+    putting("put with growth", full_of_one, lambda r: r.put(MIDDLE), MIDDLE),
+    putting("put_nowait with growth", full_of_one, lambda r: r.put_nowait(LONG), LONG),
+    putting(
+        "put_many with growth",
+        lambda: ring_with(3, 500, **GROWING),
+        lambda r: r.put_many(LARGE_BATCH),
+        *LARGE_BATCH,
+    ),
+    putting(
+        "put to an area grown by another",
+        lambda: grown_behind(full_of_one()),
+        lambda r: r.put(MIDDLE),
+        MIDDLE,
+    ),
+    getting("get that moves on", two_areas),
+    getting("get_many that moves on", two_areas, Ring.get_many, 4),
+    getting("peek that moves on", two_areas, peek_and_consume),
+    getting("get that gives memory back", grown_with_one_left),
+    idle("shrink", grown_and_empty, get_in_vain_for_long),
+]
+
+RECOVERIES = [
+    putting(
+        "put, lock of a dead one", lambda: left_locked("producers"), lambda r: r.put(SHORT), SHORT
+    ),
+    putting("put, growth of a dead one", growth_cut_short, lambda r: r.put(SHORT), SHORT),
+    getting("get, lock of a dead one", lambda: left_locked("consumers")),
+    getting("get, move of a dead one", moving_cut_short),
+]
+
+OPERATIONS = [*PUTS, *GETS, *IN_PLACE, *AREAS, *RECOVERIES]

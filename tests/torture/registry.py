@@ -9,10 +9,21 @@ from operations import OPERATIONS
 from shortage import SHORTAGE
 from successions import SUCCESSIONS
 from trials import Trial
-from wakes import WAKES
+from wakes import WAKERS, WOKEN
 
-__all__ = ["KILLINGS", "STEPPINGS", "TRIALS"]
+__all__ = ["TRIALS"]
 
-KILLINGS: list[Trial] = [*OPERATIONS, *CLAIMS, *WAKES, *HOLDERS, *SHORTAGE, *SUCCESSIONS]
-STEPPINGS: list[Trial] = [*DUELS]
-TRIALS = {trial.name: trial for trial in [*KILLINGS, *STEPPINGS]}
+TRIALS: dict[str, Trial] = {
+    trial.name: trial
+    for trials in (
+        OPERATIONS,
+        CLAIMS,
+        WAKERS,
+        WOKEN,
+        HOLDERS,
+        SHORTAGE,
+        SUCCESSIONS,
+        DUELS,
+    )
+    for trial in trials
+}

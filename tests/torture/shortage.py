@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from looking import AT_ONCE, Finding, check_memory, locks_of_the_dead, message
 from operations import BATCH, MIDDLE, RingStage, full_of_one, outcome_of
-from tally import DOUBLED, LEAKED, LOST, Harm
-from trials import Operation
-
 from shmring import Ring
 from shmring.errors import Full
 from shmring.segment import DIRECTORY
+from tally import DOUBLED, LEAKED, LOST, Harm
+from trials import Operation
 
 __all__ = ["SHORTAGE"]
 
@@ -82,7 +81,6 @@ def shortage(
         name,
         full_stage(pages, *puts),
         tried,
-        faults=(1, 8, 21),
         sleeps=sleeps,
         shared_memory=SHARED_MEMORY,
     )

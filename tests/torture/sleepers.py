@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from looking import PATIENCE
-from walking import end
-
 from support import wait_for
+from walking import end
 
 __all__ = ["Sleeper", "is_dead", "sleeps", "wait_until_asleep"]
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from looking import message
 from operations import OPERATIONS, RingStage
+from shmring import Ring
 from tally import Tally
 from trials import Operation, Selection, Trial, watch_for_a_hang
 from walking import Walker, Way, place
-
-from shmring import Ring
 
 __all__ = ["SUCCESSIONS"]
 
@@ -35,7 +34,6 @@ class Succession(Trial):
     puts: Sequence[bytes]
     gets: int
     apart: tuple[int, int]
-    faults: tuple[int, ...] = (4, 8)
 
     def run(self, walker: Walker, selection: Selection) -> Tally:
         began = time.monotonic()

@@ -15,7 +15,9 @@ summary tells what was tried; SHMRING_STRIDE=n takes every n-th.
     stepper.c walking.py        to the n-th instruction of a process
     tally.py looking.py         what must not be after a kill, and looking for it
     trials.py                   the loop of all kills
-    operations.py claims.py wakes.py shortage.py successions.py    what is killed
+    operations.py claims.py     what is killed: on a ring, with claims,
+    wakes.py holders.py         beside sleepers, behind a lock,
+    shortage.py successions.py  on a full /dev/shm, and twice in a row
     duels.py                    two processes stepped against each other
     builds.py                   other builds, broken ones among them
     drive.py registry.py        a trial in a process of its own
@@ -29,14 +31,18 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("shmring._handle")
+pytest.importorskip("shmring._handle", exc_type=ImportError)
 
-
-from registry import KILLINGS, STEPPINGS
+from claims import CLAIMS
+from duels import DUELS
+from holders import HOLDERS
+from operations import AREAS, GETS, IN_PLACE, PUTS, RECOVERIES
+from shmring import backend
+from shortage import SHORTAGE
+from successions import SUCCESSIONS
 from tally import CAUGHT, CORRUPTED, HUNG, KILLED, LEAKED, LOST, STEPPED, TORN, Tally
 from trials import Trial
-
-from shmring import backend
+from wakes import WAKERS, WOKEN
 
 pytestmark = [
     pytest.mark.torture,
@@ -49,15 +55,11 @@ pytestmark = [
 
 Run = Callable[..., Tally]
 Tell = Callable[[str, Tally, str], None]
+Kill = Callable[[Trial], None]
 
 
-def each(trials: list[Trial]) -> pytest.MarkDecorator:
-    """One test a trial, marked with the faults that it shows."""
-    marked = [
-        pytest.param(trial, id=trial.name, marks=pytest.mark.fault(*trial.faults))
-        for trial in trials
-    ]
-    return pytest.mark.parametrize("trial", marked)
+def each(*trials: Trial) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("trial", trials, ids=lambda trial: trial.name)
 
 
 def no_harm_in(tally: Tally) -> None:
@@ -66,15 +68,82 @@ def no_harm_in(tally: Tally) -> None:
     assert tally.missed <= 3 + tally.tried / 20, tally.line()  # where time decides
 
 
-@each(KILLINGS)
-def test_killed_before_every_instruction(trial: Trial, run_trial: Run, tell: Tell) -> None:
-    tally = run_trial(trial.name)
-    tell(KILLED, tally, tally.line())
-    no_harm_in(tally)
+@pytest.fixture
+def kill(run_trial: Run, tell: Tell) -> Kill:
+    """Kill an operation before every instruction; whatever is left must be right."""
+
+    def everywhere(trial: Trial) -> None:
+        tally = run_trial(trial.name, trial.build)
+        tell(KILLED, tally, tally.line())
+        no_harm_in(tally)
+
+    return everywhere
 
 
-@each(STEPPINGS)
-def test_two_processes_stepped_against_each_other(trial: Trial, run_trial: Run, tell: Tell) -> None:
+@pytest.mark.fault(1)
+@each(*PUTS)
+def test_a_producer_killed_leaves_all_or_nothing(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(2)
+@each(*GETS)
+def test_a_consumer_killed_took_it_or_left_it(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(9)
+@each(*IN_PLACE)
+def test_killed_while_it_writes_or_reads_in_place(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(8)
+@each(*AREAS)
+def test_killed_on_the_way_to_another_area(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(4, 8)
+@each(*RECOVERIES, *SUCCESSIONS)
+def test_killed_while_making_good_what_a_death_left(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(10, 11)
+@each(*CLAIMS)
+def test_a_task_is_queued_or_claimed_or_answered(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(3)
+@each(*WAKERS)
+def test_a_waker_killed_leaves_no_sleeper_behind(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(6, 7)
+@each(*WOKEN)
+def test_a_woken_one_killed_takes_no_wake_with_it(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(5)
+@each(*HOLDERS)
+def test_a_waiter_for_a_lock_killed_holds_nobody_up(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@pytest.mark.fault(21)
+@each(*SHORTAGE)
+def test_killed_where_shared_memory_is_full(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@each(*DUELS)
+def test_stepped_against_each_other_nothing_is_lost(
+    trial: Trial, run_trial: Run, tell: Tell
+) -> None:
     tally = run_trial(trial.name, trial.build)
     tell(STEPPED, tally, tally.line())
     no_harm_in(tally)
@@ -83,25 +152,13 @@ def test_two_processes_stepped_against_each_other(trial: Trial, run_trial: Run, 
 @pytest.mark.parametrize(
     ("build", "name", "kind"),
     [
-        pytest.param("commit before the payload", "put", TORN, marks=pytest.mark.fault(1)),
-        pytest.param("lock not robust", "put", CORRUPTED, marks=pytest.mark.fault(1)),
-        pytest.param("lock not robust", "get", CORRUPTED, marks=pytest.mark.fault(2)),
-        pytest.param("claim after the commit", "claim", LOST, marks=pytest.mark.fault(10)),
-        pytest.param(
-            "reaped before the punch", "get that moves on", LEAKED, marks=pytest.mark.fault(8)
-        ),
-        pytest.param(
-            "reaped before the punch",
-            "a consumer moves on, a producer grows",
-            CORRUPTED,
-            marks=pytest.mark.fault(8),
-        ),
-        pytest.param(
-            "no second look before sleeping",
-            "a consumer sleeps, a producer wakes it",
-            HUNG,
-            marks=pytest.mark.fault(3),
-        ),
+        ("commit before the payload", "put", TORN),
+        ("lock not robust", "put", CORRUPTED),
+        ("lock not robust", "get", CORRUPTED),
+        ("claim after the commit", "claim", LOST),
+        ("reaped before the punch", "get that moves on", LEAKED),
+        ("reaped before the punch", "a consumer moves on, a producer grows", CORRUPTED),
+        ("no second look before sleeping", "a consumer sleeps, a producer wakes it", HUNG),
     ],
 )
 def test_a_broken_build_is_caught(

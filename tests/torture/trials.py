@@ -37,14 +37,12 @@ class Trial:
 
     Attributes:
         name: what it is called on the command line and in the summary.
-        faults: the rows of docs/faults.md that it shows.
         sleeps: most of its time passes asleep, so many parts can run at once.
         shared_memory: bytes of a /dev/shm of its own, if it needs one.
         build: the one of `builds.py` that it needs; None for the one under test.
     """
 
     name: str
-    faults: tuple[int, ...]
     sleeps = False
     shared_memory: int | None = None
     build: str | None = None
@@ -90,7 +88,6 @@ class Operation(Trial):
     prepare: Callable[[], Any]
     act: Callable[[Any], object]
     warm: Callable[[Any], object] | None = None
-    faults: tuple[int, ...] = ()
     sleeps: bool = False
     shared_memory: int | None = None
 
