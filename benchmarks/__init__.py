@@ -10,6 +10,7 @@ looks like a difference.
     adapters.py   how it is sent: each transport behind the same few names
     sessions.py   who sends it to whom, and when the clock runs
     costs.py      what a queue costs that does nothing, or whose users were killed
+    recovery.py   how soon, and how fast, the others go on after a kill
     dropin.py     what else a drop-in promises; its small program is hello.py
 
 A new peer is one class in ``adapters.py``.  No speed is asserted anywhere:

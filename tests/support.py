@@ -18,9 +18,14 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def wait_for(
-    condition: Callable[[], object], timeout: float = 10, what: str = "", *, dump: bool = True
+    condition: Callable[[], object],
+    timeout: float = 10,
+    what: str = "",
+    *,
+    dump: bool = True,
+    every: float = 0.005,
 ) -> None:
-    """Return as soon as ``condition()`` is true.
+    """Return as soon as ``condition()`` is true; it is asked ``every`` so many seconds.
 
     After ``timeout`` seconds, print the traceback of every thread and raise
     TimeoutError: a test that waits in vain shows where, instead of hanging.
@@ -32,7 +37,7 @@ def wait_for(
             if dump:
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
             raise TimeoutError(f"waited {timeout} s in vain for {what or condition}")
-        pause.wait(0.005)
+        pause.wait(every)
 
 
 @contextlib.contextmanager

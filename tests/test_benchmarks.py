@@ -25,7 +25,7 @@ pytest.importorskip("numpy")
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402  (the path first)
-from benchmarks import costs, dropin, figures
+from benchmarks import costs, dropin, figures, recovery
 from benchmarks.adapters import (
     TRANSPORTS,
     MultiprocessingPipe,
@@ -36,6 +36,8 @@ from benchmarks.adapters import (
 )
 from benchmarks.sessions import OneProcess, OneWay, RoundTrips, two_cpus
 from benchmarks.work import BATCH, Work, WrongContent, arrays, bytes_of, small_dicts
+
+import shmring
 
 WORKS = {"bytes": bytes_of(64), "object": small_dicts(), "array": arrays(1 << 20, count=10)}
 PAIRS = [(kind, transport) for kind in WORKS for transport in able(kind)]
@@ -210,6 +212,15 @@ def test_the_first_message_of_a_child_is_timed(library: str, tmp_path: Path) -> 
     seconds = dropin.first_message(library, str(tmp_path))
     assert 0 < seconds < time.perf_counter() - began
     assert [*tmp_path.rglob("hello.*.pyc")], "what a child imports is compiled once"
+
+
+@pytest.mark.skipif(shmring.backend != "ring", reason="a pipe does not survive kills")
+@pytest.mark.parametrize("kind", recovery.KINDS)
+def test_the_others_go_on_after_a_kill(kind: str) -> None:
+    (found,) = recovery.measure(kind, kills=1, window=0.1)
+    assert found.seconds > 0
+    assert found.before > 0
+    assert found.after > 0
 
 
 def test_pytest_collects_and_runs_them() -> None:

@@ -1,0 +1,162 @@
+"""Other builds of the extension: with sleeps that have no end, and broken on purpose.
+
+A build is a copy of the tree with a few lines replaced.  What is replaced must
+stand there exactly once, so a patch that the code has left behind fails loudly.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import shmring
+
+__all__ = ["BUILDS", "ROOT", "Build", "Patch"]
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Text of one file that is replaced."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, tree: Path) -> None:
+        path = tree / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.file} has {text.count(self.old)} times what a patch replaces; "
+                f"write the patch anew for the code as it is now:\n{self.old}"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build of the extension.
+
+    Args:
+        patches: what is different.
+        modules: which modules are compiled; the others are those under test.
+    """
+
+    patches: Sequence[Patch]
+    modules: Sequence[str] = ("_core",)
+
+    def make(self, tree: Path) -> Path:
+        """Build it in a new folder; returns what to put in front of PYTHONPATH."""
+        tree.mkdir()
+        for name in NEEDED:
+            shutil.copy(ROOT / name, tree)
+        shutil.copytree(ROOT / "cython", tree / "cython")
+        package = tree / "src" / "shmring"
+        shutil.copytree(Path(shmring.__file__).parent, package)
+        for source in (tree / "cython" / "shmring").glob("*.pyx"):
+            if source.stem not in self.modules:
+                source.unlink()
+        for name in self.modules:
+            for built in package.glob(f"{name}.*.so"):
+                built.unlink()
+        for patch in (QUICK, *self.patches):
+            patch.apply(tree)
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=tree,
+            env={**os.environ, "SHMRING_REQUIRE_EXTENSION": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return package.parent
+
+
+CORE, HANDLE = "cython/shmring/_core.pyx", "cython/shmring/_handle.pyx"
+SYNC, AREA = "cython/shmring/_sync.h", "cython/shmring/_area.h"
+
+QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
+NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 80000000LL", "#define SYNC_SLICE_NS 3600000000000LL")
+
+BUILDS = {
+    "endless sleeps": Build([NO_END], ["_core", "_handle"]),
+    "commit before the payload": Build(
+        [
+            Patch(
+                CORE,
+                "            for i in range(items[at].count):\n                memcpy(out,",
+                "            count_on(&h.put_count, start, pos + span, at + 1 - done[0])\n"
+                "            store_release64(&h.write_position, pos + span)\n"
+                "            for i in range(items[at].count):\n                memcpy(out,",
+            )
+        ]
+    ),
+    "lock not robust": Build(
+        [
+            Patch(
+                SYNC,
+                "    *pending = word == NULL ? NULL"
+                " : (struct robust_list *)((char *)word - self->head->futex_offset);\n",
+                "    (void)pending, (void)word;\n",
+            )
+        ]
+    ),
+    "claim after the commit": Build(
+        [
+            Patch(
+                CORE,
+                "            store_release64(&self.claim.low, h.read_position)\n"
+                "            store_release64(&self.claim.high, following)\n"
+                "        self.commit_read(following, count)\n",
+                "            low = h.read_position\n"
+                "        self.commit_read(following, count)\n"
+                "        if self.claim != NULL:\n"
+                "            store_release64(&self.claim.low, low)\n"
+                "            store_release64(&self.claim.high, following)\n",
+            ),
+            Patch(
+                CORE,
+                '        """Claim and commit what was copied out."""\n',
+                "        cdef uint64_t low = 0\n",
+            ),
+        ]
+    ),
+    "reaped before the punch": Build(
+        [
+            Patch(
+                AREA,
+                "        int error = area_check(&area, UINT64_MAX >> 1)",
+                "        store_release64(&header->reaped, header->reaped + 1);\n"
+                "        int error = area_check(&area, UINT64_MAX >> 1)",
+            ),
+            Patch(
+                AREA,
+                "            return error; /* the next one tries again */\n"
+                "        store_release64(&header->reaped, header->reaped + 1);\n",
+                "            return error;\n",
+            ),
+        ]
+    ),
+    "no second look before sleeping": Build(
+        [
+            NO_END,
+            Patch(
+                HANDLE,
+                "        announced = wait_announce(&h.data_wait)\n"
+                "        result = self.take(take, MAY_WAIT)\n",
+                "        announced = wait_announce(&h.data_wait)\n        result = EMPTY\n",
+            ),
+        ],
+        ["_core", "_handle"],
+    ),
+}
