@@ -8,6 +8,7 @@ A test that shows what comes of a fault bears its number, ``@pytest.mark.fault(1
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,7 @@ def files_with_tests() -> list[Path]:
     return sorted(TESTS.rglob("test_*.py"))
 
 
+@functools.cache
 def marked_tests() -> list[Shown]:
     """Every test that bears a fault's mark, in the order of the files."""
     return [each for path in files_with_tests() for each in _marked_in(path)]

@@ -245,57 +245,6 @@ def test_all_processes_killed_leave_nothing_of_anonymous_queues():
     assert leftovers(before) == []
 
 
-@pytest.mark.fault(37)
-def test_a_crashed_runs_name_is_usable_again():
-    name = "test-faults-crashed"
-    with run_in_process(_create_and_die, name) as child:
-        child.join(30)
-    assert os.path.exists(f"/dev/shm/{name}")
-    with Queue(name=name) as queue:
-        queue.put(1)
-        assert queue.get() == 1
-    assert not os.path.exists(f"/dev/shm/{name}")
-
-
-def _create_and_die(name: str) -> None:
-    queue = Queue(name=name)
-    queue.put("left behind")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.fault(37)
-def test_cleanup_removes_what_is_stale_and_nothing_else(tmp_path):
-    from shmring import cleanup_stale
-
-    stale, foreign = "test-faults-stale", "/dev/shm/test-faults-foreign"
-    with run_in_process(_create_and_die, stale) as child:
-        child.join(30)
-    with open(foreign, "wb") as file:
-        file.write(b"somebody else's")
-    try:
-        with Queue(name="test-faults-live") as live:
-            removed = cleanup_stale()
-            assert stale in removed
-            assert "test-faults-live" not in removed
-            assert os.path.exists(foreign)
-            with Queue.attach("test-faults-live") as other:
-                live.put(1)
-                assert other.get() == 1
-    finally:
-        os.unlink(foreign)
-
-
-@pytest.mark.fault(34)
-def test_an_interpreter_exits_with_a_thread_blocked_in_get():
-    program = (
-        "import threading; from shmring import Queue; queue = Queue();"
-        "threading.Thread(target=queue.get, daemon=True).start()"
-    )
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    assert time.monotonic() - begun < 20
-
-
 @pytest.mark.fault(21)
 def test_a_full_file_system_fails_by_name_and_leaves_nothing(tmp_path):
     """In a mount namespace of its own, with a /dev/shm of one MiB."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import threading
 import time
 from multiprocessing import shared_memory
@@ -523,14 +522,6 @@ def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
         os.unlink(path)
 
 
-@pytest.mark.fault(35)
-def test_attach_to_another_version():
-    with Ring.create(name="test-ring-version") as ring:
-        os.pwrite(ring.fileno(), (99).to_bytes(4, "little"), 8)
-        with pytest.raises(LayoutMismatch, match="version 99"):
-            Ring.attach("test-ring-version")
-
-
 def test_use_after_close(ring):
     ring.close()
     ring.close()
@@ -596,27 +587,6 @@ def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     with pytest.raises(RingCorrupted):
         ring.put(b"y")
     assert ring.statistics().poisoned
-
-
-@pytest.mark.fault(24)
-def test_garbage_in_a_lock_word_is_an_error_in_time(ring):
-    ring.put(b"x")
-    with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
-        file.seek(384)
-        file.write((0x3FFFFFFF).to_bytes(4, "little"))
-    with pytest.raises(RingCorrupted, match="lock word"):
-        ring.get(timeout=5)
-
-
-@pytest.mark.fault(31)
-def test_ctrl_c_reaches_a_blocked_get(ring):
-    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        ring.get()
-    assert time.monotonic() - begun < 2
-    timer.join()
 
 
 def test_dropping_it_open_warns():
