@@ -28,7 +28,7 @@ test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
 test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
 	SHMRING_BACKEND=queue $(PYTEST) -m "both_backends and not torture" $(TEST_ARGS)
 
-torture: build $(VENV)/.with-test  ## the long tests
+torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
 	$(PYTEST) -m torture $(TEST_ARGS)
 
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600

@@ -89,7 +89,7 @@ QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instruc
 NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 80000000LL", "#define SYNC_SLICE_NS 3600000000000LL")
 
 BUILDS = {
-    "endless sleeps": Build([NO_END], ["_core", "_handle"]),
+    "endless sleeps": Build([NO_END], ["_core", "_handle", "_wait"]),
     "commit before the payload": Build(
         [
             Patch(
@@ -158,5 +158,27 @@ BUILDS = {
             ),
         ],
         ["_core", "_handle"],
+    ),
+    "no second look of a producer": Build(
+        [
+            NO_END,
+            Patch(
+                HANDLE,
+                "self.put_items(items, count, done, position, MAY_WAIT | IS_WAITING)\n",
+                "FULL\n",
+            ),
+        ],
+        ["_core", "_handle"],
+    ),
+    "no baton": Build(
+        [
+            NO_END,
+            Patch(
+                CORE,
+                "        if wait_wants_wake(&h.data_wait) and load_acquire64(&h.write_position)",
+                "        if h == NULL and load_acquire64(&h.write_position)",
+            ),
+        ],
+        ["_core", "_handle", "_wait"],
     ),
 }

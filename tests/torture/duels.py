@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from looking import AT_ONCE, in_fresh_process, message
 from operations import RingStage, peek_and_leave, ring_with
-from shmring import Ring
+from shmring import Ring, wait
 from shmring.errors import Full
 from sleepers import LOOK_EVERY, Sleeper, is_dead, wait_until_asleep
 from support import wait_for
@@ -196,55 +196,69 @@ class SleeperAndWaker(Duel):
 
 @dataclass
 class TwoSleepers(Duel):
-    """One sleeper is held at each instruction; another sleeps; two messages come.
+    """One sleeper is held at each instruction; another, a consumer, sleeps behind it.
 
-    While the held one has been woken and has not arrived, the second message makes
-    no wake-up: it is for him to pass it on.
+    Once the held one has been woken, and until it has arrived, nobody makes another
+    wake-up: it is for him to pass it on.
+
+    Args:
+        act: what the held one does.
+        first: the messages that come when both sleep; there is one wake-up for them.
+        later: those that come while it is held.
+        takes_none: the held one leaves the message to the other.
     """
 
     name: str
+    act: Callable[[Ring], object]
+    first: Sequence[bytes]
+    later: Sequence[bytes]
+    takes_none: bool = False
     way: Way = field(init=False)
 
     def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
-        stage = ring_with(0)
-        pid = walker.victim(lambda: get_this(stage.ring, *TWO))
-        other = Sleeper(stage.ring.get, on_command=True)
-        feeder = Feeder(pid, [other], lambda: put_these(stage.ring, *TWO))
+        ring = ring_with(0).ring
+        pid = walker.victim(lambda: self.act(ring))
+        other = Sleeper(ring.get, on_command=True)
+        feeder = Feeder(pid, [other], lambda: ring.put_many([*self.first, *self.later]))
         try:
             self.way = walker.trace(pid)
         finally:
             feeder.close()
             other.close()
-            stage.close()
+            ring.close()
         for n in range(len(self.way)):
             yield n, 0
 
     def meet(self, walker: Walker, n: int, m: int) -> str:
-        stage = ring_with(0)
-        ring = stage.ring
-        held = walker.victim(lambda: get_this(ring, *TWO))
+        ring = ring_with(0).ring
+        held = walker.victim(lambda: self.act(ring))
         other = Sleeper(ring.get, on_command=True)
         feeder = None
         try:
             if n <= self.way.sleeps[0]:
                 stands = walker.hold(held, self.way, n).there
                 other.start()
-                run_through(walker, lambda: put_these(ring, *TWO))
+                run_through(walker, lambda: ring.put_many(self.first))
                 said = "held before its sleep"
             else:
-                feeder = Feeder(held, [other], lambda: ring.put(TWO[0]))
+                feeder = Feeder(held, [other], lambda: ring.put_many(self.first))
                 stands = walker.hold(held, self.way, n).there
-                run_through(walker, lambda: ring.put(TWO[1]))
                 said = "held after its sleep" if stands else "through before it could be held"
+            if self.later:
+                run_through(walker, lambda: ring.put_many(self.later))
             if stands:
-                go_on(walker, held, "the one who was held")
+                walker.release(held)
             answer = other.answer(AT_ONCE)
             if answer is None:
                 raise Harm(HUNG, f"the other had nothing within {AT_ONCE} s")
-            if answer[1] not in TWO:
+            if self.takes_none:
+                run_through(walker, lambda: ring.put(LATER[0]))
+            if stands:
+                must_end(held, "the one who was held")
+            if answer[1] not in (*self.first, *self.later):
                 raise Harm(TORN, f"the other had {answer[1][:64].hex(' ', 8)}")
             now = ring.statistics()
-            if (now.messages_put, now.messages_taken) != (2, 2):
+            if now.messages_taken != (1 if self.takes_none else 2):
                 raise Harm(LOST, f"{now.messages_put} put, {now.messages_taken} taken")
             return said
         finally:
@@ -252,7 +266,7 @@ class TwoSleepers(Duel):
                 feeder.close()
             end_if_alive(held)
             other.close()
-            stage.close()
+            ring.close()
 
 
 # ---- a producer that grows into what a consumer gives back ---------------------------------------
@@ -314,11 +328,6 @@ def put_what_fits(ring: Ring, messages: Sequence[bytes]) -> None:
             ring.put_nowait(each)
 
 
-def put_these(ring: Ring, *messages: bytes) -> None:
-    for each in messages:
-        ring.put(each)
-
-
 TWO = (message(0), message(1))
 LATER = [message(90 + i, 500) for i in range(3)]
 OVERTAKEN = 7 + 15 + 7  # areas of 4096, 8192 and 4096 bytes, all full
@@ -337,6 +346,24 @@ DUELS: list[Trial] = [
         lambda ring: get_this(ring, message(0, HALF)),
         peek_and_leave,
     ),
-    TwoSleepers("two consumers sleep, a producer wakes both"),
+    TwoSleepers(
+        "two consumers sleep, a message comes for each",
+        lambda ring: get_this(ring, *TWO),
+        TWO[:1],
+        TWO[1:],
+    ),
+    TwoSleepers(
+        "two consumers sleep, a batch comes for both",
+        lambda ring: get_this(ring, *TWO),
+        TWO,
+        (),
+    ),
+    TwoSleepers(
+        "a waiter and a consumer sleep, a message comes",
+        lambda ring: wait([ring]),
+        TWO[:1],
+        (),
+        takes_none=True,
+    ),
     Overtaking("a consumer moves on, a producer grows"),
 ]

@@ -159,6 +159,9 @@ def test_stepped_against_each_other_nothing_is_lost(
         ("reaped before the punch", "get that moves on", LEAKED),
         ("reaped before the punch", "a consumer moves on, a producer grows", CORRUPTED),
         ("no second look before sleeping", "a consumer sleeps, a producer wakes it", HUNG),
+        ("no second look of a producer", "a producer sleeps, a consumer wakes it", HUNG),
+        ("no baton", "two consumers sleep, a batch comes for both", HUNG),
+        ("no baton", "a waiter and a consumer sleep, a message comes", HUNG),
     ],
 )
 def test_a_broken_build_is_caught(

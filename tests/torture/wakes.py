@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from looking import AT_ONCE, Finding, check_counts, check_memory, locks_of_the_dead, message
 from looking import opened_afresh as afresh
-from shmring import Ring
+from shmring import Ring, wait
 from sleepers import Sleeper, is_dead, wait_until_asleep
 from support import wait_for
 from tally import HUNG, LOST, TORN, Harm
@@ -233,6 +233,12 @@ WOKEN = [
         "get that is woken and passes the baton",
         both_sleep(BothSleepForTwo),
         lambda stage: stage.ring.get(timeout=LIMIT),
+        sleeps=True,
+    ),
+    Operation(
+        "wait that is woken",
+        both_sleep(BothSleep),
+        lambda stage: wait([stage.ring], timeout=LIMIT),
         sleeps=True,
     ),
 ]

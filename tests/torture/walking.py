@@ -24,7 +24,7 @@ from shmring import Ring
 
 __all__ = ["Arrival", "Walker", "Way", "build_stepper", "end", "on_one_cpu", "place"]
 
-EXTENSION = ("_core", "_handle", "_ring", "_queue")  # what touches the shared file
+EXTENSION = ("_core", "_handle", "_ring", "_queue", "_wait")  # what touches the shared file
 
 
 def build_stepper(folder: Path) -> Path:
