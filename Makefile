@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 WHEEL_VENV := build/wheel-venv
 PLATFORM := manylinux_2_28_$(shell uname -m)
 COMPILED := $(wildcard cython/shmring/*.pyx cython/shmring/*.pxd cython/shmring/*.h)
+PYTHON_SOURCES := $(wildcard src/shmring/*.py)
+ASAN_READS := 2000000
+TSAN_MESSAGES := 10000
 STUBS = $(patsubst src/shmring/%.pyi,shmring.%,$(wildcard src/shmring/*.pyi))
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 SECONDS := 600
@@ -14,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench torture soak faults lint wheel build clean
+.PHONY: help demo test test-fallback bench torture soak faults asan tsan lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -39,6 +42,19 @@ faults:  ## write docs/faults.md from the marks on the tests
 
 bench: build $(VENV)/.with-bench  ## beside multiprocessing's Queue, SimpleQueue and Pipe
 	$(PYTEST) benchmarks --benchmark-only -W default $(BENCH_ARGS)
+
+# A build of its own in build/asan; the runtime must be the first library that is loaded, and
+# Python's small objects must come from malloc, where what lies beside them is known.
+asan: $(VENV)/.asan $(VENV)/.with-test  ## mutated memory under AddressSanitizer and UBSan; ASAN_READS=10000000
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=build/asan/lib:tests $(BIN)/python -m fuzz --sanitized --reads $(ASAN_READS) $(ASAN_ARGS)
+
+tsan: $(VENV)/.tsan $(VENV)/.with-test  ## threads in one handle under ThreadSanitizer; TSAN_MESSAGES=20000
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+	  TSAN_OPTIONS=history_size=7:exitcode=66 \
+	  PYTHONPATH=build/tsan/lib:tests $(BIN)/python tests/tsan/run.py --messages $(TSAN_MESSAGES)
 
 lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs against the extension
 	$(BIN)/ruff check .
@@ -80,6 +96,20 @@ $(VENV)/.with-%: $(VENV)/.editable
 	touch $@
 
 .PRECIOUS: $(VENV)/.with-%
+
+SANITIZED := SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build
+
+$(VENV)/.asan: $(VENV)/.editable $(COMPILED) $(PYTHON_SOURCES)
+	SHMRING_SANITIZE=address,undefined $(SANITIZED) --build-base build/asan --build-lib build/asan/lib
+	touch $@
+
+$(VENV)/.tsan: $(VENV)/.editable $(COMPILED) $(PYTHON_SOURCES) tests/tsan/hammer.pyx
+	SHMRING_SANITIZE=thread $(SANITIZED) --build-base build/tsan --build-lib build/tsan/lib
+	$(BIN)/cython -3 -I cython -o build/tsan/hammer.c tests/tsan/hammer.pyx
+	$${CC:-gcc} -shared -fPIC -O1 -g1 -w -fsanitize=thread -fno-omit-frame-pointer -I cython/shmring \
+	  -I "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+	  -o build/tsan/lib/hammer.so build/tsan/hammer.c
+	touch $@
 
 clean:  ## forget everything that was built or installed here
 	rm -rf $(VENV) build dist wheelhouse src/*.egg-info src/shmring/*.so

@@ -25,7 +25,7 @@
 #define AREA_GROW_PIECE ((uint64_t)1 << 20)
 #define AREA_ALIGN_LIMIT ((uint64_t)2 << 20)
 #define AREA_REGRET_NS ((uint64_t)1000000000) /* growing so soon after shrinking: it was a mistake */
-#define AREA_PATIENCE_NS ((int64_t)250000000) /* after one mistake; doubled by each further one, */
+#define AREA_PATIENCE_NS ((uint64_t)250000000) /* after one mistake; doubled by each further one, */
 #define AREA_MOST_PATIENCE 4                  /* up to two seconds */
 #define AREA_BURST_LIMIT ((uint64_t)256 << 20)
 #define AREA_DOUBLING_LIMIT ((uint64_t)64 << 20) /* growing holds the lock: 64 MiB take 25 ms */
@@ -64,6 +64,15 @@ static inline int area_stat(int fd, area_file *file)
 
 static inline uint64_t area_page(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
 
+/* What keeps the pages beside an area from being touched: nothing, or, where the
+ * sanitizer looks for strays, a page that nobody may touch (it sees the heap and
+ * the stack, not what was mapped). */
+#if defined(__SANITIZE_ADDRESS__)
+static inline uint64_t area_guard(void) { return area_page(); }
+#else
+static inline uint64_t area_guard(void) { return 0; }
+#endif
+
 static inline uint64_t area_align_up(uint64_t value, uint64_t alignment)
 {
     return (value + alignment - 1) & ~(alignment - 1);
@@ -96,14 +105,14 @@ SYNC_SLOW int area_check(const shmring_area *area, uint64_t file_bytes)
 /* Map an area twice, back to back, so that every frame is contiguous. */
 SYNC_SLOW int area_map(int fd, const shmring_area *area, uint64_t generation, area_mapping **out)
 {
-    uint64_t page = area_page(), cap = area->capacity;
-    size_t total = (size_t)(page + 2 * cap);
+    uint64_t page = area_page(), guard = area_guard(), cap = area->capacity;
+    size_t total = (size_t)(page + guard + 2 * cap + guard);
     if (cap % page != 0 || area->offset % page != 0)
         return EINVAL;
     char *start = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED)
         return errno;
-    char *data = start + page;
+    char *data = start + page + guard;
     if (mprotect(start, page, PROT_READ | PROT_WRITE) != 0
         || mmap(data, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED
         || mmap(data + cap, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED) {
@@ -127,7 +136,7 @@ SYNC_SLOW int area_map(int fd, const shmring_area *area, uint64_t generation, ar
 SYNC_SLOW void area_release(area_mapping *m)
 {
     if (m != NULL && fetch_add64(&m->references, -1) == 1)
-        munmap((char *)m->data - area_page(), m->mapped_bytes);
+        munmap(m, m->mapped_bytes);
 }
 
 SYNC_SLOW int area_punch(int fd, uint64_t offset, uint64_t bytes)
@@ -159,7 +168,7 @@ SYNC_SLOW int area_overlaps(shmring_header *header, const shmring_area *area, ui
 }
 
 /* Collect the living areas, sorted by offset.  -1 if the records are garbage. */
-SYNC_SLOW int area_living(shmring_header *header, shmring_area *living)
+SYNC_SLOW int area_living(shmring_header *header, uint64_t file_bytes, shmring_area *living)
 {
     uint64_t reaped = load_acquire64(&header->reaped);
     uint64_t last = header->write_generation;
@@ -168,7 +177,7 @@ SYNC_SLOW int area_living(shmring_header *header, shmring_area *living)
     int count = 0;
     for (uint64_t g = reaped; g <= last; g++) {
         shmring_area area = *shmring_area_of(header, g);
-        if (!area_check(&area, UINT64_MAX >> 1))
+        if (!area_check(&area, file_bytes))
             return -1;
         int i = count++;
         for (; i > 0 && living[i - 1].offset > area.offset; i--)
@@ -210,11 +219,13 @@ SYNC_SLOW int area_tidy(shmring_header *header, int fd, const area_file *own)
 {
     shmring_area living[SHMRING_AREA_COUNT];
     area_file file = {0, 0, 0};
-    int count = area_living(header, living);
     uint64_t from = SHMRING_HEADER_BYTES;
-    int error = count < 0 ? EILSEQ : area_is_ours(fd, own, &file);
+    int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
+    int count = area_living(header, file.bytes, living);
+    if (count < 0)
+        return EILSEQ;
     for (int i = 0; i < count; i++) {
         if (living[i].offset > from)
             (void)area_punch(fd, from, living[i].offset - from);
@@ -233,7 +244,7 @@ SYNC_SLOW int area_tidy(shmring_header *header, int fd, const area_file *own)
 SYNC_SLOW uint64_t area_next_capacity(shmring_header *header, uint64_t current, uint64_t need, uint64_t wish)
 {
     shmring_area living[SHMRING_AREA_COUNT];
-    int count = area_living(header, living);
+    int count = area_living(header, UINT64_MAX >> 1, living); /* area_grow looks at the file */
     uint64_t limit = header->max_capacity, sum = 0;
     if (count < 0)
         return AREA_GARBAGE;
@@ -282,7 +293,7 @@ SYNC_SLOW int area_may_shrink(shmring_header *header)
         return 1;
     if (patience > AREA_MOST_PATIENCE)
         patience = AREA_MOST_PATIENCE;
-    return monotonic_ns() - (int64_t)load_relaxed64(&header->needed_ns) > AREA_PATIENCE_NS << (patience - 1);
+    return (uint64_t)monotonic_ns() - load_relaxed64(&header->needed_ns) > AREA_PATIENCE_NS << (patience - 1);
 }
 
 /* Under the producers' lock: allocate, map, record and publish the next area.
@@ -295,7 +306,7 @@ SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, ui
     int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    int count = area_living(header, living);
+    int count = area_living(header, file.bytes, living);
     /* the capacity was made of words of the header, and indices are masked with it */
     if (count < 0 || count >= SHMRING_AREA_COUNT || !area_size_is_right(capacity))
         return EILSEQ;

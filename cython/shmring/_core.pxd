@@ -74,12 +74,12 @@ cdef class RingCore:
     cdef Mapping *consumer_mapping
     cdef Mapping *consumer_stale
     cdef uint64_t known_limit  # bytes up to here are committed and in this area
-    # what both mappings hold, readable without their locks
+    # what both mappings hold: atomics, readable without their locks
     cdef uint64_t write_capacity
     cdef uint64_t read_capacity
     cdef Claim *claim  # where this handle claims what it takes, or NULL
     # of the handle
-    cdef uint64_t oversized  # a get found the ring empty and far too large: what would do
+    cdef uint64_t oversized  # atomic: a get found the ring empty and far too large: what would do
     cdef uint64_t owner  # this process, found out when first needed
     cdef uint32_t owner_epoch
     cdef object __weakref__
@@ -91,7 +91,7 @@ cdef class RingCore:
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
-    cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil
+    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume) noexcept nogil
     # what is done beside: the slow path
     cdef int lock_producers(self, int flags) noexcept nogil
     cdef void unlock_producers(self) noexcept nogil

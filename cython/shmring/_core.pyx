@@ -203,10 +203,11 @@ cdef class RingCore:
         return DONE
 
     cdef uint64_t myself(self) noexcept nogil:
-        if self.owner_epoch != sync_epoch():
-            self.owner = owner_self()
-            self.owner_epoch = sync_epoch()
-        return self.owner
+        cdef uint32_t epoch = sync_epoch()
+        if load_acquire32(&self.owner_epoch) != epoch:
+            store_relaxed64(&self.owner, owner_self())
+            store_release32(&self.owner_epoch, epoch)  # last: threads without the GIL look as well
+        return load_relaxed64(&self.owner)
 
     # ---- put ------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ cdef class RingCore:
                 return self.poison(POISON_AREA) if result == EILSEQ else -result
             self.producer_stale = self.producer_mapping
             self.producer_mapping = m
-            self.write_capacity = m.capacity
+            store_relaxed64(&self.write_capacity, m.capacity)
         start = pos = h.write_position
         if pos & 7:
             return self.poison(POISON_POSITIONS)
@@ -318,14 +319,15 @@ cdef class RingCore:
         cdef Mapping *m = self.producer_mapping
         cdef uint64_t read = load_acquire64(&h.read_position)
         cdef uint64_t need = span
-        cdef uint64_t wanted, used
+        cdef uint64_t wanted, used, now
         cdef int error
         used = pos - (read if read > m.base else m.base)
         if read > pos or used > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_read = read
         if h.front_until_ns != 0:
-            if h.front_until_ns < <uint64_t>monotonic_ns():
+            now = <uint64_t>monotonic_ns()
+            if h.front_until_ns - now > <uint64_t>FRONT_NS:  # passed, or further ahead than anyone writes
                 h.front_who = h.front_need = h.front_until_ns = 0
             elif h.front_who != self.front_name() and h.front_need <= m.capacity:
                 need += h.front_need  # somebody who needs more waits already: leave his room free
@@ -352,7 +354,7 @@ cdef class RingCore:
             area_release(self.producer_stale)
         self.producer_stale = self.producer_mapping
         self.producer_mapping = m
-        self.write_capacity = m.capacity
+        store_relaxed64(&self.write_capacity, m.capacity)
         return DONE
 
     @cython.final
@@ -375,7 +377,7 @@ cdef class RingCore:
         if not wait_wants_wake(&h.space_wait):
             return
         used = load_acquire64(&h.write_position) - load_acquire64(&h.read_position)
-        if h.max_messages != 0 or used <= self.read_capacity // 2:
+        if h.max_messages != 0 or used <= load_relaxed64(&self.read_capacity) // 2:
             wait_wake_one(&h.space_wait)
 
     # ---- take -------------------------------------------------------------------------------
@@ -412,7 +414,7 @@ cdef class RingCore:
                 area_release(self.consumer_stale)
             self.consumer_stale = self.consumer_mapping
             self.consumer_mapping = m
-            self.read_capacity = m.capacity
+            store_relaxed64(&self.read_capacity, m.capacity)
         if h.read_generation != generation:
             store_release64(&h.read_generation, generation)
             if area_reap(h, self.fd, &self.file) == EILSEQ:
@@ -448,6 +450,8 @@ cdef class RingCore:
                     return SHUT
                 if result != DONE:
                     return result
+            elif pos & 7:  # went back: look_further was not asked
+                return self.poison(POISON_POSITIONS)
             m = self.consumer_mapping
             frame = <Frame *>(m.data + (pos & m.mask))
             # one copy of each field, then checked, then used
@@ -497,7 +501,7 @@ cdef class RingCore:
         cdef int result = RingCore.lock_consumers(self, flags)
         if result != DONE:
             return result
-        if self.claim != NULL and self.claim.low < self.claim.high:
+        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
             result = CLAIM_HELD
         else:
             result = self.front(take)
@@ -545,8 +549,8 @@ cdef class RingCore:
         self.wake_consumers()
         return DONE
 
-    cdef int finish_lease(self, uint64_t position, bint consume) noexcept nogil:
-        """Without `consume` the message stays; BUSY: call again."""
+    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume) noexcept nogil:
+        """Without `consume` the message, of `length` bytes, stays; BUSY: call again."""
         cdef Header *h = self.header
         cdef int result = self.lock_consumers(MAY_WAIT)
         if result != DONE:
@@ -555,7 +559,7 @@ cdef class RingCore:
             result = CHANGED
         else:
             if consume:
-                self.commit_read(h.lease_high, 1)
+                self.commit_read(position + shmring_frame_span(length), 1)
             store_release64(&h.lease_owner, 0)
         self.unlock_consumers()
         fence_full()
@@ -577,13 +581,13 @@ cdef class RingCore:
         h.empty_position = pos
         if passed > self.consumer_mapping.capacity // 16:
             store_relaxed64(&h.needed_ns, <uint64_t>monotonic_ns())
-            self.oversized = 0
+            store_relaxed64(&self.oversized, 0)
             return
         wanted = area_power_of_two(4 * passed)
         if wanted < h.min_capacity:
             wanted = h.min_capacity
         if wanted < self.consumer_mapping.capacity and area_may_shrink(h):
-            self.oversized = wanted
+            store_relaxed64(&self.oversized, wanted)
 
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil:
@@ -599,7 +603,7 @@ cdef class RingCore:
         if result != DONE:
             return result
         bytes[0] = 0
-        if self.claim != NULL and self.claim.low < self.claim.high:
+        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
             result = CLAIM_HELD
         else:
             result = self.front(&found)
@@ -678,7 +682,7 @@ cdef class RingCore:
                 area_release(self.producer_stale)
             self.producer_stale = self.producer_mapping
             self.producer_mapping = m
-            self.write_capacity = m.capacity
+            store_relaxed64(&self.write_capacity, m.capacity)
         self.unlock_producers()
         if self.lock_consumers(MAY_WAIT) != DONE:
             return

@@ -12,10 +12,11 @@ cdef class RingHandle(RingCore):
     cdef readonly uint64_t largest  # payload bytes of one message
     cdef int64_t inside  # calls that go on without the GIL
     cdef int64_t views  # views that live
-    cdef int full_seen  # why a put could not grow, and whether the log says so
-    cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
+    # advice for the next put; atomics, since puts wait without the GIL
+    cdef uint32_t full_seen  # why a put could not grow, and whether the log says so
     cdef uint64_t full_read  # where consumers stood when a put last met a full ring
-    cdef int64_t moved_ns  # when consumers were last seen to have moved
+    cdef uint64_t moved_ns  # when consumers were last seen to have moved
+    cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
 
     # how many of the items went in; fewer than `count` only when time ran out
     cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,

@@ -29,8 +29,7 @@ from shmring._layout cimport (
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
-    store_release32, sync_start, wait_announce, wait_sleep,
-    wait_wake_all,
+    store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 
 import errno
@@ -239,15 +238,16 @@ cdef class RingHandle(RingCore):
         cdef int64_t moved = now
         cdef int64_t standstill = STANDSTILL_NS
         cdef uint64_t seen = load_acquire64(&h.read_position)
+        cdef uint64_t full_read = load_relaxed64(&self.full_read)
         cdef uint64_t read
         cdef uint32_t announced
         cdef int result = FULL
-        if seen != self.full_read:
-            self.moved_ns = now
-        if now - self.moved_ns < LATELY_NS:
+        if seen != full_read:
+            store_relaxed64(&self.moved_ns, <uint64_t>now)
+        if now - <int64_t>load_relaxed64(&self.moved_ns) < LATELY_NS:
             standstill = PREEMPTED_NS
             until += PREEMPTED_NS
-        elif seen == self.full_read:
+        elif seen == full_read:
             return FULL  # not since the last growth, or never: nobody reads
         while result == FULL and now < until and now - moved < standstill:
             announced = wait_announce(&h.space_wait)
@@ -256,9 +256,10 @@ cdef class RingHandle(RingCore):
             read = load_acquire64(&h.read_position)
             if read != seen:
                 seen = read
-                self.moved_ns = moved = now
+                moved = now
+                store_relaxed64(&self.moved_ns, <uint64_t>now)
                 result = self.put_items(items, count, done, position, MAY_WAIT)
-        self.full_read = seen
+        store_relaxed64(&self.full_read, seen)
         return result
 
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
@@ -272,11 +273,11 @@ cdef class RingHandle(RingCore):
                 result = self.put_behind_moving(items, count, done, position)
             if result == FULL:
                 result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
-                if result == FULL and self.full_seen == 0:
-                    self.full_seen = FULL_LIMIT
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.write_capacity:
-            if self.full_seen != FULL_SAID:
-                self.full_seen = FULL_MEMORY
+                if result == FULL and load_relaxed32(&self.full_seen) == 0:
+                    store_relaxed32(&self.full_seen, FULL_LIMIT)
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= load_relaxed64(&self.write_capacity):
+            if load_relaxed32(&self.full_seen) != FULL_SAID:
+                store_relaxed32(&self.full_seen, FULL_MEMORY)
             result = FULL  # waits for space like a bounded queue
         if result != FULL and result != FULL_COUNT:
             return result
@@ -290,7 +291,7 @@ cdef class RingHandle(RingCore):
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil:
         """Never waits for a reader; for the lock a millisecond at most."""
         cdef int result = self.put_items(items, count, done, position, BRIEFLY | MAY_GROW)
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= self.write_capacity:
+        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= load_relaxed64(&self.write_capacity):
             return FULL
         return result
 
@@ -337,7 +338,7 @@ cdef class RingHandle(RingCore):
                     PyErr_CheckSignals()
                     if self.closed or not block or monotonic_ns() >= until:
                         break
-                    if result == FULL and self.full_seen in (FULL_MEMORY, FULL_LIMIT):
+                    if result == FULL and load_relaxed32(&self.full_seen) in (FULL_MEMORY, FULL_LIMIT):
                         self.say_full()
             finally:
                 fetch_add64(&self.inside, -1)
@@ -353,8 +354,8 @@ cdef class RingHandle(RingCore):
 
     cdef int say_full(self) except -1:
         """Once a handle: what was meant to grow waits."""
-        limit = None if self.full_seen == FULL_MEMORY else self.header.max_capacity
-        self.full_seen = FULL_SAID
+        limit = None if load_relaxed32(&self.full_seen) == FULL_MEMORY else self.header.max_capacity
+        store_relaxed32(&self.full_seen, FULL_SAID)
         trouble.say_full(limit)
         return 0
 
@@ -396,8 +397,8 @@ cdef class RingHandle(RingCore):
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
             if (monotonic_ns() - slept >= SYNC_SLICE_NS
-                    and (self.read_capacity != h.min_capacity
-                         or h.write_generation != h.read_generation)):
+                    and (load_relaxed64(&self.read_capacity) != h.min_capacity
+                         or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
                 self.settle(h.min_capacity)
         elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
             self.clear_the_way(take, result)
@@ -424,7 +425,7 @@ cdef class RingHandle(RingCore):
             take.target_count = 0
             result = self.take(take, 0)
             if result == DONE or result == PARTIAL or (result == EMPTY and not block):
-                if self.oversized != 0:
+                if load_relaxed64(&self.oversized) != 0:
                     self.give_back()
                 return result
             if ends_wait(result):
@@ -496,15 +497,15 @@ cdef class RingHandle(RingCore):
                 return CHANGED
             if result != DONE and result != CHANGED:
                 self.raise_outcome(result)
-            if self.oversized != 0:
+            if load_relaxed64(&self.oversized) != 0:
                 self.give_back()
             return result
         finally:
             handle_leave(&self.inside)
 
     cdef int give_back(self) except -1:
-        cdef uint64_t capacity = self.oversized
-        self.oversized = 0
+        cdef uint64_t capacity = load_relaxed64(&self.oversized)
+        store_relaxed64(&self.oversized, 0)
         fetch_add64(&self.inside, 1)
         with nogil:
             self.settle(capacity)

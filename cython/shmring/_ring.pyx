@@ -378,7 +378,7 @@ cdef class FrameView:
         else:
             while result == BUSY:
                 with nogil:
-                    result = ring.finish_lease(self.position, keep)
+                    result = ring.finish_lease(self.position, <uint64_t>self.length, keep)
                 PyErr_CheckSignals()
         self.live = False
         self.let_go()
@@ -447,6 +447,6 @@ cdef class FrameView:
             else:
                 for _turn in range(20):
                     if result == BUSY:
-                        result = self.ring.finish_lease(self.position, False)
+                        result = self.ring.finish_lease(self.position, <uint64_t>self.length, False)
             area_release(self.mapping)
             fetch_add64(&self.ring.views, -1)

@@ -253,8 +253,9 @@ SYNC_SLOW int lock_try_slow(sync_thread *self, uint32_t *word, uint32_t waiters)
         uint32_t owner = seen & FUTEX_TID_MASK;
         if (owner != 0 || (seen & ~(uint32_t)(FUTEX_WAITERS | FUTEX_OWNER_DIED)) != 0) {
             lock_set_pending(self, NULL);
-            /* our own TID: this thread holds no lock word here, so it is forged */
-            return owner == self->tid ? LOCK_GARBAGE : LOCK_BUSY;
+            /* our own TID: this thread holds no lock word here, so it is forged; and
+             * the kernel takes the TID out where it says that the owner died */
+            return owner == self->tid || (owner != 0 && seen & FUTEX_OWNER_DIED) ? LOCK_GARBAGE : LOCK_BUSY;
         }
         /* taking clears OWNER_DIED; death during recovery sets it again */
         if (compare_exchange32(word, seen, self->tid | (seen & FUTEX_WAITERS) | waiters))

@@ -19,7 +19,8 @@ from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel
 from shmring._sync cimport (
     SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64, handle_enter, handle_leave,
-    load_acquire32, load_acquire64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
+    load_acquire32, load_acquire64, load_relaxed64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce,
+    wait_sleep_many,
 )
 
 sync_start()  # _core has checked that the kernel can do it
@@ -122,7 +123,8 @@ cdef int shrink_idle(list rings) except -1:
     for each in rings:
         ring = each
         h = ring.header
-        if ((ring.read_capacity != h.min_capacity or h.write_generation != h.read_generation)
+        if ((load_relaxed64(&ring.read_capacity) != h.min_capacity
+             or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))
                 and load_acquire64(&h.write_position) == load_acquire64(&h.read_position)):
             with nogil:
                 ring.settle(h.min_capacity)
