@@ -31,13 +31,15 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("shmring._handle", exc_type=ImportError)
+from shmring import backend
+
+if backend != "ring":
+    pytest.skip("the compiled ring is what is tortured", allow_module_level=True)
 
 from claims import CLAIMS
 from duels import DUELS
 from holders import HOLDERS
 from operations import AREAS, GETS, IN_PLACE, PUTS, RECOVERIES
-from shmring import backend
 from shortage import SHORTAGE
 from successions import SUCCESSIONS
 from tally import CAUGHT, CORRUPTED, HUNG, KILLED, LEAKED, LOST, STEPPED, TORN, Tally
@@ -46,7 +48,6 @@ from wakes import WAKERS, WOKEN
 
 pytestmark = [
     pytest.mark.torture,
-    pytest.mark.skipif(backend != "ring", reason="the compiled ring is what is tortured"),
     pytest.mark.skipif(
         platform.machine() != "x86_64" or shutil.which("gcc") is None,
         reason="steps x86-64 instructions, by a program that gcc compiles",
