@@ -6,6 +6,7 @@ Written into the file past all locks, as a stray pointer or a hostile peer of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import random
@@ -335,7 +336,7 @@ def test_a_header_of_another_size_is_another_layout():
 ALLOWED = (RingCorrupted, Empty, Full, ShutDown, ShmringError, OSError)
 
 
-def use(ring: Ring, dice: random.Random) -> None:
+def use(ring: Ring | Queue[bytes], dice: random.Random) -> None:
     """A few calls, none of which waits; whatever the ring is, they end."""
     calls: list[Callable[[], object]] = [
         ring.get_nowait,
@@ -349,16 +350,18 @@ def use(ring: Ring, dice: random.Random) -> None:
     for call in dice.choices(calls, k=6):
         with contextlib.suppress(*ALLOWED):
             call()
-    with contextlib.suppress(*ALLOWED), ring.peek(block=False) as view:
-        bytes(view)
-    with contextlib.suppress(*ALLOWED), ring.reserve(40, block=False) as view:
-        view[:] = bytes(40)
+    if isinstance(ring, Ring):
+        with contextlib.suppress(*ALLOWED), ring.peek(block=False) as view:
+            bytes(view)
+        with contextlib.suppress(*ALLOWED), ring.reserve(40, block=False) as view:
+            view[:] = bytes(40)
 
 
-def mutate(ring: Ring, dice: random.Random) -> None:
+def mutate(ring: Ring | Queue[bytes], dice: random.Random) -> None:
     """One to three stray writes, into the header or into frames."""
     for _ in range(dice.randrange(1, 4)):
-        first = LAYOUT["HEADER_BYTES"] + word(ring, READ_POSITION) % 4096
+        capacity = 4096 if isinstance(ring, Ring) else 1 << 16
+        first = LAYOUT["HEADER_BYTES"] + word(ring, READ_POSITION) % capacity
         at = dice.choice(
             [
                 dice.randrange(0, 1024 // 8) * 8,
@@ -385,7 +388,9 @@ def mutate(ring: Ring, dice: random.Random) -> None:
 
 def opened_twice(dice: random.Random) -> None:
     """A ring that was mutated, used by the handle that made it and by one that attaches."""
-    with Ring.create(4096, max_capacity=dice.choice([4096, 1 << 16])) as ring:
+    limit = dice.choice([4096, 1 << 16, 1 << 17])
+    made = Queue(codec="bytes", max_capacity=limit) if dice.random() < 0.3 else None
+    with made or Ring.create(4096, max_capacity=limit) as ring:
         name = ring.name
         with contextlib.suppress(Full):
             ring.put_many(numbered(dice.randrange(20)), block=False)
@@ -394,7 +399,8 @@ def opened_twice(dice: random.Random) -> None:
                 ring.get_many(dice.randrange(1, 12), block=False)
         mutate(ring, dice)
         try:
-            with contextlib.suppress(*ALLOWED), Ring.attach(name) as other:
+            attach = Ring.attach if made is None else functools.partial(Queue.attach, codec="bytes")
+            with contextlib.suppress(*ALLOWED), attach(name) as other:
                 mutate(ring, dice)
                 use(other, dice)
             use(ring, dice)

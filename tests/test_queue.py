@@ -20,7 +20,6 @@ import pytest
 
 import shmring
 from shmring import (
-    AccessRefused,
     DecodeError,
     EncodeError,
     InvalidArgument,
@@ -496,19 +495,6 @@ def test_attach_to_what_is_not_a_queue():
         Queue.attach("test-queue-nothing")
     with Ring.create(name="test-queue-a-ring"), pytest.raises(LayoutMismatch, match="class"):
         Queue.attach("test-queue-a-ring")
-
-
-@pytest.mark.fault(29, 30)
-def test_attach_to_what_others_could_open():
-    with Queue(name="test-queue-open") as queue:
-        os.fchmod(queue.fileno(), 0o666)
-        with pytest.raises(AccessRefused, match="666"):
-            Queue.attach("test-queue-open")
-        os.fchmod(queue.fileno(), 0o600)
-        os.fchown(queue.fileno(), 12345, -1)
-        with pytest.raises(AccessRefused, match="12345"):
-            Queue.attach("test-queue-open")
-        os.fchown(queue.fileno(), os.geteuid(), -1)
 
 
 def test_a_descriptor_that_was_closed_behind_its_back():
