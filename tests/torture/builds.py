@@ -135,9 +135,9 @@ BUILDS = {
         [
             Patch(
                 AREA,
-                "        int error = area_check(&area, UINT64_MAX >> 1)",
+                "        int error = area_punch(fd, area.offset, area.capacity);\n",
                 "        store_release64(&header->reaped, header->reaped + 1);\n"
-                "        int error = area_check(&area, UINT64_MAX >> 1)",
+                "        int error = area_punch(fd, area.offset, area.capacity);\n",
             ),
             Patch(
                 AREA,

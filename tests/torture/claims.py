@@ -28,9 +28,9 @@ from shmring import Queue
 from shmring.errors import Empty
 from tally import BROKEN, DOUBLED, LOST, TORN, Harm
 from trials import Operation, Stage
-from walking import end
+from walking import die_some_day, end
 
-__all__ = ["CLAIMS"]
+__all__ = ["CLAIMS", "small_queue"]
 
 TASKS = 3
 
@@ -78,7 +78,7 @@ class Desk(Stage):
         claims = self.tasks._claims()  # takes both locks once
         answers = drain(self.results)
         back: list[bytes] = []
-        for slot, owner, low, high in claims:
+        for slot, owner, _, low, high in claims:
             if owner != pid:
                 continue
             if low < high:
@@ -149,14 +149,16 @@ def task_of(answer: bytes) -> bytes:
 # ---- the desks -----------------------------------------------------------------------------------
 
 
-def desk(length: int = 100, count: int = TASKS, capacity: int = 4096) -> Desk:
-    queues: list[Queue[bytes]] = []
-    for _ in range(2):
-        queue: Queue[bytes] = Queue.__new__(Queue)
-        queue._choose("bytes")
-        queue._make(capacity, 1 << 20)  # as the constructor does, but small
-        queues.append(queue)
-    made = Desk(*queues)
+def small_queue() -> Queue[bytes]:
+    """As the constructor makes one, but with areas of a page to begin with."""
+    queue: Queue[bytes] = Queue.__new__(Queue)
+    queue._choose("bytes")
+    queue._make(4096, 1 << 20)
+    return queue
+
+
+def desk(length: int = 100, count: int = TASKS) -> Desk:
+    made = Desk(small_queue(), small_queue())
     for number in range(count):
         made.put(number, length)
     return made
@@ -230,6 +232,7 @@ class Widowed(Desk):
         self.worker = os.fork()
         if self.worker == 0:
             try:
+                die_some_day()
                 self.tasks._claim_open()
                 self.tasks.get_nowait()
                 os.write(far, b"!")

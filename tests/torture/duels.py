@@ -30,7 +30,7 @@ from walking import Walker, Way, end
 __all__ = ["DUELS", "ENDLESS"]
 
 ENDLESS = "endless sleeps"
-MOST_HARMS = 3  # each is waited for
+MOST_HARMS = 2  # of one part; each is waited for
 
 
 def ended(pid: int, limit: float) -> int | None:

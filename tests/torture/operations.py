@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from looking import (
-    LAYOUT,
     OWNER_DIED,
     READ_GENERATION,
     READ_POSITION,
@@ -23,6 +22,7 @@ from looking import (
     word,
 )
 from shmring import Ring
+from shmring._handle import LAYOUT
 from shmring.errors import Empty, Full
 from shmring.handle import SharedHandle
 from trials import Operation, Stage
@@ -31,6 +31,7 @@ __all__ = [
     "AREAS",
     "BATCH",
     "GETS",
+    "GROWING",
     "IN_PLACE",
     "MIDDLE",
     "OPERATIONS",
@@ -64,7 +65,7 @@ class RingStage(Stage):
         may_abort: what it put may be counted and never delivered.
     """
 
-    ring: Ring
+    ring: Any  # a Ring, or a Queue of bytes
     held: list[bytes] = field(default_factory=list)
     ever: int = 0
     puts: Sequence[bytes] = ()

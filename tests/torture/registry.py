@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from claims import CLAIMS
 from duels import DUELS
+from endings import ENDINGS
 from holders import HOLDERS
 from operations import OPERATIONS
 from shortage import SHORTAGE
@@ -17,6 +18,7 @@ TRIALS: dict[str, Trial] = {
     trial.name: trial
     for trials in (
         OPERATIONS,
+        ENDINGS,
         CLAIMS,
         WAKERS,
         WOKEN,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from looking import PATIENCE
 from support import wait_for
-from walking import end
+from walking import die_some_day, end
 
 __all__ = ["Sleeper", "is_dead", "sleeps", "wait_until_asleep"]
 
@@ -54,6 +54,7 @@ class Sleeper:
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                die_some_day()
                 os.read(begin, 1)
                 said = call()
                 os.write(far, struct.pack("<d", time.monotonic()) + said)

@@ -17,7 +17,8 @@ summary tells what was tried; SHMRING_STRIDE=n takes every n-th.
     trials.py                   the loop of all kills
     operations.py claims.py     what is killed: on a ring, with claims,
     wakes.py holders.py         beside sleepers, behind a lock,
-    shortage.py successions.py  on a full /dev/shm, and twice in a row
+    shortage.py endings.py      on a full /dev/shm, in shutdown,
+    successions.py              and twice in a row
     duels.py                    two processes stepped against each other
     builds.py                   other builds, broken ones among them
     drive.py registry.py        a trial in a process of its own
@@ -38,6 +39,7 @@ if backend != "ring":
 
 from claims import CLAIMS
 from duels import DUELS
+from endings import ENDINGS
 from holders import HOLDERS
 from operations import AREAS, GETS, IN_PLACE, PUTS, RECOVERIES
 from shortage import SHORTAGE
@@ -108,6 +110,11 @@ def test_killed_on_the_way_to_another_area(trial: Trial, kill: Kill) -> None:
 @pytest.mark.fault(4, 8)
 @each(*RECOVERIES, *SUCCESSIONS)
 def test_killed_while_making_good_what_a_death_left(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
+@each(*ENDINGS)
+def test_killed_while_it_shuts_the_ring_down(trial: Trial, kill: Kill) -> None:
     kill(trial)
 
 

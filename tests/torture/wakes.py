@@ -19,7 +19,7 @@ from sleepers import Sleeper, is_dead, wait_until_asleep
 from support import wait_for
 from tally import HUNG, LOST, TORN, Harm
 from trials import Operation, Stage
-from walking import end
+from walking import die_some_day, end
 
 __all__ = ["HALF", "WAKERS", "WOKEN", "Feeder"]
 
@@ -41,6 +41,7 @@ class Feeder:
         self._pid = os.fork()
         if self._pid == 0:
             try:
+                die_some_day()
                 wait_until_asleep(victim, lambda: is_dead(victim))
                 for other in others:
                     other.start()
