@@ -7,12 +7,16 @@ import gc
 import multiprocessing
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from shmring import HighPerformanceIPC
 from support import SHARED_MEMORY, leftovers, remove_if_ours, shared_memory_names, wait_for
+
+# A run that a script started in the background ignores Ctrl-C, and so would all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
