@@ -259,7 +259,7 @@ def test_a_storm_of_signals_leaves_the_deadline_where_it_was(what):
             call(ring, timeout=0.3)
         took = time.monotonic() - begun
         assert 0.3 <= took < 3
-        assert len(came) > 30
+        assert len(came) > 1, "no storm"
 
 
 @pytest.mark.fault(32)
@@ -272,7 +272,7 @@ def test_a_storm_of_signals_loses_no_message():
 
         with storm() as came, run_in_process(produce) as child:
             taken = [int.from_bytes(ring.get(timeout=30), "little") for _ in range(3000)]
-            wait_for(lambda: len(came) > 10)
+            wait_for(lambda: len(came) > 10, what="the storm")
         assert taken == list(range(3000))
         assert child.exitcode in (0, -signal.SIGKILL)
 

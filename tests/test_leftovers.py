@@ -60,8 +60,10 @@ sys.stdin.readline()
 END
 """
 WAIT = "while True: time.sleep(60)"
+CLOSE = "for each in kept: each.close()\nmemory.cleanup()\nipc.cleanup()"
 ENDS = {  # what the program does, what it is sent, how it ends
     "return": ("", None, 0),
+    "all closed": (CLOSE, None, 0),
     "sys.exit": ("sys.exit(4)", None, 4),
     "exception": ("1 / 0", None, 1),
     "Ctrl-C": (WAIT, signal.SIGINT, -signal.SIGINT),
