@@ -67,7 +67,7 @@ class Tally:
     tried: int = 0
     outcomes: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     locked: int = 0  # how many died with a lock in their hand
-    missed: int = 0  # stops that were not at the one meant in three attempts
+    missed: int = 0  # stops not come to in three attempts: killed beside them, or not at all
     harms: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)  # of the first harms
     longest: float = 0.0  # seconds until a sleeper was awake

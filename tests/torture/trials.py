@@ -134,12 +134,13 @@ class Operation(Trial):
                 arrival = walker.kill(pid, way, n)
                 stage.died = time.monotonic()
                 met = arrival.there and arrival.address == way.addresses[n]
-                if met or attempt == ATTEMPTS:
+                if arrival.there and (met or attempt == ATTEMPTS):
                     tally.missed += not met
                     self.look(stage, f"stop {n} at {place(arrival.address)}", tally)
                     return
             finally:
                 stage.close()
+        tally.missed += 1  # it came through unharmed, by a shorter way
 
     def look(self, stage: Stage, where: str, tally: Tally) -> None:
         """Count the outcome of one kill: by its own handle and by a fresh one in turns."""
