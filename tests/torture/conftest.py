@@ -130,5 +130,6 @@ def pytest_terminal_summary(
             terminalreporter.write_line(
                 f"In all {total.tried:,} tried in {len(lines)} operations: "
                 f"{total.harms_in_words()}"
-                + (f"; {total.missed:,} not at the one meant" if total.missed else "")
+                + (f"; {total.beside:,} in libc beside the one meant" if total.beside else "")
+                + (f"; {total.missed:,} not come to" if total.missed else "")
             )

@@ -101,7 +101,10 @@ class BehindAHolder(Trial):
         other = Sleeper(lambda: self.come_through(ring))
         try:
             arrival = walker.kill(self.waiter(walker, ring), way, n)
-            tally.missed += not arrival.there or arrival.address != way.addresses[n]
+            if not arrival.there:
+                tally.missed += 1
+                return
+            tally.beside += arrival.address != way.addresses[n]
             tally.tried += 1
             died = time.monotonic()
             where = f"{self.name}: killed at stop {n} at {place(arrival.address)}"

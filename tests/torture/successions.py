@@ -68,9 +68,10 @@ class Succession(Trial):
         stage = self.prepare(walker, ways[0], stops[0])
         try:
             arrival = walker.kill(walker.victim(lambda: self.act(stage.ring)), ways[1], stops[1])
+            if arrival.there:
+                where = f"stops {stops}, the latter at {place(arrival.address)}"
+                self.first.look(stage, where, tally)
             tally.missed += not arrival.there
-            where = f"stops {stops}, the latter at {place(arrival.address)}"
-            self.first.look(stage, where, tally)
         finally:
             stage.close()
 

@@ -67,7 +67,8 @@ class Tally:
     tried: int = 0
     outcomes: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     locked: int = 0  # how many died with a lock in their hand
-    missed: int = 0  # stops that were not at the one meant in three attempts
+    beside: int = 0  # killed in a library, at another instruction of it than the traced one
+    missed: int = 0  # stops that nobody came to
     harms: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)  # of the first harms
     longest: float = 0.0  # seconds until a sleeper was awake
@@ -84,6 +85,7 @@ class Tally:
         self.tried += part.tried
         self.outcomes += part.outcomes
         self.locked += part.locked
+        self.beside += part.beside
         self.missed += part.missed
         self.harms += part.harms
         self.notes = [*self.notes, *part.notes][:MOST_NOTES]
@@ -102,8 +104,10 @@ class Tally:
         beside = [f"{self.locked} died with a lock"] if self.locked else []
         if self.longest:
             beside.append(f"longest sleep {self.longest * 1000:.0f} ms")
+        if self.beside:
+            beside.append(f"{self.beside} in libc beside the one meant")
         if self.missed:
-            beside.append(f"{self.missed} not at the one meant")
+            beside.append(f"{self.missed} not come to")
         return (
             f"{self.name}: {self.stops}, {self.tried} tried: {told or 'none right'}"
             f", {self.harms_in_words()}"
