@@ -357,6 +357,14 @@ cdef class RingCore:
         store_relaxed64(&self.write_capacity, m.capacity)
         return DONE
 
+    cdef void step_back(self) noexcept nogil:
+        """A producer that gives up keeps no room free any more."""
+        cdef Header *h = self.header
+        if self.lock_producers(BRIEFLY) == DONE:
+            if h.front_who == self.front_name():
+                h.front_who = h.front_need = h.front_until_ns = 0
+            self.unlock_producers()
+
     @cython.final
     cdef uint64_t front_name(self) noexcept nogil:
         """Tells this handle from others, in this process and elsewhere; never 0."""
