@@ -1,8 +1,8 @@
 """Any sequence of calls on several handles of one ring or queue, beside a plain deque.
 
-Hypothesis makes the sequences up.  Handles are the first one,
-attached ones, pickled ones, and those of forked children, which do what they are told over a
-pipe and can be killed.  The model says what each call must return or raise.
+Hypothesis makes the sequences up.  Handles are the first one, attached ones, pickled ones, and
+those of forked children, which do what they are told over a pipe and can be killed.  The model
+says what each call must return or raise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shmring.errors import Empty, Full, MessageTooLarge, RingClosed, ShutDown
 
 FRAME_BYTES = 32
 SHORT = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

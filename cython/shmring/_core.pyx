@@ -228,7 +228,7 @@ cdef class RingCore:
     cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                         uint64_t *position, int flags) noexcept nogil:
         cdef Header *h = self.header
-        cdef uint64_t pos, start, span, read, taken
+        cdef uint64_t pos, start, read, taken, span = 0
         cdef uint64_t budget = 0xFFFFFFFFFFFFFFFF
         cdef Py_ssize_t at = done[0]
         cdef Py_ssize_t j
