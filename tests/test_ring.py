@@ -593,3 +593,12 @@ def test_dropping_it_open_warns():
     ring = Ring.create()
     with pytest.warns(ResourceWarning, match="dropped open"):
         del ring
+
+
+def test_a_put_that_gave_up_keeps_no_room_from_others():
+    with Ring.create(4096) as ring, Ring.attach(ring.name) as other:
+        ring.put(bytes(1000))
+        with pytest.raises(Full):
+            ring.put(bytes(4000), timeout=0.01)
+        other.put_nowait(b"there is room for this")
+        assert other.qsize() == 2

@@ -98,6 +98,7 @@ cdef class RingCore:
     cdef int lock_consumers(self, int flags) noexcept nogil
     cdef void unlock_consumers(self) noexcept nogil
     cdef void wake_producers(self) noexcept nogil
+    cdef void step_back(self) noexcept nogil
     cdef void pass_baton(self) noexcept nogil
     cdef void clear_the_way(self, Take *found, int outcome) noexcept nogil
     cdef void settle(self, uint64_t capacity) noexcept nogil

@@ -228,7 +228,7 @@ cdef class RingCore:
     cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                         uint64_t *position, int flags) noexcept nogil:
         cdef Header *h = self.header
-        cdef uint64_t pos, start, span, read, taken
+        cdef uint64_t pos, start, read, taken, span = 0
         cdef uint64_t budget = 0xFFFFFFFFFFFFFFFF
         cdef Py_ssize_t at = done[0]
         cdef Py_ssize_t j
@@ -356,6 +356,14 @@ cdef class RingCore:
         self.producer_mapping = m
         store_relaxed64(&self.write_capacity, m.capacity)
         return DONE
+
+    cdef void step_back(self) noexcept nogil:
+        """A producer that gives up keeps no room free any more."""
+        cdef Header *h = self.header
+        if self.lock_producers(BRIEFLY) == DONE:
+            if h.front_who == self.front_name():
+                h.front_who = h.front_need = h.front_until_ns = 0
+            self.unlock_producers()
 
     @cython.final
     cdef uint64_t front_name(self) noexcept nogil:

@@ -348,6 +348,8 @@ cdef class RingHandle(RingCore):
                 self.raise_outcome(result)
             if self.closed:
                 self.check_open()
+            if block:
+                self.step_back()
             return done
         finally:
             handle_leave(&self.inside)

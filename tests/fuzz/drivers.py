@@ -37,7 +37,8 @@ BATCH = 2048  # reads,
 MADE = 512  # of so many mutations
 RENEWED = 128  # reads of one handle
 ALLOWED = (ShmringError, Empty, Full, ShutDown)
-STUCK_S = 0.25  # after which a call without a time-out gets a signal, as by Ctrl-C
+STUCK_S = 0.25  # after which a call that waits for a lock without a time-out gets a signal,
+STARVED_S = 30.0  # and after which one hangs that no lock explains
 
 Tally = collections.Counter[tuple[str, str]]  # (kind of mutation, outcome)
 
@@ -58,7 +59,7 @@ class Patience:
     """
 
     def __init__(self) -> None:
-        self._until = math.inf
+        self._since = math.inf
         self._image: Image | None = None
 
     def start(self) -> None:
@@ -72,21 +73,13 @@ class Patience:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _tick(self, number: int, frame: object) -> None:
-        if time.monotonic() > self._until:
-            self._until = math.inf
+        waited = time.monotonic() - self._since
+        if waited > STUCK_S and self._somebody_may_hold_a_lock():
             raise Interrupted
+        if waited > STARVED_S:
+            raise Broken("a call without a time-out waits for nobody")
 
-    def __call__(self, image: Image) -> Patience:
-        self._image = image
-        return self
-
-    def __enter__(self) -> None:
-        self._until = time.monotonic() + STUCK_S
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
-        self._until = math.inf
-        if kind is None or not issubclass(kind, Interrupted):
-            return False
+    def _somebody_may_hold_a_lock(self) -> bool:
         assert self._image is not None
         for at in LOCKS.values():
             owner = int.from_bytes(self._image.map[at : at + 4], "little") & OWNER
@@ -94,7 +87,18 @@ class Patience:
                 os.kill(owner, 0)
                 if owner:
                     return True
-        raise Broken("a call without a time-out waits for nobody") from None
+        return False
+
+    def __call__(self, image: Image) -> Patience:
+        self._image = image
+        return self
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        self._since = math.inf
+        return kind is not None and issubclass(kind, Interrupted)
 
 
 patience = Patience()
