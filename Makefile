@@ -17,10 +17,10 @@ PYTEST := $(BIN)/python -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench torture soak faults asan tsan lint wheel build clean
+.PHONY: help demo test test-fallback bench torture soak qemu-aarch64 faults asan tsan lint wheel build clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: build $(VENV)/.with-all  ## the main job on real text; DEMO_ARGS="PATH --workers 4 --kill"
 	$(BIN)/shmring demo $(DEMO_ARGS)
@@ -36,6 +36,9 @@ torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at
 
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
 	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+
+qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (Debian)
+	$(BIN)/python tests/aarch64/emulated.py --install
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py

@@ -25,12 +25,14 @@
 static inline uint32_t owner_pid(uint64_t owner) { return (uint32_t)(owner & ((1u << OWNER_PID_BITS) - 1)); }
 static inline uint64_t owner_start_ticks(uint64_t owner) { return owner >> OWNER_PID_BITS; }
 
-/* Field 22 of /proc/PID/stat; the command name before it may contain anything,
- * so the fields are counted from the last parenthesis.  0 if unreadable. */
+/* Field 22 of stat, by the first thread: qemu-user invents /proc/PID/stat for
+ * whoever asks about himself, and others would take him for dead.  The command name
+ * before it may contain anything, so the fields are counted from the last
+ * parenthesis.  0 if unreadable. */
 static inline uint64_t owner_start_time(uint32_t pid)
 {
-    char path[32], text[1024];
-    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    char path[48], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return 0;

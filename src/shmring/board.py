@@ -139,7 +139,8 @@ def process_start_ticks(pid: int) -> int:
         such process.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
+        # By its first thread: qemu-user invents /proc/PID/stat for whoever asks about himself.
+        with open(f"/proc/{pid}/task/{pid}/stat", "rb") as stat:
             # The name of the program, in parentheses, may hold spaces and parentheses.
             return int(stat.read().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):

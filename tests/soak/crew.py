@@ -96,12 +96,12 @@ class Crew:
     def stop(self, member: Member) -> None:
         """SIGSTOP."""
         member.stopped_ns = time.monotonic_ns()
-        os.kill(_pid(member), signal.SIGSTOP)
+        _signal(member, signal.SIGSTOP)
 
     def go_on(self, member: Member) -> None:
         """SIGCONT, if it is stopped and was not killed meanwhile."""
         if member.stopped_ns:
-            os.kill(_pid(member), signal.SIGCONT)
+            _signal(member, signal.SIGCONT)
             self.flow.stopped(member.stopped_ns, time.monotonic_ns())
             member.stopped_ns = 0
 
@@ -141,7 +141,7 @@ class Crew:
                 member.process.join(TICK_S)
                 self._read_all()
             if member.process.exitcode is None:
-                os.kill(_pid(member), signal.SIGABRT)  # faulthandler says where it was
+                _signal(member, signal.SIGABRT)  # faulthandler says where it was
                 member.process.join(1)
             if member.process.exitcode != (-signal.SIGKILL if member.killed else 0):
                 self.failures.append(f"{self._title(member)} ended: {member.process.exitcode}")
@@ -218,6 +218,7 @@ class Crew:
         yield f"  times between two arrivals: {flow.histogram()}"
 
 
-def _pid(member: Member) -> int:
+def _signal(member: Member, number: int) -> None:
     assert member.process.pid is not None
-    return member.process.pid
+    with contextlib.suppress(ProcessLookupError):  # it is dead: look() finds that out
+        os.kill(member.process.pid, number)

@@ -108,6 +108,10 @@ class Soak:
         for _, _, undo in sorted(self._later):
             undo()
         self._later.clear()
+        while any(member.killed for crew in self.crews for member in crew.members):
+            for crew in self.crews:
+                crew.look()
+            time.sleep(TICK_S)
 
     def _fault(self) -> None:
         """One of those that a program meets, of a random process."""
