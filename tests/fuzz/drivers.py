@@ -36,7 +36,6 @@ from shmring.errors import Empty, Full, ShmringError, ShutDown
 BATCH = 2048  # reads,
 MADE = 512  # of so many mutations
 RENEWED = 128  # reads of one handle
-ALLOWED = (ShmringError, Empty, Full, ShutDown)
 STUCK_S = 0.25  # after which a call that waits for a lock without a time-out gets a signal,
 STARVED_S = 30.0  # and after which one hangs that no lock explains
 
@@ -49,6 +48,9 @@ class Broken(AssertionError):
 
 class Interrupted(Exception):
     """What the signal makes of a call that waits for a lock without a time-out."""
+
+
+ALLOWED = (ShmringError, Empty, Full, ShutDown, Interrupted)
 
 
 class Patience:
@@ -96,9 +98,8 @@ class Patience:
     def __enter__(self) -> None:
         self._since = time.monotonic()
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+    def __exit__(self, *exc: object) -> None:
         self._since = math.inf
-        return kind is not None and issubclass(kind, Interrupted)
 
 
 patience = Patience()

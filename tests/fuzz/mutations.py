@@ -21,7 +21,6 @@ Spot = tuple[int, int]
 HEADER_BYTES = LAYOUT["HEADER_BYTES"]
 FRAME_BYTES = LAYOUT["FRAME_BYTES"]
 CLAIMS_BYTES = HEADER_BYTES - LAYOUT["CLAIMS_OFFSET"]
-PAGE = 4096
 MULTI = 1 << 31  # as in cython/shmring/_queue.pyx
 
 _WAITING = LAYOUT["WAITING_OFFSET"]
@@ -147,22 +146,10 @@ class Image:
         self.applied: list[Mutation] = []  # since the last reset
         self._spots = {**HEADER_SPOTS, **spots}
         self._lock_values = _lock_values()
-        self._chunks = list(self._occupied())
-
-    def _occupied(self) -> Iterator[tuple[int, int, bytes]]:
-        """The header, and each run of pages that holds anything."""
-        begun = 0
-        for end in range(HEADER_BYTES, self.size + 1, PAGE):
-            following = self.whole[end : end + PAGE]
-            if not following.strip(b"\0"):
-                if end > begun:
-                    yield begun, end, self.whole[begun:end]
-                begun = end + PAGE
 
     def reset(self) -> None:
-        """What was mutated, and what the ring then wrote, is as before; holes may not be."""
-        for begin, end, data in self._chunks:
-            self.map[begin:end] = data
+        """What was mutated, and what the ring then wrote, is as before."""
+        self.map[:] = self.whole
         self.applied.clear()
 
     def cut(self) -> None:

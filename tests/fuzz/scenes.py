@@ -166,10 +166,10 @@ def _grown() -> tuple[Ring, bytes]:
 
 def _late() -> Ring:
     """Generations far from 0: grown and shrunk again and again."""
-    ring = _allocated(Ring.create(4096, max_capacity=1 << 18))
+    ring = _allocated(Ring.create(4096, max_capacity=1 << 16))
     for _ in range(40):
         word(ring, LAYOUT["PRODUCERS_OFFSET"] + 80, 0, size=4)  # its patience: shrink at once
-        ring.put(b"z" * 30_000)
+        ring.put(b"z" * 10_000)
         ring.get()
         ring.put(b"z")
         ring.get()
