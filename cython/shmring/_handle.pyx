@@ -27,7 +27,7 @@ from shmring._layout cimport (
     shmring_frame_span,
 )
 from shmring._sync cimport (
-    current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
+    SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
@@ -65,7 +65,7 @@ cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this lo
 cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
 cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
-cdef int64_t IDLE_NS = 30000000  # who slept so long for nothing gives memory back
+cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
 
 sync_start()  # _core has checked that the kernel can do it
 
@@ -397,7 +397,7 @@ cdef class RingHandle(RingCore):
         wait_sleep(&h.data_wait, announced, until - slept)
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
-            if (monotonic_ns() - slept >= IDLE_NS
+            if (monotonic_ns() - slept >= (SYNC_SLICE_NS if until - slept > SYNC_SLICE_NS else IDLE_NS)
                     and (load_relaxed64(&self.read_capacity) != h.min_capacity
                          or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
                 self.settle(h.min_capacity)
