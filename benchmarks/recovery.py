@@ -157,7 +157,7 @@ class _Flow:
 
 def _stop_in_lock(ring: shmring.Ring, pid: int, side: str) -> None:
     """Stop a process, again and again, until it has the lock of its side in its hand."""
-    from shmring._handle import LAYOUT  # the fallback has none
+    from shmring._layout import LAYOUT  # the fallback has none
 
     offset = LAYOUT[f"{side.upper()}S_OFFSET"]
     while True:

@@ -191,7 +191,8 @@ FAULTS = {
     ),
     39: Fault(
         "A consumer dies between `get` and `task_done`",
-        "`join()` waits, as in the standard library; its `timeout` ends that",
+        "`join()` waits, as in the standard library; its `timeout` ends that, and with `peers=` it "
+        "raises `PeerDied` when nobody is left who could report",
     ),
     40: Fault(
         "No descriptors, no address space or no file size left while making a ring, attaching, "

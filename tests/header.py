@@ -18,7 +18,7 @@ from support import run_in_process, wait_for
 # Who collects the tests where the ring does not serve gets no error from those that need it.
 if backend != "ring":
     pytest.skip("the fallback has no ring to look into", allow_module_level=True)
-LAYOUT = pytest.importorskip("shmring._handle", exc_type=ImportError).LAYOUT
+LAYOUT = pytest.importorskip("shmring._layout", exc_type=ImportError).LAYOUT
 
 DATA_WAIT = LAYOUT["WAITING_OFFSET"]
 SPACE_WAIT = LAYOUT["WAITING_OFFSET"] + 4

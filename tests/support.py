@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import multiprocessing
@@ -38,6 +39,13 @@ def wait_for(
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
             raise TimeoutError(f"waited {timeout} s in vain for {what or condition}")
         pause.wait(every)
+
+
+async def until(condition: Callable[[], object], timeout: float = 10) -> None:
+    """As ``wait_for``, in an asyncio program."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 @contextlib.contextmanager

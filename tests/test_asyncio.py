@@ -18,7 +18,7 @@ import pytest
 import shmring
 from shmring import DecodeError, EncodeError, JoinableQueue, Queue, RingClosed, ShutDown
 from shmring.errors import Full
-from support import run_in_process, wait_for
+from support import run_in_process, until, wait_for
 
 if shmring.backend == "ring":
     from shmring import _wait, aio
@@ -32,12 +32,6 @@ def run(main):
             return await main
 
     return asyncio.run(limited())
-
-
-async def until(condition, timeout=10):
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def helpers():

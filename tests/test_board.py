@@ -21,12 +21,11 @@ from shmring.board import (
     Board,
     Role,
     State,
-    is_process_dead,
     open_segment,
-    process_start_ticks,
 )
 from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
 from shmring.fallback_files import SharedFile, fallback_folder
+from shmring.liveness import is_process_dead, process_start_ticks
 from support import run_in_process, wait_for
 
 pytestmark = [

@@ -26,8 +26,21 @@ FLOORS = [
     ["_lazy"],
     ["statistics"],
     ["trouble"],
-    ["_core", "_handle", "_tree", "_ring", "_queue", "_memory", "_wait"],
-    ["_deadline"],
+    ["liveness"],
+    ["peers"],
+    [
+        "_layout",
+        "_core",
+        "_deadline",
+        "_handle",
+        "_inspect",
+        "_tree",
+        "_ring",
+        "_queue",
+        "_memory",
+        "_wait",
+    ],
+    ["insight"],
     ["segment"],
     ["handle"],
     ["aio"],
@@ -37,6 +50,7 @@ FLOORS = [
     ["blame"],
     ["codec"],
     ["board"],
+    ["listing"],
     ["message"],
     ["ring"],
     ["queues"],
@@ -203,7 +217,7 @@ def test_the_pxd_declares_the_layout_of_the_header() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is Linux only")
 def test_the_compiled_layout_is_that_of_the_header() -> None:
-    compiled, in_c = load("_handle").LAYOUT, layout_in_c()
+    compiled, in_c = load("_layout").LAYOUT, layout_in_c()
     assert compiled == {name: in_c.get(name) for name in compiled}
     placed = {name for name in in_c if name.endswith(("_OFFSET", "_BYTES", "_COUNT"))}
     assert {"MAGIC", "VERSION", *placed} <= compiled.keys(), "what makes a layout is shown"

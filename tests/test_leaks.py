@@ -57,6 +57,8 @@ def held(name: str, how: str, *prefix: str) -> Iterator[int]:
     ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
+        if prefix:
+            process.wait(timeout=30)  # till then the holder is no orphan
         yield pid
         assert process.stdin is not None
         process.stdin.close()

@@ -311,7 +311,7 @@ def test_every_process_that_waits_is_told():
 
 
 @pytest.mark.fault(35)
-@pytest.mark.parametrize("version", [0, 2, 0xFFFFFFFF])
+@pytest.mark.parametrize("version", [0, LAYOUT["VERSION"] - 1, LAYOUT["VERSION"] + 1, 0xFFFFFFFF])
 @pytest.mark.parametrize("kind", [Ring, Queue])
 def test_another_version_is_named_beside_ours(kind, version):
     name = "test-poked-version"

@@ -111,7 +111,8 @@ def held_at_most() -> int:
     return found.f_bavail * found.f_frsize
 
 
-def test_an_idle_consumer_gives_back_what_others_left():
+@pytest.mark.parametrize("peers", [None, [1]])
+def test_an_idle_consumer_gives_back_what_others_left(peers):
     with Queue(max_capacity=1 << 28) as queue:
         for _ in range(64):
             queue.put(bytes(MIB))
@@ -119,7 +120,7 @@ def test_an_idle_consumer_gives_back_what_others_left():
             queue.get()
         assert held(queue) > 16 * MIB
         with pytest.raises(Empty):
-            queue.get(timeout=0.25)
+            queue.get(timeout=0.25, peers=peers)
         assert held(queue) < 2 * MIB
 
 

@@ -4,7 +4,7 @@ from cython cimport final
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmring._area cimport File, Mapping
-from shmring._layout cimport Claim, Count, Header
+from shmring._layout cimport Claim, Header
 
 cdef enum Outcome:
     DONE = 0
@@ -132,5 +132,3 @@ cdef class RingCore:
     cdef void wake_consumers(self) noexcept nogil
     @final
     cdef int poison(self, uint32_t reason) noexcept nogil
-
-cdef uint64_t count_read(const Count *count, const uint64_t *position) noexcept nogil

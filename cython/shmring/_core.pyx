@@ -23,18 +23,22 @@ from shmring._area cimport (
     AREA_GARBAGE, Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap,
     area_release, area_tidy,
 )
+from shmring._count cimport count_at, count_on, count_read
 from shmring._layout cimport (
-    SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES,
-    SHMRING_HEADER_BYTES, SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE,
-    Count, Frame, Header, shmring_area_of, shmring_frame_span,
+    SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
+    SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE, Frame, Header, shmring_area_of, shmring_frame_span,
 )
-from shmring._owner cimport owner_is_dead, owner_self
+from shmring._owner cimport owner_is_dead, owner_pid, owner_self
 from shmring._sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
     monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
     wait_wake_all, wait_wake_one, wait_wants_wake,
+)
+from shmring._witness cimport (
+    HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, witness_death, witness_hold,
+    witness_holder, witness_release,
 )
 
 import os
@@ -52,35 +56,6 @@ if _started != 0:
         "this kernel (or emulator) has no robust futexes, without which a killed process would"
         f" block the others: {os.strerror(_started)}; the fallback works here"
     )
-
-cdef inline uint64_t count_at(const Count *count, uint64_t position) noexcept nogil:
-    """The count of a side that stands at `position`; under that side's lock."""
-    return count.current if count.position == position else count.previous
-
-
-cdef inline void count_on(Count *count, uint64_t position, uint64_t following, uint64_t by) noexcept nogil:
-    """Right at `position` after each of these stores, and at `following` after
-    the last; the side's own position is stored next and commits."""
-    cdef uint64_t value = count_at(count, position)
-    store_release64(&count.previous, value)
-    store_release64(&count.position, following)
-    store_release64(&count.current, value + by)
-
-
-cdef uint64_t count_read(const Count *count, const uint64_t *position) noexcept nogil:
-    """A side's count without its lock."""
-    cdef uint64_t stood, value = 0, at
-    cdef int _turn
-    for _turn in range(10000):  # bounded: the words may be garbage that never agrees
-        stood = load_acquire64(position)
-        value = load_acquire64(&count.current)
-        at = load_acquire64(&count.position)
-        if at != stood:
-            value = load_acquire64(&count.previous)
-        fence_full()
-        if load_acquire64(position) == stood and load_acquire64(&count.position) == at:
-            return value
-    return value
 
 
 @cython.binding(False)
@@ -123,11 +98,14 @@ cdef class RingCore:
         if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
             result = lock_wait(word, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
         if result == LOCK_TAKEN:
+            witness_hold(word)
             return DONE
         if result == LOCK_BUSY:
             return BUSY
         if result == LOCK_GARBAGE:
             return CORRUPT
+        witness_death(self.header, HELD_PRODUCER_LOCK if producers else HELD_CONSUMER_LOCK, witness_holder(word))
+        witness_hold(word)
         result = self.recover_producers() if producers else self.recover_consumers()
         if result != DONE and producers:
             self.unlock_producers()
@@ -137,15 +115,22 @@ cdef class RingCore:
 
     cdef int lock_producers(self, int flags) noexcept nogil:
         cdef int tried = lock_try(&self.header.producer_lock)
-        return DONE if tried == LOCK_TAKEN else self.lock_slowly(&self.header.producer_lock, tried, flags)
+        if tried != LOCK_TAKEN:
+            return self.lock_slowly(&self.header.producer_lock, tried, flags)
+        witness_hold(&self.header.producer_lock)
+        return DONE
 
     cdef int lock_consumers(self, int flags) noexcept nogil:
         cdef int tried = lock_try(&self.header.consumer_lock)
-        return DONE if tried == LOCK_TAKEN else self.lock_slowly(&self.header.consumer_lock, tried, flags)
+        if tried != LOCK_TAKEN:
+            return self.lock_slowly(&self.header.consumer_lock, tried, flags)
+        witness_hold(&self.header.consumer_lock)
+        return DONE
 
     cdef void unlock_producers(self) noexcept nogil:
         cdef Mapping *stale = self.producer_stale
         self.producer_stale = NULL
+        witness_release(&self.header.producer_lock)
         lock_release(&self.header.producer_lock)
         if stale != NULL:
             area_release(stale)
@@ -153,6 +138,7 @@ cdef class RingCore:
     cdef void unlock_consumers(self) noexcept nogil:
         cdef Mapping *stale = self.consumer_stale
         self.consumer_stale = NULL
+        witness_release(&self.header.consumer_lock)
         lock_release(&self.header.consumer_lock)
         if stale != NULL:
             area_release(stale)
@@ -661,10 +647,12 @@ cdef class RingCore:
         if outcome == BEHIND_LEASE:
             if h.lease_owner == blocked.owner and h.lease_low == blocked.position:
                 store_release64(&h.lease_owner, 0)
+                witness_death(h, HELD_LEASE, owner_pid(blocked.owner))
         elif (self.front(&found) == BEHIND_RESERVATION and found.position == blocked.position
                 and found.owner == blocked.owner):
             frame = <Frame *>(self.consumer_mapping.data + (found.position & self.consumer_mapping.mask))
-            compare_exchange32(&frame.state, SHMRING_RESERVED, SHMRING_ABORTED)
+            if compare_exchange32(&frame.state, SHMRING_RESERVED, SHMRING_ABORTED):
+                witness_death(h, HELD_RESERVATION, owner_pid(blocked.owner))
         self.unlock_consumers()
         self.wake_consumers()
 

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmring._core cimport Item, RingCore, Take
+from shmring._witness cimport Wait
 
 cdef enum:
     GIL_BYTES = 65536  # copies above this size release the GIL
@@ -18,6 +19,7 @@ cdef class RingHandle(RingCore):
     cdef uint64_t moved_ns  # when consumers were last seen to have moved
     cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
 
+    # A `timeout` is what _deadline.pyx says.
     # how many of the items went in; fewer than `count` only when time ran out
     cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
                                 bint block, object timeout) except -1
@@ -38,10 +40,8 @@ cdef class RingHandle(RingCore):
     cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                                uint64_t *position) noexcept nogil
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
-                       int64_t until, bint first) noexcept nogil
+                       int64_t until, Wait *wait) noexcept nogil
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil
     cdef bint spin_for_data(self) noexcept nogil
-    cdef int take_slice(self, Take *take, int64_t until, bint first) noexcept nogil
+    cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil
     cdef int take_now(self, Take *take) noexcept nogil
-
-cdef int64_t deadline_of(object timeout) except -1

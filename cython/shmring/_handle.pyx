@@ -4,7 +4,7 @@
 deadline, raise the exceptions of `shmring.errors`, and end well when another
 thread closes the handle.  A wait is a loop of slices: release the GIL, spin
 if the other side runs on another CPU, announce, look, sleep for a slice at most,
-look; take the GIL, check signals.
+look; take the GIL, check signals and peers.
 """
 
 cimport cython
@@ -17,19 +17,23 @@ from shmring._area cimport area_forget, area_open, area_release, area_stat
 from shmring._core cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY,
     FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
-    POISON_POSITIONS, SHUT, Item, RingCore, Take, count_read,
+    POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
+from shmring._count cimport count_read
+from shmring._deadline cimport PEERS_FIRST_NS, PEERS_NS, all_dead, deadline_of, watch_of
 from shmring._layout cimport (
-    SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET,
-    SHMRING_CONSUMERS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET,
-    SHMRING_BLOCK_MAGIC, SHMRING_MAGIC, SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY,
-    SHMRING_PRODUCERS_OFFSET, SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITING_OFFSET,
-    SHMRING_WHOLE, SHMRING_ABORTED, Header, shmring_area_of, shmring_frame_span,
+    SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
+    SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
+    shmring_frame_span,
 )
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
+)
+from shmring._witness cimport (
+    CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION, FOR_ROOM,
+    Wait, witness_enter, witness_leave,
 )
 
 import errno
@@ -61,33 +65,9 @@ cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this lo
 cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
 cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
+cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
 
 sync_start()  # _core has checked that the kernel can do it
-
-LAYOUT = dict(
-    MAGIC=SHMRING_MAGIC, BLOCK_MAGIC=SHMRING_BLOCK_MAGIC, VERSION=SHMRING_VERSION,
-    HEADER_BYTES=SHMRING_HEADER_BYTES, WAITING_OFFSET=SHMRING_WAITING_OFFSET,
-    PRODUCERS_OFFSET=SHMRING_PRODUCERS_OFFSET, CONSUMERS_OFFSET=SHMRING_CONSUMERS_OFFSET,
-    JOINING_OFFSET=SHMRING_JOINING_OFFSET, AREAS_OFFSET=SHMRING_AREAS_OFFSET, AREA_COUNT=SHMRING_AREA_COUNT,
-    CLAIMS_OFFSET=SHMRING_CLAIMS_OFFSET, CLAIM_COUNT=SHMRING_CLAIM_COUNT, FRAME_BYTES=SHMRING_FRAME_BYTES,
-    MIN_CAPACITY=SHMRING_MIN_CAPACITY, MAX_CAPACITY=SHMRING_MAX_CAPACITY, WHOLE=SHMRING_WHOLE,
-    RESERVED=SHMRING_RESERVED, ABORTED=SHMRING_ABORTED,
-)
-
-
-cdef int64_t deadline_of(object timeout) except -1:
-    """The monotonic nanosecond at which a wait of `timeout` seconds ends."""
-    cdef double seconds
-    if timeout is None:
-        return INT64_MAX
-    seconds = timeout
-    if not seconds >= 0:
-        raise InvalidArgument(
-            f"timeout={timeout!r}: a timeout is a number of seconds, 0 or more; None waits for ever"
-        )
-    if seconds > 1e9:
-        return INT64_MAX
-    return monotonic_ns() + <int64_t>(seconds * 1e9)
 
 
 cdef inline bint ends_wait(int outcome) noexcept nogil:
@@ -263,13 +243,13 @@ cdef class RingHandle(RingCore):
         return result
 
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
-                       int64_t until, bint first) noexcept nogil:
+                       int64_t until, Wait *wait) noexcept nogil:
         """One slice of a waiting put; looks last, so that its answer is fresh."""
         cdef Header *h = self.header
         cdef uint32_t announced
         cdef int result = self.put_items(items, count, done, position, MAY_WAIT)
         if result == FULL and h.max_capacity != h.min_capacity:
-            if first:
+            if wait.turn == 0:
                 result = self.put_behind_moving(items, count, done, position)
             if result == FULL:
                 result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
@@ -284,6 +264,7 @@ cdef class RingHandle(RingCore):
         announced = wait_announce(&h.space_wait)
         result = self.put_items(items, count, done, position, MAY_WAIT | IS_WAITING)
         if result == FULL or result == FULL_COUNT:
+            witness_enter(h, wait, self.myself(), FOR_ROOM)
             wait_sleep(&h.space_wait, announced, until - monotonic_ns())
             result = self.put_items(items, count, done, position, MAY_WAIT)
         return result
@@ -299,9 +280,11 @@ cdef class RingHandle(RingCore):
                                 bint block, object timeout) except -1:
         cdef Py_ssize_t done = 0
         cdef Py_ssize_t i
-        cdef int64_t until = 0
+        cdef int64_t limit, until = 0
+        cdef int64_t pause = PEERS_FIRST_NS
+        cdef uint64_t pivot = 0
         cdef uint64_t bytes = 0
-        cdef bint first = True
+        cdef Wait wait
         cdef int result = BUSY
         if block and timeout is not None:
             until = deadline_of(timeout)
@@ -324,23 +307,37 @@ cdef class RingHandle(RingCore):
                 self.raise_outcome(result)
             if timeout is None:
                 until = INT64_MAX
+            watch = watch_of(timeout)
+            wait.call = CALL_RESERVE if items[0].owner != 0 else CALL_PUT
+            wait.turn = wait.slot = 0
             fetch_add64(&self.inside, 1)
             try:
                 while True:
+                    limit = until if watch is None else min(until, monotonic_ns() + pause)
                     with nogil:
                         if block:
-                            result = self.put_slice(items, count, &done, position, until, first)
+                            result = self.put_slice(items, count, &done, position, limit, &wait)
                         else:
                             result = self.put_now(items, count, &done, position)
                     if ends_wait(result):
                         break
-                    first = False
+                    wait.turn += 1
                     PyErr_CheckSignals()
+                    if watch is not None and not self.closed:
+                        if watch.proven and result != BUSY:
+                            raise watch.error("no room came", done)
+                        if not watch.proven and all_dead(watch, &pivot):
+                            pause = 0  # look once more
+                            continue
+                        pause = min(2 * pause + PEERS_FIRST_NS, PEERS_NS)
                     if self.closed or not block or monotonic_ns() >= until:
                         break
-                    if result == FULL and load_relaxed32(&self.full_seen) in (FULL_MEMORY, FULL_LIMIT):
+                    if result == BUSY:
+                        witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
+                    elif result == FULL and load_relaxed32(&self.full_seen) in (FULL_MEMORY, FULL_LIMIT):
                         self.say_full()
             finally:
+                witness_leave(self.header, &wait, self.myself())
                 fetch_add64(&self.inside, -1)
             if result == DONE:
                 return done
@@ -377,13 +374,13 @@ cdef class RingHandle(RingCore):
             spin_pause()
         return False
 
-    cdef int take_slice(self, Take *take, int64_t until, bint first) noexcept nogil:
+    cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil:
         """One slice of a waiting take; looks last, so that its answer is fresh."""
         cdef Header *h = self.header
         cdef uint32_t announced
         cdef int64_t slept
         cdef int result = EMPTY
-        if first and self.spin_for_data():
+        if wait.turn == 0 and self.spin_for_data():
             result = self.take(take, MAY_WAIT)
             if ends_wait(result):
                 return result
@@ -394,11 +391,13 @@ cdef class RingHandle(RingCore):
             result = self.take(take, MAY_WAIT)
         if result != EMPTY and result != BEHIND_LEASE and result != BEHIND_RESERVATION:
             return result
+        witness_enter(h, wait, self.myself(), (
+            FOR_MESSAGE if result == EMPTY else FOR_LEASE if result == BEHIND_LEASE else FOR_RESERVATION))
         slept = monotonic_ns()
         wait_sleep(&h.data_wait, announced, until - slept)
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
-            if (monotonic_ns() - slept >= SYNC_SLICE_NS
+            if (monotonic_ns() - slept >= (SYNC_SLICE_NS if until - slept > SYNC_SLICE_NS else IDLE_NS)
                     and (load_relaxed64(&self.read_capacity) != h.min_capacity
                          or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
                 self.settle(h.min_capacity)
@@ -415,8 +414,10 @@ cdef class RingHandle(RingCore):
         return result
 
     cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1:
-        cdef int64_t until = 0
-        cdef bint first = True
+        cdef int64_t limit, until = 0
+        cdef int64_t pause = PEERS_FIRST_NS
+        cdef uint64_t pivot = 0
+        cdef Wait wait
         cdef int result
         if block and timeout is not None:
             until = deadline_of(timeout)  # may run Python, and that may close the handle
@@ -426,7 +427,7 @@ cdef class RingHandle(RingCore):
                 self.check_open()
             take.target_count = 0
             result = self.take(take, 0)
-            if result == DONE or result == PARTIAL or (result == EMPTY and not block):
+            if result == DONE or result == PARTIAL or (result == EMPTY and not block and timeout is None):
                 if load_relaxed64(&self.oversized) != 0:
                     self.give_back()
                 return result
@@ -434,27 +435,41 @@ cdef class RingHandle(RingCore):
                 self.raise_outcome(result)
             if timeout is None:
                 until = INT64_MAX
+            watch = watch_of(timeout)
+            wait.call = CALL_PEEK if take.leaser != 0 else CALL_GET
+            wait.turn = wait.slot = 0
             fetch_add64(&self.inside, 1)
             try:
                 while True:
+                    limit = until if watch is None else min(until, monotonic_ns() + pause)
                     with nogil:
                         if block:
-                            result = self.take_slice(take, until, first)
+                            result = self.take_slice(take, limit, &wait)
                         else:
                             result = self.take_now(take)
                     if ends_wait(result):
                         break
-                    first = False
+                    wait.turn += 1
                     try:
                         PyErr_CheckSignals()
+                        if watch is not None and not self.closed:
+                            if watch.proven and result == EMPTY:
+                                raise watch.error("nothing is left to take")
+                            if not watch.proven and all_dead(watch, &pivot):
+                                pause = 0  # look once more
+                                continue
+                            pause = min(2 * pause + PEERS_FIRST_NS, PEERS_NS)
                     except BaseException:
                         self.pass_baton()  # we may be the one who was woken
                         raise
                     if self.closed or not block or monotonic_ns() >= until:
                         self.pass_baton()
                         break
+                    if result == BUSY:
+                        witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
                     self.look_for_name()
             finally:
+                witness_leave(self.header, &wait, self.myself())
                 fetch_add64(&self.inside, -1)
             if result == DONE or result == PARTIAL:
                 return result
@@ -601,27 +616,6 @@ cdef class RingHandle(RingCore):
     def _max_messages(self):
         self.check_open()
         return self.header.max_messages
-
-    def _statistics(self):
-        cdef Header *h
-        self.check_open()
-        h = self.header
-        return {
-            "capacity": self.capacity,
-            "max_capacity": h.max_capacity,
-            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
-                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
-            "messages": self._qsize(),
-            "messages_put": count_read(&h.put_count, &h.write_position),
-            "messages_taken": count_read(&h.get_count, &h.read_position),
-            "bytes_put": load_acquire64(&h.write_position),
-            "growths": load_acquire64(&h.write_generation),
-            "recoveries": load_relaxed32(&h.recoveries),
-            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
-            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
-            "shut_down": load_relaxed32(&h.shutdown) != 0,
-            "poisoned": load_relaxed32(&h.poisoned) != 0,
-        }
 
     # ---- ended -----------------------------------------------------------------------------------
 

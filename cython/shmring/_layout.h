@@ -12,8 +12,12 @@
  *          | consumers: lock, read_position, read_generation, get_count    |
  *      512 +--------------------------------------------------------------+
  *          | joining: how many messages were reported done; the name       |
+ *      896 +--------------------------------------------------------------+
+ *          | deaths: who died last holding each of 4 things                |
  *     1024 +--------------------------------------------------------------+
  *          | areas: 64 records (base, capacity, offset)                    |
+ *     3072 +--------------------------------------------------------------+
+ *          | waiters: 32 records (owner, since, what for)                  |
  *     4096 +--------------------------------------------------------------+
  *          | claims: 128 records (owner, low, high)                        |
  *     8192 +--------------------------------------------------------------+
@@ -43,14 +47,18 @@
 
 #define SHMRING_MAGIC 0x474e4952204d4853 /* "SHM RING", little-endian */
 #define SHMRING_BLOCK_MAGIC 0x4b4e4952204d4853 /* "SHM RINK": in a block of the user's, not ours to remove */
-#define SHMRING_VERSION 1
+#define SHMRING_VERSION 2
 #define SHMRING_HEADER_BYTES 8192
 #define SHMRING_WAITING_OFFSET 128
 #define SHMRING_PRODUCERS_OFFSET 256
 #define SHMRING_CONSUMERS_OFFSET 384
 #define SHMRING_JOINING_OFFSET 512
+#define SHMRING_DEATHS_OFFSET 896
+#define SHMRING_DEATH_COUNT 4
 #define SHMRING_AREAS_OFFSET 1024
 #define SHMRING_AREA_COUNT 64
+#define SHMRING_WAITERS_OFFSET 3072
+#define SHMRING_WAITER_COUNT 32
 #define SHMRING_CLAIMS_OFFSET 4096
 #define SHMRING_CLAIM_COUNT 128
 #define SHMRING_FRAME_BYTES 32
@@ -88,6 +96,21 @@ typedef struct {
     uint64_t spare;
 } shmring_claim;
 
+/* The next two are for those who look (_witness.h); nothing is decided by them. */
+typedef struct {
+    uint64_t pid;     /* 0 is nobody knows who */
+    uint64_t when_ns; /* his death was found out; 0 while the record is being written */
+} shmring_death;
+
+typedef struct {
+    uint64_t owner;    /* 0 is a free slot */
+    uint64_t since_ns; /* 0 while the record is being written */
+    uint32_t thread;
+    uint32_t call;   /* what he called */
+    uint32_t reason; /* and why it has not returned */
+    uint32_t spare;
+} shmring_waiter;
+
 typedef struct {
     /* identity */
     uint64_t magic;
@@ -111,7 +134,7 @@ typedef struct {
     char pad_waiting[128 - 40];
     /* producers */
     uint32_t producer_lock;
-    uint32_t producer_cpu; /* where the last producer ran, for spinning */
+    uint32_t producer_holder; /* pid, or 0; see _witness.h */
     uint64_t write_position;
     uint64_t write_generation;
     shmring_count put_count;
@@ -120,10 +143,11 @@ typedef struct {
     uint64_t front_until_ns;
     uint64_t shrunk_ns; /* advisory, as patience and needed_ns: 0, or nothing has grown since */
     uint32_t patience;  /* how often shrinking proved wrong lately */
-    char pad_producers[128 - 84];
+    uint32_t producer_cpu; /* where the last producer ran, for spinning */
+    char pad_producers[128 - 88];
     /* consumers */
     uint32_t consumer_lock;
-    uint32_t pad_lock;
+    uint32_t consumer_holder; /* as producer_holder */
     uint64_t read_position;
     uint64_t read_generation;
     uint64_t reaped; /* areas below this generation were given back */
@@ -139,9 +163,10 @@ typedef struct {
     uint32_t named; /* stored before the name appears in the file system */
     char pad_joining[128 - 28];
     char name[256]; /* as given at creation, or empty; only ever used to look it up */
-    char pad_name[SHMRING_AREAS_OFFSET - SHMRING_JOINING_OFFSET - 128 - 256];
+    shmring_death deaths[SHMRING_DEATH_COUNT];
+    char pad_deaths[SHMRING_AREAS_OFFSET - SHMRING_DEATHS_OFFSET - SHMRING_DEATH_COUNT * 16];
     shmring_area areas[SHMRING_AREA_COUNT];
-    char pad_areas[SHMRING_CLAIMS_OFFSET - SHMRING_AREAS_OFFSET - SHMRING_AREA_COUNT * 32];
+    shmring_waiter waiters[SHMRING_WAITER_COUNT];
     shmring_claim claims[SHMRING_CLAIM_COUNT];
 } shmring_header;
 
@@ -157,6 +182,10 @@ _Static_assert(offsetof(shmring_header, data_wait) == SHMRING_WAITING_OFFSET, "l
 _Static_assert(offsetof(shmring_header, producer_lock) == SHMRING_PRODUCERS_OFFSET, "layout");
 _Static_assert(offsetof(shmring_header, consumer_lock) == SHMRING_CONSUMERS_OFFSET, "layout");
 _Static_assert(offsetof(shmring_header, done_count) == SHMRING_JOINING_OFFSET, "layout");
+_Static_assert(offsetof(shmring_header, deaths) == SHMRING_DEATHS_OFFSET, "layout");
+_Static_assert(offsetof(shmring_header, waiters) == SHMRING_WAITERS_OFFSET, "layout");
+_Static_assert(offsetof(shmring_header, producer_holder) == SHMRING_PRODUCERS_OFFSET + 4, "beside the lock");
+_Static_assert(offsetof(shmring_header, consumer_holder) == SHMRING_CONSUMERS_OFFSET + 4, "beside the lock");
 _Static_assert(offsetof(shmring_header, areas) == SHMRING_AREAS_OFFSET, "layout");
 _Static_assert(offsetof(shmring_header, claims) == SHMRING_CLAIMS_OFFSET, "layout");
 _Static_assert(sizeof(shmring_header) == SHMRING_HEADER_BYTES, "layout");

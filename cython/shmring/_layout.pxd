@@ -11,8 +11,12 @@ cdef extern from "_layout.h" nogil:
     const uint64_t SHMRING_PRODUCERS_OFFSET
     const uint64_t SHMRING_CONSUMERS_OFFSET
     const uint64_t SHMRING_JOINING_OFFSET
+    const uint64_t SHMRING_DEATHS_OFFSET
+    const uint64_t SHMRING_DEATH_COUNT
     const uint64_t SHMRING_AREAS_OFFSET
     const uint64_t SHMRING_AREA_COUNT
+    const uint64_t SHMRING_WAITERS_OFFSET
+    const uint64_t SHMRING_WAITER_COUNT
     const uint64_t SHMRING_CLAIMS_OFFSET
     const uint64_t SHMRING_CLAIM_COUNT
     const uint64_t SHMRING_FRAME_BYTES
@@ -37,6 +41,17 @@ cdef extern from "_layout.h" nogil:
         uint64_t owner  # 0 is a free slot
         uint64_t low  # held while low < high
         uint64_t high
+
+    ctypedef struct Death "shmring_death":
+        uint64_t pid
+        uint64_t when_ns
+
+    ctypedef struct Waiter "shmring_waiter":
+        uint64_t owner  # 0 is a free slot
+        uint64_t since_ns
+        uint32_t thread
+        uint32_t call
+        uint32_t reason
 
     ctypedef struct Header "shmring_header":
         uint64_t magic
@@ -78,7 +93,9 @@ cdef extern from "_layout.h" nogil:
         uint64_t token
         uint32_t named
         char *name  # 256 bytes
+        Death *deaths
         Area *areas
+        Waiter *waiters
         Claim *claims
 
     ctypedef struct Frame "shmring_frame":

@@ -57,7 +57,7 @@ static inline uint64_t owner_self(void)
 static inline int owner_is_dead(uint64_t owner)
 {
     uint32_t pid = owner_pid(owner);
-    uint64_t started = owner >> OWNER_PID_BITS;
+    uint64_t started = owner_start_ticks(owner);
     int dead = 0;
     int fd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (fd < 0) {

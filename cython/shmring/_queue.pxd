@@ -27,8 +27,8 @@ cdef class ObjectRing(RingHandle):
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
-    cdef object next_object(self, object block, object timeout)
-    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, object block, object timeout) except -1
+    cdef object next_object(self, bint block, object timeout)
+    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
     cdef uint64_t due(self) noexcept
     cdef int visit_locks(self) except -1
     cdef int check_slot(self, uint64_t slot) except -1

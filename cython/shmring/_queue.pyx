@@ -24,21 +24,26 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take, count_read
-from shmring._handle cimport RingHandle, deadline_of
+from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take
+from shmring._count cimport count_read
+from shmring._deadline cimport PEERS_FIRST_NS, PEERS_NS, all_dead, deadline_of, watching
+from shmring._handle cimport RingHandle
 from shmring._layout cimport (
     SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
 )
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
-    store_release64, wait_announce, wait_sleep, wait_wake_all,
+    store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 from shmring._tree cimport Writer, tree_free, tree_read, tree_write
+from shmring._witness cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
 
 from queue import Empty, Full
 
 from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
+
+sync_start()  # _core has checked that the kernel can do it
 
 cdef enum:
     SMALL = 4096  # taken over the stack
@@ -173,7 +178,7 @@ cdef class ObjectRing(RingHandle):
 
     # ---- put --------------------------------------------------------------------------------
 
-    def put(self, obj, block=True, timeout=None):
+    def put(self, obj, bint block=True, timeout=None, *, peers=None):
         """Put one object.
 
         Without `maxsize` this never waits for a reader that does not read: the
@@ -183,18 +188,23 @@ cdef class ObjectRing(RingHandle):
             obj: anything the codec can encode.
             block: wait for room; otherwise Full at once.
             timeout: seconds to wait, None for ever.
+            peers: processes (anything with a pid, or pids) without which
+                waiting is in vain.
 
         Raises:
             queue.Full: no room in time.
+            PeerDied: every one of `peers` is dead, and there is no room.
             EncodeError: the object cannot be encoded; nothing was put.
             MessageTooLarge: it can never fit into max_capacity.
             ShutDown: the queue was shut down.
             RingClosed: this handle was closed.
         """
+        if peers is not None:
+            return ObjectRing.put(self, obj, block, watching(peers, timeout))
         if self.put_object(obj, NULL, block, timeout) == 0:
             raise Full
 
-    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, object block, object timeout) except -1:
+    cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1:
         cdef Segment segment
         cdef Item item
         cdef Parcel parcel
@@ -239,13 +249,13 @@ cdef class ObjectRing(RingHandle):
             raise Full
         return position
 
-    def put_many(self, objects, block=True, timeout=None):
+    def put_many(self, objects, block=True, timeout=None, *, peers=None):
         """Encode each object of an iterable, then put them under one lock a batch.
 
         Args: as for `put`; `timeout` is for all of them together.
 
         Raises:
-            queue.Full: with an attribute `count`, how many went in.
+            queue.Full, PeerDied: with an attribute `count`, how many went in.
         """
         cdef list held = []
         cdef Parcel parcel
@@ -255,6 +265,8 @@ cdef class ObjectRing(RingHandle):
         cdef Py_ssize_t done = 0
         cdef Writer writer
         cdef char room[SMALL]
+        if peers is not None:
+            return ObjectRing.put_many(self, objects, block, watching(peers, timeout))
         for obj in objects:
             if self.raw and PyBytes_CheckExact(obj):
                 held.append(RAW)
@@ -351,22 +363,27 @@ cdef class ObjectRing(RingHandle):
             at += part
         return self.decode(kind & ~MULTI, head, buffers)
 
-    def get(self, block=True, timeout=None):
+    def get(self, bint block=True, timeout=None, *, peers=None):
         """Take the next object.
 
         Args:
             block: wait for one; otherwise Empty at once.
             timeout: seconds to wait, None for ever.
+            peers: processes (anything with a pid, or pids) without which
+                waiting is in vain.
 
         Raises:
             queue.Empty: nothing came in time.
+            PeerDied: every one of `peers` is dead, and nothing is left to take.
             DecodeError: a message was taken and could not be decoded.
             ShutDown: the queue was shut down and is empty.
             RingClosed: this handle was closed.
         """
+        if peers is not None:
+            return ObjectRing.get(self, block, watching(peers, timeout))
         return self.next_object(block, timeout)
 
-    cdef object next_object(self, object block, object timeout):
+    cdef object next_object(self, bint block, object timeout):
         cdef char room[SMALL]
         cdef Take take
         cdef Segment targets[TABLE_MOST + 1]
@@ -431,12 +448,12 @@ cdef class ObjectRing(RingHandle):
         """get(block=False)."""
         return self.get(False)  # which a subclass may have overridden
 
-    def get_many(self, max_items=None, block=True, timeout=None):
+    def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
         """Wait for one object, then take what is there, in order.
 
         Args:
             max_items: how many at most, None for all that are there.
-            block, timeout: as for `get`, for the first one.
+            block, timeout, peers: as for `get`, for the first one.
 
         Returns:
             A list of objects, at least one.
@@ -454,6 +471,8 @@ cdef class ObjectRing(RingHandle):
         cdef object failed = None
         if most < 1:
             raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+        if peers is not None:
+            return ObjectRing.get_many(self, max_items, block, watching(peers, timeout))
         taken = [self.next_object(block, timeout)]
         room = <char *>PyMem_Malloc(SPAN_BYTES)
         if room == NULL or self.closed:
@@ -534,25 +553,42 @@ cdef class ObjectRing(RingHandle):
         due = self.due()
         return due - done if due > done else 0
 
-    def _join_all(self, timeout=None):
+    def _join_all(self, timeout=None, peers=None):
         """Wait until every message was worked off; False when time ran out."""
         cdef Header *h
-        cdef int64_t until = deadline_of(timeout)
+        cdef int64_t left, until = deadline_of(timeout)
+        cdef int64_t pause = PEERS_FIRST_NS
+        cdef uint64_t pivot = 0
         cdef uint32_t announced
+        cdef Wait wait
+        watch = None if peers is None else watching(peers, timeout)
+        wait.call = CALL_JOIN
+        wait.turn = wait.slot = 0
         self.check_open()
         h = self.header
         fetch_add64(&self.inside, 1)
         try:
             while True:
                 announced = wait_announce(&h.done_wait)
+                # proven before the last look: what was reported done before a death counts
+                gone = watch is not None and all_dead(watch, &pivot)
                 if self._unfinished() == 0:
                     return True
-                if monotonic_ns() >= until:
+                if gone:
+                    raise watch.error("tasks are unfinished")
+                left = until - monotonic_ns()
+                if left <= 0:
                     return False
+                if watch is not None:
+                    left = min(left, pause)
+                    pause = min(2 * pause, PEERS_NS)
+                witness_enter(h, &wait, self.myself(), FOR_TASKS)
                 with nogil:
-                    wait_sleep(&h.done_wait, announced, until - monotonic_ns())
+                    wait_sleep(&h.done_wait, announced, left)
+                wait.turn += 1
                 PyErr_CheckSignals()
         finally:
+            witness_leave(h, &wait, self.myself())
             fetch_add64(&self.inside, -1)
 
     # ---- claims ---------------------------------------------------------------------------------

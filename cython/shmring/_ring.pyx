@@ -22,6 +22,7 @@ from libc.stdint cimport uint64_t
 
 from shmring._area cimport area_release
 from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, POISON_FRAME, Item, Segment, Take
+from shmring._deadline cimport watching
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._sync cimport fetch_add64, load_acquire64, sync_epoch, sync_start
@@ -54,16 +55,19 @@ cdef int check_bytes_like(object data) except -1:
 cdef class BytesRing(RingHandle):
     """The compiled half of shmring.Ring."""
 
-    def put(self, data, block=True, timeout=None):
+    def put(self, data, bint block=True, timeout=None, *, peers=None):
         """Put one message.
 
         Args:
             data: a contiguous bytes-like object.
             block: wait for room; otherwise Full at once.
             timeout: seconds to wait, None for ever.
+            peers: processes (anything with a pid, or pids) without which
+                waiting is in vain.
 
         Raises:
             queue.Full: no room in time.
+            PeerDied: every one of `peers` is dead, and there is no room.
             MessageTooLarge: it can never fit.
             ShutDown: the ring was shut down.
             RingClosed: this handle was closed.
@@ -72,6 +76,8 @@ cdef class BytesRing(RingHandle):
         cdef Item item
         cdef Py_buffer buffer
         cdef Py_ssize_t done
+        if peers is not None:
+            return BytesRing.put(self, data, block, watching(peers, timeout))
         item.segments = &segment
         item.count = 1
         item.kind = 0
@@ -96,13 +102,13 @@ cdef class BytesRing(RingHandle):
         """put(data, block=False)."""
         self.put(data, False)
 
-    def put_many(self, messages, block=True, timeout=None):
+    def put_many(self, messages, block=True, timeout=None, *, peers=None):
         """Put each bytes-like object of an iterable, under one lock a batch.
 
         Args: as for `put`; `timeout` is for all of them together.
 
         Raises:
-            queue.Full: with an attribute `count`, how many went in.
+            queue.Full, PeerDied: with an attribute `count`, how many went in.
         """
         cdef list held = list(messages)
         cdef Py_ssize_t n = len(held)
@@ -112,6 +118,8 @@ cdef class BytesRing(RingHandle):
         cdef Item *items
         cdef Segment *segments
         cdef Py_buffer *buffers
+        if peers is not None:
+            return BytesRing.put_many(self, held, block, watching(peers, timeout))
         if n == 0:
             self.check_open()
             return
@@ -144,15 +152,18 @@ cdef class BytesRing(RingHandle):
             full.count = done
             raise full
 
-    def get(self, block=True, timeout=None):
+    def get(self, bint block=True, timeout=None, *, peers=None):
         """Take the message in front, as bytes.
 
         Args:
             block: wait for one; otherwise Empty at once.
             timeout: seconds to wait, None for ever.
+            peers: processes (anything with a pid, or pids) without which
+                waiting is in vain.
 
         Raises:
             queue.Empty: nothing came in time.
+            PeerDied: every one of `peers` is dead, and nothing is left to take.
             RingCorrupted: what stands in front is not a frame.
             ShutDown: the ring was shut down and is empty.
         """
@@ -163,6 +174,8 @@ cdef class BytesRing(RingHandle):
         take.room = room
         take.room_bytes = SMALL
         take.leaser = 0
+        if peers is not None:
+            return BytesRing.get(self, block, watching(peers, timeout))
         if blocks:
             self.check_reentry(False, "get() inside peek()")  # it would wait for itself
         while True:
@@ -183,12 +196,12 @@ cdef class BytesRing(RingHandle):
         """get(block=False)."""
         return self.get(False)
 
-    def get_many(self, max_items=None, block=True, timeout=None):
+    def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
         """Wait for one message, then take what is there, in order.
 
         Args:
             max_items: how many at most, None for all that are there.
-            block, timeout: as for `get`, for the first one.
+            block, timeout, peers: as for `get`, for the first one.
 
         Returns:
             A list of bytes, at least one.
@@ -201,6 +214,8 @@ cdef class BytesRing(RingHandle):
         cdef list taken
         if most < 1:
             raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+        if peers is not None:
+            return BytesRing.get_many(self, max_items, block, watching(peers, timeout))
         taken = [self.get(block, timeout)]
         room = <char *>PyMem_Malloc(SPAN_BYTES)
         if room == NULL or self.closed:
@@ -238,7 +253,7 @@ cdef class BytesRing(RingHandle):
             self.leave()
         return taken
 
-    def reserve(self, nbytes, block=True, timeout=None):
+    def reserve(self, nbytes, block=True, timeout=None, *, peers=None):
         """A context that writes a message of `nbytes` bytes in place.
 
         A clean exit commits, an exception aborts.  Other producers go on
@@ -255,9 +270,9 @@ cdef class BytesRing(RingHandle):
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
         if nbytes > self.largest:
             raise MessageTooLarge(f"nbytes={nbytes}: one message of this ring may take {self.largest} bytes")
-        return FrameView(self, True, nbytes, block, timeout)
+        return FrameView(self, True, nbytes, block, timeout if peers is None else watching(peers, timeout))
 
-    def peek(self, block=True, timeout=None):
+    def peek(self, block=True, timeout=None, *, peers=None):
         """A context that reads the message in front, in place.
 
         A clean exit consumes it, an exception leaves it for another.  Other
@@ -268,7 +283,7 @@ cdef class BytesRing(RingHandle):
         Raises: as `get`, on entering; RuntimeError if this thread is inside
             another peek of this ring.
         """
-        return FrameView(self, False, 0, block, timeout)
+        return FrameView(self, False, 0, block, timeout if peers is None else watching(peers, timeout))
 
     def _adopt(self):
         """In a child right after fork: the blocks of the parent are not ours."""

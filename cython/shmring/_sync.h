@@ -140,6 +140,7 @@ static inline long futex_wake(uint32_t *word, int count)
 typedef struct {
     uint32_t epoch; /* of the process in which the rest was found out */
     uint32_t tid;
+    uint32_t pid;
     struct robust_list_head *head;
 } sync_thread;
 
@@ -207,6 +208,7 @@ SYNC_SLOW void sync_identify(uint32_t epoch)
 {
     size_t size = 0;
     sync_self.tid = (uint32_t)syscall(SYS_gettid);
+    sync_self.pid = (uint32_t)getpid();
     sync_self.head = NULL;
 #if !defined(__GLIBC__)
     sync_register_robust_list();
@@ -224,6 +226,9 @@ static inline sync_thread *sync_current(void)
     return &sync_self;
 }
 
+/* This process; of a thread that has tried for a lock, one load. */
+static inline uint32_t sync_pid(void) { return sync_self.pid; }
+
 /* ---- the lock word ----------------------------------------------------------- */
 
 enum {
@@ -232,6 +237,10 @@ enum {
     LOCK_BUSY = 2,
     LOCK_GARBAGE = 3, /* the word names nobody that lives */
 };
+
+/* Of a word that was read: who has the lock, and did he die. */
+static inline uint32_t lock_owner(uint32_t seen) { return seen & FUTEX_TID_MASK; }
+static inline int lock_is_orphan(uint32_t seen) { return (seen & FUTEX_OWNER_DIED) != 0; }
 
 #define LOCK_COMPILER_BARRIER() __asm__ __volatile__("" ::: "memory")
 

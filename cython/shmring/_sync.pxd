@@ -38,6 +38,8 @@ cdef extern from "_sync.h" nogil:
     int lock_try(uint32_t *word) noexcept
     int lock_wait(uint32_t *word, int64_t nanoseconds) noexcept
     void lock_release(uint32_t *word) noexcept
+    uint32_t lock_owner(uint32_t seen) noexcept
+    bint lock_is_orphan(uint32_t seen) noexcept
 
     # the wait word
     const int64_t SYNC_SLICE_NS

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport Item, Segment
+from shmring._core cimport Item, Segment, Take
 from shmring._handle cimport RingHandle
 from shmring._queue cimport ObjectRing, Parcel
 
@@ -19,5 +19,6 @@ cdef class Outgoing:
     cdef Item item
     cdef uint64_t seen  # where consumers stood before the last attempt
 
+cdef int glance(RingHandle ring, Take *found, int flags) noexcept nogil
 cdef int look(RingHandle ring, int flags) noexcept nogil
 cdef bint is_ready(RingHandle ring) except -1

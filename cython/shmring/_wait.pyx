@@ -12,9 +12,10 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 
 from shmring._core cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Item, Segment, Take,
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Item, Segment, Take,
 )
-from shmring._handle cimport RingHandle, deadline_of
+from shmring._deadline cimport deadline_of
+from shmring._handle cimport RingHandle
 from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel
 from shmring._sync cimport (
@@ -22,6 +23,7 @@ from shmring._sync cimport (
     load_acquire32, load_acquire64, load_relaxed64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce,
     wait_sleep_many,
 )
+from shmring._witness cimport CALL_AIO, CALL_WAIT, FOR_MESSAGE, FOR_ROOM, Wait, witness_enter, witness_leave
 
 sync_start()  # _core has checked that the kernel can do it
 
@@ -40,19 +42,13 @@ def _set_waitv_absent(bint absent):
 
 # ---- is it ready -------------------------------------------------------------------------------
 
-cdef int look(RingHandle ring, int flags) noexcept nogil:
+cdef int glance(RingHandle ring, Take *found, int flags) noexcept nogil:
     """CHANGED: the front can be taken.  Otherwise why it cannot, as from `take`.
 
     A take that expects a message at a position where none can be finds out
     everything about the front and leaves it there.
     """
-    cdef Header *h = ring.header
     cdef Segment nowhere
-    cdef Take found
-    cdef int result
-    if (load_acquire64(&h.write_position) == load_acquire64(&h.read_position)
-            and load_acquire32(&h.shutdown) == 0 and load_acquire32(&h.poisoned) == 0):
-        return EMPTY
     nowhere.data = NULL
     nowhere.length = 0
     found.targets = &nowhere
@@ -61,10 +57,21 @@ cdef int look(RingHandle ring, int flags) noexcept nogil:
     found.leaser = 0
     found.room = NULL
     found.room_bytes = 0
-    result = ring.take(&found, flags)
+    return ring.take(found, flags)
+
+
+cdef int look(RingHandle ring, int flags) noexcept nogil:
+    """A glance where it is not plain that there is nothing, clearing the way unless flags are 0."""
+    cdef Header *h = ring.header
+    cdef Take found
+    cdef int result
+    if (load_acquire64(&h.write_position) == load_acquire64(&h.read_position)
+            and load_acquire32(&h.shutdown) == 0 and load_acquire32(&h.poisoned) == 0):
+        return EMPTY
+    result = glance(ring, &found, flags)
     if flags != 0 and (result == BEHIND_LEASE or result == BEHIND_RESERVATION):
         ring.clear_the_way(&found, result)
-        result = ring.take(&found, flags)
+        result = glance(ring, &found, flags)
     return result
 
 
@@ -165,8 +172,12 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
     cdef RingHandle ring
     cdef Py_ssize_t all = len(rings)
     cdef int count = <int>(all if all < SYNC_WORDS_MOST else SYNC_WORDS_MOST)
+    cdef Wait waits[WORDS]
     cdef int i
     cdef list ready
+    for i in range(count):
+        waits[i].call = CALL_WAIT
+        waits[i].turn = waits[i].slot = 0
     enter(rings)
     try:
         ready = ready_of(rings)
@@ -183,6 +194,10 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
             if all > count and slice_ns > CROWD_NS:
                 slice_ns = CROWD_NS
             ever_slept = True
+            for i in range(count):
+                ring = rings[i]
+                witness_enter(ring.header, &waits[i], ring.myself(), FOR_MESSAGE)
+                waits[i].turn += 1
             with nogil:
                 wait_sleep_many(words, announced, count, bell_word, slice_ns)
             if bell_word != NULL:
@@ -196,6 +211,11 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
                 look_for_names(rings)
         return ready
     finally:
+        if ever_slept:
+            for i in range(count):
+                ring = rings[i]
+                if ring.header != NULL:
+                    witness_leave(ring.header, &waits[i], ring.myself())
         leave(rings, ever_slept)
 
 
@@ -243,6 +263,9 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
     cdef bint may_get = False
     cdef bint may_put = False
     cdef list rings = [ring]
+    cdef Wait wait
+    wait.call = CALL_AIO
+    wait.turn = wait.slot = 0
     if room:
         seen = (<Outgoing>outgoing).seen
     enter(rings)
@@ -266,6 +289,8 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
             if may_get or may_put or bell_heard(&bell.word):
                 return may_get, may_put
             slept = monotonic_ns()
+            witness_enter(h, &wait, ring.myself(), FOR_MESSAGE if data else FOR_ROOM)
+            wait.turn += 1
             with nogil:
                 wait_sleep_many(words, announced, count, &bell.word, SYNC_SLICE_NS)
             if monotonic_ns() - slept >= SYNC_SLICE_NS and not ring.closed:
@@ -274,6 +299,8 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
                 if data:
                     look_for_names(rings)
     finally:
+        if ring.header != NULL:
+            witness_leave(ring.header, &wait, ring.myself())
         leave(rings, not may_get)
 
 
@@ -285,6 +312,16 @@ def ready_now(RingHandle ring):
         result = look(ring, 0)
     handle_leave(&ring.inside)
     return result != EMPTY and not in_the_way(result)
+
+
+def exhausted(RingHandle ring):
+    """Whether nothing is left to take, not even behind a lock, a peek or a reservation."""
+    cdef int result = BUSY
+    handle_enter(&ring.inside)
+    if not ring.closed:
+        result = look(ring, BRIEFLY)
+    handle_leave(&ring.inside)
+    return result == EMPTY
 
 
 def pass_on(RingHandle ring):

@@ -1,3 +1,3 @@
-"""The ring's machinery; of its one class, nothing is visible from Python."""
+"""The ring's machinery; of its one class nothing is visible from Python."""
 
 class RingCore: ...

@@ -2,27 +2,61 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import Buffer
 
 from shmring._handle import RingHandle
 
 class BytesRing(RingHandle):
-    def put(self, data: Buffer, block: bool = True, timeout: float | None = None) -> None: ...
+    def put(
+        self,
+        data: Buffer,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> None: ...
     def put_nowait(self, data: Buffer) -> None: ...
     def put_many(
-        self, messages: Iterable[Buffer], block: bool = True, timeout: float | None = None
+        self,
+        messages: Iterable[Buffer],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
     ) -> None: ...
-    def get(self, block: bool = True, timeout: float | None = None) -> bytes: ...
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> bytes: ...
     def get_nowait(self) -> bytes: ...
     def get_many(
-        self, max_items: int | None = None, block: bool = True, timeout: float | None = None
+        self,
+        max_items: int | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
     ) -> list[bytes]: ...
     def reserve(
-        self, nbytes: int, block: bool = True, timeout: float | None = None
+        self,
+        nbytes: int,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
     ) -> FrameView: ...
-    def peek(self, block: bool = True, timeout: float | None = None) -> FrameView: ...
+    def peek(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> FrameView: ...
 
 class FrameView:
     def __init__(

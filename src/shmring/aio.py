@@ -22,15 +22,17 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from shmring._queue import ObjectRing
-from shmring._wait import Bell, Outgoing, pass_on, ready_now, watch
+from shmring._wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.errors import Empty
 
 if TYPE_CHECKING:
     import asyncio
+
+    from shmring.peers import PeerWatch
 
 __all__ = ["AwaitableRing"]
 
@@ -45,17 +47,22 @@ _is_closed: Callable[[ObjectRing], bool] = ObjectRing.closed.__get__  # type: ig
 class AwaitableRing(ObjectRing):
     """An ObjectRing with the coroutines of :class:`shmring.Queue`."""
 
-    async def aget(self) -> Any:
+    async def aget(self, *, peers: Iterable[Any] | None = None) -> Any:
         """Take the next object, in an asyncio program.
 
         Calls on one handle are served in their order.  Set a limit with
         ``asyncio.timeout``; a call that is cancelled has taken nothing.
 
+        Args:
+            peers: processes without which waiting is in vain, as for `get`.
+
         Raises:
+            PeerDied: every one of `peers` is dead, and nothing is left to take.
             DecodeError: a message was taken and could not be decoded.
             ShutDown: the queue was shut down and is empty.
             RingClosed: this handle was closed.
         """
+        peer_watch = _watch_of(peers)
         desk = _desk_of(self)
         if not desk.getters:
             try:
@@ -67,30 +74,41 @@ class AwaitableRing(ObjectRing):
         served = False
         try:
             while True:
-                await waiter.turn
-                try:
-                    obj = self.get_nowait()
-                except Empty:  # somebody else was faster
+                await waiter.wait(peer_watch)
+                if waiter.turn.done() or desk.is_first(waiter, desk.getters):
+                    try:
+                        obj = self.get_nowait()
+                    except Empty:  # somebody else was faster
+                        pass
+                    else:
+                        served = True
+                        return obj
+                if peer_watch is not None and peer_watch.proven and exhausted(self):
+                    raise peer_watch.error("nothing is left to take")
+                if waiter.turn.done():
                     desk.wait_on(waiter)
-                else:
-                    served = True
-                    return obj
         finally:
             desk.leave(self, desk.getters, waiter, served)
 
-    async def aput(self, obj: Any) -> None:
+    async def aput(self, obj: Any, *, peers: Iterable[Any] | None = None) -> None:
         """Put one object, in an asyncio program; waits only where `put` would.
 
         It is encoded when the call begins; large buffers, such as arrays, are
         read when it goes in.  Calls on one handle are served in their order; a
         call that is cancelled has put nothing.
 
+        Args:
+            obj: anything the codec can encode.
+            peers: processes without which waiting is in vain, as for `put`.
+
         Raises:
+            PeerDied: every one of `peers` is dead, and there is no room.
             EncodeError: the object cannot be encoded; nothing was put.
             MessageTooLarge: it can never fit into max_capacity.
             ShutDown: the queue was shut down.
             RingClosed: this handle was closed.
         """
+        peer_watch = _watch_of(peers)
         desk = _desk_of(self)
         outgoing = Outgoing(self, obj)
         if not desk.putters and outgoing.put():
@@ -100,12 +118,26 @@ class AwaitableRing(ObjectRing):
         served = False
         try:
             while not served:
-                await waiter.turn
-                served = outgoing.put()
-                if not served:
+                proven_before = peer_watch is not None and peer_watch.proven
+                await waiter.wait(peer_watch)
+                may_try = waiter.turn.done() or desk.is_first(waiter, desk.putters)
+                served = may_try and outgoing.put()
+                in_vain = not served and peer_watch is not None and peer_watch.proven
+                if in_vain and (may_try or proven_before):  # a slice for those before us
+                    assert peer_watch is not None
+                    raise peer_watch.error("no room came")
+                if waiter.turn.done() and not served:
                     desk.wait_on(waiter)
         finally:
             desk.leave(self, desk.putters, waiter, served)
+
+
+def _watch_of(peers: Iterable[Any] | None) -> PeerWatch | None:
+    if peers is None:
+        return None
+    from shmring.peers import PeerWatch  # like asyncio, imported where it is used
+
+    return PeerWatch(peers)
 
 
 _Line: TypeAlias = "OrderedDict[_Waiter, None]"
@@ -126,6 +158,15 @@ class _Waiter:
     def stand(self) -> None:
         self.turn: asyncio.Future[None] = self.loop.create_future()
         self.called = False
+
+    async def wait(self, peer_watch: PeerWatch | None) -> None:
+        """Until its turn; beside peers for a slice, or until they are newly proven dead."""
+        if peer_watch is None:
+            await self.turn
+        elif peer_watch.proven or not peer_watch.all_dead():
+            from asyncio import wait
+
+            await wait([self.turn], timeout=peer_watch.SLICE)
 
     def call(self) -> None:
         """Its turn; from any thread."""
@@ -178,6 +219,10 @@ class _Desk:
         with self._lock:
             waiter.stand()
         self._bell.ring()
+
+    def is_first(self, waiter: _Waiter, line: _Line) -> bool:
+        with self._lock:
+            return next(iter(line), None) is waiter
 
     def leave(self, ring: AwaitableRing, line: _Line, waiter: _Waiter, served: bool) -> None:
         if self.pid != os.getpid():

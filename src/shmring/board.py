@@ -37,9 +37,7 @@ import enum
 import math
 import mmap
 import os
-import select
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -51,9 +49,11 @@ from shmring.errors import (
     RingNotFound,
     ShmringError,
 )
+from shmring.liveness import is_process_dead, process_start_ticks
 
 __all__ = [
     "BOARD_BYTES",
+    "BOARD_MAGIC",
     "MAX_PROCESS_ID_BYTES",
     "Board",
     "BoardStorage",
@@ -62,13 +62,11 @@ __all__ = [
     "Sightings",
     "Slot",
     "State",
-    "is_process_dead",
     "open_segment",
-    "process_start_ticks",
     "wait_for_lock",
 ]
 
-_MAGIC = int.from_bytes(b"SHMBOARD", "little")
+BOARD_MAGIC = int.from_bytes(b"SHMBOARD", "little")
 _VERSION = 1
 _SLOT_WORDS = 32
 _SLOTS = 255
@@ -126,74 +124,6 @@ class BoardStorage(Protocol):
     def close(self) -> None:
         """Let go; the last one to do so leaves nothing behind."""
         ...
-
-
-def process_start_ticks(pid: int) -> int:
-    """When a process started, which together with its PID names it for ever.
-
-    Args:
-        pid: the process.
-
-    Returns:
-        clock ticks since boot; 0 where the system does not tell or there is no
-        such process.
-    """
-    try:
-        # By its first thread: qemu-user invents /proc/PID/stat for whoever asks about himself.
-        with open(f"/proc/{pid}/task/{pid}/stat", "rb") as stat:
-            # The name of the program, in parentheses, may hold spaces and parentheses.
-            return int(stat.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
-    """Whether the kernel proves that a process has ended; a zombie has.
-
-    Args:
-        pid: the process.
-        start_ticks: its :func:`process_start_ticks`; 0 if unknown, and then a
-            later process of the same PID is taken for it.
-
-    Returns:
-        True only with proof.  Where the system offers none (Windows), False.
-    """
-    if pid <= 0 or pid > 0x7FFFFFFF:
-        return True
-    if sys.platform == "win32":
-        return False  # os.kill(pid, 0) would send Ctrl-C there
-    if not hasattr(os, "pidfd_open"):
-        return _is_gone(pid)
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    except OSError:  # out of descriptors, or a kernel that has no pidfd
-        return _is_gone(pid) or _is_another(pid, start_ticks)
-    try:
-        # The start time is read after pidfd_open: both then speak of one process, or it is dead.
-        if _is_another(pid, start_ticks):
-            return True
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-    finally:
-        os.close(pidfd)
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
-def _is_another(pid: int, start_ticks: int) -> bool:
-    now = process_start_ticks(pid)
-    return bool(start_ticks and now and now != start_ticks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -342,12 +272,12 @@ class Board:
             with storage.exclusive():
                 if self._words[_H_MAGIC] == 0:
                     self._words[_H_VERSION] = _VERSION
-                    self._words[_H_MAGIC] = _MAGIC
+                    self._words[_H_MAGIC] = BOARD_MAGIC
             magic, version = self._words[_H_MAGIC], self._words[_H_VERSION]
-            if (magic, version) != (_MAGIC, _VERSION):
+            if (magic, version) != (BOARD_MAGIC, _VERSION):
                 raise LayoutMismatch(
                     f"board with magic={magic:#x} version={version}: "
-                    f"magic={_MAGIC:#x} version={_VERSION} expected"
+                    f"magic={BOARD_MAGIC:#x} version={_VERSION} expected"
                 )
         except BaseException:
             self._words.release()

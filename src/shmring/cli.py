@@ -1,4 +1,4 @@
-"""The command ``shmring``: ``demo`` is the main job, ``rm --stale`` tidies up.
+"""The command ``shmring``: ``demo`` is the main job, ``ls`` looks, ``rm --stale`` tidies up.
 
 Exit status: 0 all is well, 1 it is not, 2 the command line asks for something
 impossible, 130 Ctrl-C.
@@ -118,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     demo.set_defaults(run=_demo)
 
+    ls = commands.add_parser(
+        "ls",
+        help="show what stands in shared memory, who waits there, and who died",
+        description="Show the rings, queues and boards of this user's processes, named and "
+        "anonymous: who waits for what since when, who holds what, and who died holding what.",
+    )
+    ls.add_argument("--json", action="store_true", help="print one JSON array, for scripts")
+    ls.set_defaults(run=_ls)
+
     rm = commands.add_parser(
         "rm",
         help="remove what crashed programs left in shared memory",
@@ -156,6 +165,69 @@ def _rm(options: argparse.Namespace) -> int:
     if not removed:
         print("nothing to remove")
     return 0
+
+
+# -- ls -----------------------------------------------------------------------------------
+
+
+def _ls(options: argparse.Namespace) -> int:
+    if backends.backend != "ring":
+        raise _Stop("ls needs the ring, this is the fallback: a pipe shows nothing", _IMPOSSIBLE)
+    from shmring.listing import listing
+
+    found = listing()
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    for block in found:
+        print(_heading(block))
+        for line in _findings(block):
+            print(f"    {line}")
+    if not found:
+        print("nothing of ours in shared memory")
+    return 0
+
+
+def _heading(block: dict[str, Any]) -> str:
+    parts = [block["kind"], f"{block['nbytes'] // 1024:,} KiB"]
+    if "messages" in block:
+        parts.insert(1, _many(block["messages"], "message"))
+    pids = ", ".join(map(str, block["pids"]))
+    parts.append(f"open in {pids}" if pids else "open nowhere: shmring rm --stale removes it")
+    if block.get("poisoned") or block.get("shut_down"):
+        parts.append("poisoned" if block["poisoned"] else "shut down")
+    name = "(anonymous)" if block["name"] is None else _printable(block["name"])
+    return f"{name}  {', '.join(parts)}"
+
+
+def _findings(block: dict[str, Any]) -> Iterator[str]:
+    """Who waits, who holds, who died, one a line."""
+    if "trouble" in block:
+        yield _printable(block["trouble"])
+    for each in block.get("waiters", ()):
+        yield (
+            f"{_who(each)} waits in {each['call']} for {each['waits_for']}, {each['seconds']:.1f} s"
+        )
+    for each in block.get("holders", ()):
+        yield f"{_who(each)} holds {each['holds']}"
+    for each in block.get("deaths", ()):
+        yield f"{_who(each)} died holding {each['held']}, {each['seconds']:.1f} s ago"
+    now = time.monotonic_ns()
+    for each in block.get("processes", ()):
+        doing = each["state"]
+        if each["waits_for"] is not None:
+            doing += f", waits for {_printable(each['waits_for'])}"
+        if each["task"] is not None:
+            doing += f", at task {each['task']}"
+        if each["since_ns"]:
+            doing += f", {(now - each['since_ns']) / 1e9:.1f} s"
+        yield f"{_printable(each['process_id'])} (process {each['pid']}) {doing}"
+
+
+def _who(each: dict[str, Any]) -> str:
+    who = "an unknown process" if each["pid"] is None else f"process {each['pid']}"
+    state = each.get("state", "alive")
+    return who if state == "alive" else f"{who} ({state})"
 
 
 # -- demo ---------------------------------------------------------------------------------

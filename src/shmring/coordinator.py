@@ -27,6 +27,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sized
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from shmring._backend import backend
@@ -37,6 +38,7 @@ from shmring.errors import (
     InvalidArgument,
     MessageTooLarge,
     NotSupportedByFallback,
+    PeerDied,
     RemoteError,
     RemoteTraceback,
     ShmringError,
@@ -61,6 +63,8 @@ _LOG = logging.getLogger("shmring")
 _SLICE = 0.05
 # After an error or Ctrl-C: how long workers may take to finish what they hold, in seconds.
 _HASTE = 1.0
+# How often to look whether dismissed workers that are not our children have gone, in seconds.
+_LOOK = 0.01
 # How often to look for claims of workers that came and went unseen, in seconds.
 _STRAYS = 1.0
 # A worker that neither works nor beats for so long is named in the log, in seconds.
@@ -322,9 +326,12 @@ class _Run:
 
         return self.ipc.send_by(put, MessageType.DATA, task)
 
-    def _take_in(self, timeout: float) -> None:
-        """Wait for one message, then take all that are there."""
-        message = self.ipc.receive_message(RESULT_QUEUE, timeout)
+    def _take_in(self, timeout: float, peers: list[BaseProcess] | None = None) -> None:
+        """Wait for one message, then take all that are there.
+
+        PeerDied: all of the peers are dead, and nothing is left to take.
+        """
+        message = self.ipc.receive_message(RESULT_QUEUE, timeout, peers=peers)
         while message is not None:
             self._take(message)
             message = self.ipc.receive_message(RESULT_QUEUE, 0)
@@ -448,10 +455,14 @@ class _Run:
             pass
 
     def _wait_until_gone(self, grace: float) -> None:
+        """Results that still come are taken, so that no worker waits for room."""
         deadline = time.monotonic() + grace
-        while not self.workers.all_gone() and time.monotonic() < deadline:
-            # Results that still come are taken, so that no worker waits for room.
-            self._take_in(0.01)
+        children = self.workers.children()
+        left = grace
+        with contextlib.suppress(PeerDied):
+            while not self.workers.all_gone() and left > 0:
+                self._take_in(min(left, _LOOK) if children is None else left, children)
+                left = deadline - time.monotonic()
         self._take_in(0)
 
 

@@ -39,6 +39,8 @@ __all__ = [
     "WorkerDied",
 ]
 
+_MOST_NAMED = 8  # of the dead, in one message
+
 
 class ShmringError(Exception):
     """Base of every exception that shmring raises on its own account."""
@@ -119,21 +121,44 @@ class DecodeError(ShmringError, pickle.UnpicklingError):
 
 
 class PeerDied(ShmringError):
-    """Every peer of the waiter is dead and nothing is left to take.
+    """Every peer of the waiter is dead, and what it waited for has not come.
 
     Attributes:
         pid: the process whose death was seen last.
-        exitcode: as in :attr:`multiprocessing.Process.exitcode`: negative is a
-            signal; None where the system does not tell.
+        exitcode: how it ended, as in :attr:`multiprocessing.Process.exitcode`:
+            negative is a signal; None where the system does not tell, as it
+            tells only the parent.
+        deaths: ``(pid, exitcode)`` of every peer, the last one last.
+        outcome: what has not come.
+        count: of a ``put_many``: how many objects went in.
     """
 
-    def __init__(self, pid: int, exitcode: int | None = None) -> None:
-        super().__init__(pid, exitcode)
+    def __init__(
+        self,
+        pid: int,
+        exitcode: int | None = None,
+        deaths: tuple[tuple[int, int | None], ...] = (),
+        outcome: str = "",
+        count: int = 0,
+    ) -> None:
+        super().__init__(pid, exitcode, deaths, outcome, count)
         self.pid = pid
         self.exitcode = exitcode
+        self.deaths = deaths or ((pid, exitcode),)
+        self.outcome = outcome
+        self.count = count
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that killed the last one, or None."""
+        return _signal_of(self.exitcode)
 
     def __str__(self) -> str:
-        return f"process {self.pid} is dead ({_cause_of_death(self.exitcode)})"
+        shown = self.deaths[-_MOST_NAMED:]
+        text = ", ".join(f"process {pid} is dead ({_cause_of_death(how)})" for pid, how in shown)
+        if len(shown) < len(self.deaths):
+            text = f"{len(self.deaths) - len(shown)} others are dead, {text}"
+        return f"{text}: {self.outcome}" if self.outcome else text
 
 
 class WorkerDied(ShmringError):
@@ -156,9 +181,7 @@ class WorkerDied(ShmringError):
     @property
     def signal(self) -> int | None:
         """The number of the signal that killed the worker, or None."""
-        if self.exitcode is not None and self.exitcode < 0:
-            return -self.exitcode
-        return None
+        return _signal_of(self.exitcode)
 
     def __str__(self) -> str:
         return (
@@ -205,6 +228,10 @@ else:
 
     class ShutDown(Exception):
         """The queue was shut down, as ``queue.ShutDown`` of Python 3.13."""
+
+
+def _signal_of(exitcode: int | None) -> int | None:
+    return -exitcode if exitcode is not None and exitcode < 0 else None
 
 
 def _cause_of_death(exitcode: int | None) -> str:

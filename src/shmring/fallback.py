@@ -35,6 +35,7 @@ from shmring.errors import (
 )
 from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
 from shmring.fallback_server import ServedQueue, check_timeout, checked_maxsize
+from shmring.peers import PeerWatch
 
 __all__ = [
     "JoinableQueue",
@@ -188,28 +189,44 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """
         _refuse("Queue.unlink()", "a pipe has no name")
 
-    def put(self, obj: T, block: bool = True, timeout: float | None = None) -> None:
+    def put(
+        self,
+        obj: T,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> None:
         """Put one message.
 
         Args:
             obj: what to put.
             block: whether to wait while the queue is full.
             timeout: how long to wait at most, in seconds; None is without end.
+            peers: processes (anything with a pid, or pids) without which waiting
+                is in vain.
 
         Raises:
             Full: no room until the deadline.
+            PeerDied: every one of ``peers`` is dead, and there is no room.
             EncodeError: the object cannot be encoded; nothing was put.
             ShutDown: the queue has been shut down.
             RingClosed: this handle has been closed.
         """
-        self._put_encoded(self._encode(obj), block, timeout)
+        watch = None if peers is None else PeerWatch(peers)
+        self._put_encoded(self._encode(obj), block, timeout, watch)
 
     def put_nowait(self, obj: T) -> None:
         """Put one message, or raise :class:`Full` at once."""
         self.put(obj, block=False)
 
     def put_many(
-        self, items: Iterable[T], block: bool = True, timeout: float | None = None
+        self,
+        items: Iterable[T],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
     ) -> None:
         """Put several messages; all are encoded before the first one is put.
 
@@ -217,35 +234,47 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             items: what to put.
             block: whether to wait while the queue is full.
             timeout: how long to wait at most, for all together, in seconds.
+            peers: processes without which waiting is in vain, as for :meth:`put`.
 
         Raises:
             Full: no room until the deadline; its ``count`` says how many went in.
+            PeerDied: every one of ``peers`` is dead; it has the same ``count``.
             EncodeError: one cannot be encoded; nothing was put.
         """
         check_timeout(timeout)
+        watch = None if peers is None else PeerWatch(peers)
         encoded = [self._encode(item) for item in items]
         deadline = None if timeout is None else time.monotonic() + timeout
         for count, each in enumerate(encoded):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                self._put_encoded(each, block, left)
+                self._put_encoded(each, block, left, watch, count)
             except Full:
                 full = Full(f"{count} of {len(encoded)} objects went in")
                 vars(full)["count"] = count
                 raise full from None
 
-    def get(self, block: bool = True, timeout: float | None = None) -> T:
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> T:
         """Take one message.
 
         Args:
             block: whether to wait while the queue is empty.
             timeout: how long to wait at most, in seconds; None is without end.
+            peers: processes (anything with a pid, or pids) without which waiting
+                is in vain.  What a feeder thread held died with its process.
 
         Returns:
             the oldest message.
 
         Raises:
             Empty: none until the deadline.
+            PeerDied: every one of ``peers`` is dead, and the pipe is empty.
             DecodeError: it was taken and cannot be decoded.
             ShutDown: the queue has been shut down, and is empty or was emptied.
             RingClosed: this handle has been closed.
@@ -253,14 +282,17 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         self._check_open()
         check_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
+        watch = None if peers is None else PeerWatch(peers)
+        longest = _SLICE if watch is None else watch.SLICE
         while True:
+            died = watch is not None and watch.all_dead()  # before the look that finds nothing
             flag = self._flag.value
             if flag == _SHUT_DOWN_NOW:
                 self._drain()
                 raise ShutDown
-            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            left = longest if deadline is None else min(longest, deadline - time.monotonic())
             try:
-                if block and left > 0 and flag == _OPEN:
+                if block and left > 0 and flag == _OPEN and not died:
                     taken = self._inner.get(True, left)
                 else:
                     taken = self._inner.get(False)
@@ -268,9 +300,11 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
                 # Only emptiness seen after the flag proves that nothing will come.
                 if flag == _SHUT_DOWN and self._is_drained():
                     raise ShutDown from None
+                if died and watch is not None and self._inner.empty():
+                    raise watch.error("nothing is left to take") from None
                 if not block or (deadline is not None and time.monotonic() >= deadline):
                     raise
-                if flag == _SHUT_DOWN:
+                if flag == _SHUT_DOWN or died:  # another consumer has the lock of the pipe
                     threading.Event().wait(0.001)
                 continue
             return self._decode(taken)
@@ -279,7 +313,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """Take one message, or raise :class:`Empty` at once."""
         return self.get(block=False)
 
-    async def aget(self) -> T:
+    async def aget(self, *, peers: Iterable[Any] | None = None) -> T:
         """Only on the ring.
 
         Raises:
@@ -287,7 +321,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """
         _refuse("Queue.aget()", "a blocked read of a pipe cannot be cancelled without a loss")
 
-    async def aput(self, obj: T) -> None:
+    async def aput(self, obj: T, *, peers: Iterable[Any] | None = None) -> None:
         """Only on the ring.
 
         Raises:
@@ -296,7 +330,12 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         _refuse("Queue.aput()", "a wait for a semaphore cannot be cancelled")
 
     def get_many(
-        self, max_items: int | None = None, block: bool = True, timeout: float | None = None
+        self,
+        max_items: int | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
     ) -> list[T]:
         """Wait for one message, then take what is there, in order.
 
@@ -304,17 +343,20 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             max_items: how many at most; None is all.
             block: whether to wait for the first.
             timeout: how long to wait for the first, in seconds.
+            peers: processes without which waiting is in vain, as for :meth:`get`.
 
         Returns:
             at least one message.
 
         Raises:
             Empty: none until the deadline.
+            PeerDied: every one of ``peers`` is dead, and the pipe is empty.
             InvalidArgument: ``max_items`` is below 1.
         """
         if max_items is not None and max_items < 1:
             raise InvalidArgument(f"max_items={max_items}: None, or at least 1")
-        items = [self.get(block, timeout)]
+        named = {} if peers is None else {"peers": peers}  # a subclass's get may know of none
+        items = [self.get(block, timeout, **named)]
         if max_items is None:
             # As many as there are now: producers that are quick enough would keep us for ever.
             try:
@@ -385,19 +427,28 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         return kind, [bytes(segment) for segment in segments]
 
     def _put_encoded(
-        self, encoded: tuple[int, list[bytes]], block: bool, timeout: float | None
+        self,
+        encoded: tuple[int, list[bytes]],
+        block: bool,
+        timeout: float | None,
+        watch: PeerWatch | None = None,
+        count: int = 0,
     ) -> None:
         self._check_open()
         check_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
+        longest = _SLICE if watch is None else watch.SLICE
         while True:
+            died = watch is not None and watch.all_dead()
             if self._flag.value != _OPEN:
                 raise ShutDown
-            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            left = longest if deadline is None else min(longest, deadline - time.monotonic())
             try:
-                self._inner.put(encoded, block and left > 0, max(left, 0))
+                self._inner.put(encoded, block and left > 0 and not died, max(left, 0))
                 break
             except Full:
+                if died and watch is not None:
+                    raise watch.error("no room came", count) from None
                 if not block or (deadline is not None and time.monotonic() >= deadline):
                     raise
         self._counts[0] += 1
@@ -441,20 +492,40 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
         """
         self._inner.task_done()
 
-    def join(self, timeout: float | None = None) -> bool:  # type: ignore[override]
+    def join(  # type: ignore[override]
+        self, timeout: float | None = None, *, peers: Iterable[Any] | None = None
+    ) -> bool:
         """Wait until every message that was put has been dealt with.
 
         Args:
             timeout: how long at most, in seconds; None is without end.
+            peers: processes without which waiting is in vain.
 
         Returns:
             False if time ran out.
+
+        Raises:
+            PeerDied: every one of ``peers`` is dead, and tasks are unfinished.
         """
         check_timeout(timeout)
         # The standard library's join(), which has no timeout, waits for the same condition.
         done, unfinished = self._inner._cond, self._inner._unfinished_tasks
-        with done:
-            return bool(done.wait_for(unfinished._semlock._is_zero, timeout))
+        is_zero = unfinished._semlock._is_zero
+        if peers is None:
+            with done:
+                return bool(done.wait_for(is_zero, timeout))
+        watch = PeerWatch(peers)
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            died = watch.all_dead()
+            left = 0.0 if died else max(0.0, min(watch.SLICE, deadline - time.monotonic()))
+            with done:
+                if done.wait_for(is_zero, left):
+                    return True
+            if died:
+                raise watch.error("tasks are unfinished")
+            if time.monotonic() >= deadline:
+                return False
 
     def _drain(self) -> None:
         try:
@@ -481,23 +552,29 @@ class SimpleQueue(_Handle, Generic[T], multiprocessing.queues.SimpleQueue):  # t
         self._inner = chosen.SimpleQueue()
         self._opened()
 
-    def put(self, obj: T) -> None:
+    def put(self, obj: T, *, peers: Iterable[Any] | None = None) -> None:
         """Put one message; waits while the pipe is full.
 
         Raises:
             EncodeError: the object cannot be encoded; nothing was put.
+            NotSupportedByFallback: ``peers`` were named.
         """
         self._check_open()
+        if peers is not None:
+            _refuse("SimpleQueue.put(peers=...)", "its lock and its pipe are waited for as one")
         kind, segments = self._codec.encode(obj)
         self._inner.put((kind, [bytes(segment) for segment in segments]))
 
-    def get(self) -> T:
+    def get(self, *, peers: Iterable[Any] | None = None) -> T:
         """Wait for one message and take it.
 
         Raises:
             DecodeError: it was taken and cannot be decoded.
+            NotSupportedByFallback: ``peers`` were named.
         """
         self._check_open()
+        if peers is not None:
+            _refuse("SimpleQueue.get(peers=...)", "its lock and its pipe are waited for as one")
         kind, segments = self._inner.get()
         decoded: Any = self._codec.decode(
             kind, segments[0], [bytearray(each) for each in segments[1:]]

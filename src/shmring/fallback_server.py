@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from multiprocessing import connection, managers, util
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.fallback_files import SharedFile
+from shmring.peers import PeerWatch
 
 __all__ = ["ServedQueue"]
 
@@ -239,23 +241,35 @@ class ServedQueue:
         check_timeout(timeout)
         self._call("put", (kind, [bytes(each) for each in segments]), block, timeout)
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> Any:
         """As :meth:`shmring.Queue.get`.
 
         Args:
             block: whether to wait while the queue is empty.
             timeout: in seconds; None is without end.
+            peers: processes without which waiting is in vain.
 
         Returns:
             the oldest message.
 
         Raises:
             Empty: none until the deadline.
+            PeerDied: every one of ``peers`` is dead, and nothing is left to take.
             DecodeError: it was taken and cannot be decoded.
             RingClosed: this handle was closed, or the process that serves it has ended.
         """
         check_timeout(timeout)
-        taken: Any = self._call("get", block, timeout)
+        taken: Any
+        if peers is None:
+            taken = self._call("get", block, timeout)
+        else:
+            taken = self._get_beside(PeerWatch(peers, timeout), block)
         kind, segments = taken
         return self._codec.decode(kind, segments[0], [bytearray(each) for each in segments[1:]])
 
@@ -334,6 +348,20 @@ class ServedQueue:
                 per_thread.connection.close()
                 del per_thread.connection
             raise
+
+    def _get_beside(self, watch: PeerWatch, block: bool) -> Any:
+        """A get in slices, between which the peers are looked after."""
+        deadline = math.inf if watch.timeout is None else time.monotonic() + watch.timeout
+        while True:
+            died = watch.all_dead()
+            left = max(0.0, min(watch.SLICE, deadline - time.monotonic()))
+            try:
+                return self._call("get", block and not died, left)
+            except Empty:
+                if died:
+                    raise watch.error("nothing is left to take") from None
+                if not block or time.monotonic() >= deadline:
+                    raise
 
     def _connect(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
-from shmring._handle import LAYOUT, RingHandle
+from shmring._handle import RingHandle
+from shmring._layout import LAYOUT
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 
 if TYPE_CHECKING:
@@ -215,10 +216,18 @@ class SharedHandle(RingHandle):
         return _closed_of(self)
 
     def statistics(self) -> RingStatistics:
-        """A snapshot of what stands in the header; works from every process."""
+        """What stands in the header now; works from every process."""
+        from shmring import insight
+        from shmring._inspect import counters
         from shmring.statistics import RingStatistics  # not at the top: dataclasses cost 10 ms
 
-        return RingStatistics(**self._statistics())
+        facts = counters(self)  # first: to look who holds something recovers what the dead held
+        return RingStatistics(
+            **facts,
+            waiters=insight.waiters(self),
+            holders=insight.holders(self),
+            deaths=insight.deaths(self),
+        )
 
     def close(self) -> None:
         """Leave the ring: this handle only, others go on.

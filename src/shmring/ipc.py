@@ -21,9 +21,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import util
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 from shmring._backend import SharedMemoryManager
 from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
@@ -32,6 +32,7 @@ from shmring.errors import (
     InvalidArgument,
     NameInUse,
     NameUnknown,
+    PeerDied,
     RingExists,
     RingNotFound,
     ShmringError,
@@ -46,6 +47,7 @@ from shmring.named import (
     open_board,
     remove_queue,
 )
+from shmring.statistics import IPCStatistics
 
 __all__ = ["HighPerformanceIPC", "IPCStatistics"]
 
@@ -54,18 +56,6 @@ R = TypeVar("R")
 # A blocked receive_message() stores a heartbeat this often, in seconds.
 _SLICE = 0.25
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class IPCStatistics(TypedDict):
-    """What :meth:`HighPerformanceIPC.get_stats` returns."""
-
-    messages_sent: int
-    messages_received: int
-    bytes_transferred: int
-    errors: int
-    process_id: str
-    alive_processes: int
-    last_heartbeat: float
 
 
 @dataclasses.dataclass(slots=True)
@@ -240,18 +230,26 @@ class HighPerformanceIPC:
         slot.count(nbytes=message.nbytes, messages=1)
         return result
 
-    def receive_message(self, queue_name: str, timeout: float | None = None) -> Message | None:
+    def receive_message(
+        self,
+        queue_name: str,
+        timeout: float | None = None,
+        *,
+        peers: Sequence[Any] | None = None,
+    ) -> Message | None:
         """Take one message. A HEARTBEAT marks its sender alive, and is returned as well.
 
         Args:
             queue_name: a queue created or connected here.
             timeout: how long to wait, in seconds; 0 does not, None waits without end.
+            peers: a list of processes without which waiting is in vain.
 
         Returns:
             the message; None if there was none until the deadline, and only then.
 
         Raises:
             InvalidArgument: (a ValueError) an unknown queue, or an impossible timeout.
+            PeerDied: every one of ``peers`` is dead, and nothing is left to take.
             DecodeError: a message was taken whose data cannot be unpickled.
             RingClosed: the queue has gone.
         """
@@ -263,7 +261,7 @@ class HighPerformanceIPC:
             try:
                 message = queue.get(False)
             except Empty:
-                message = self._wait_for_message(queue, queue_name, timeout)
+                message = self._wait_for_message(queue, queue_name, timeout, peers)
             if message is None:
                 return None
             with self._guard:
@@ -604,7 +602,7 @@ class HighPerformanceIPC:
             return presence
 
     def _wait_for_message(
-        self, queue: Any, queue_name: str, timeout: float | None
+        self, queue: Any, queue_name: str, timeout: float | None, peers: Sequence[Any] | None
     ) -> Message | None:
         if timeout == 0:
             return None
@@ -617,7 +615,7 @@ class HighPerformanceIPC:
                 if left <= 0:
                     return None
                 with contextlib.suppress(Empty):
-                    message: Message = queue.get(True, left)
+                    message: Message = queue.get(True, left, peers=peers)
                     return message
                 slot.beat()
         finally:
@@ -645,6 +643,8 @@ class HighPerformanceIPC:
     def _counted_errors(self) -> Iterator[None]:
         try:
             yield
+        except PeerDied:  # asked for, like a time-out
+            raise
         except Exception:
             with self._guard:
                 self.stats["errors"] += 1

@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
-from shmring._handle import LAYOUT
+from shmring._layout import LAYOUT
 from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
 from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import multiprocessing.queues
 import operator
 import pickle
+from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeVar
 
 from shmring import segment
@@ -229,17 +230,24 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
         if not self._task_done():
             raise ValueError("task_done() called too many times")
 
-    def join(self, timeout: float | None = None) -> bool:  # type: ignore[override]
+    def join(  # type: ignore[override]
+        self, timeout: float | None = None, *, peers: Iterable[Any] | None = None
+    ) -> bool:
         """Wait until every object was worked off.
 
         Args:
-            timeout: seconds to wait, None for ever.  A consumer that dies before
-                ``task_done`` is waited for, as in the standard library.
+            timeout: seconds to wait, None for ever.
+            peers: processes (anything with a pid, or pids) without which waiting
+                is in vain.  Without it, a consumer that dies before ``task_done``
+                is waited for, as in the standard library.
 
         Returns:
             False if time ran out.
+
+        Raises:
+            PeerDied: every one of `peers` is dead, and tasks are unfinished.
         """
-        return self._join_all(timeout)
+        return self._join_all(timeout, peers)
 
 
 class SimpleQueue(_ObjectQueue[T], multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]

@@ -41,6 +41,7 @@ __all__ = [
     "allocate",
     "at_exit",
     "check_name",
+    "check_namespace",
     "cleanup_stale",
     "create_anonymous",
     "create_named",
@@ -59,7 +60,7 @@ __all__ = [
 DIRECTORY = "/dev/shm"
 MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_layout.h
 MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 HEADER_BYTES = 8192
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
@@ -316,16 +317,24 @@ def open_memory(name: str) -> int:
         PID namespace, since locks and slots name their owners by pid.
     """
     fd = open_named(name)
+    try:
+        check_namespace(fd, _path(name))
+    except AccessRefused:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_namespace(fd: int, path: str) -> None:
+    """Raise AccessRefused if plain memory was made in another PID namespace."""
     start = os.pread(fd, _NAMESPACE_OFFSET + 8, 0).ljust(_NAMESPACE_OFFSET + 8, b"\0")
     (magic,), (namespace,) = struct.unpack("<Q", start[:8]), struct.unpack("<Q", start[-8:])
     if magic == MEMORY_MAGIC and namespace != pid_namespace():
-        os.close(fd)
         raise AccessRefused(
             errno.EACCES,
-            f"{_path(name)} was created in another PID namespace, where process ids mean other"
+            f"{path} was created in another PID namespace, where process ids mean other"
             " processes: share the namespace (for containers: --pid)",
         )
-    return fd
 
 
 def open_block(block: object) -> int:

@@ -1,10 +1,11 @@
-"""What ``statistics()`` of a ring or a queue returns."""
+"""What ``statistics()`` of a ring or a queue, and ``get_stats()``, return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
-__all__ = ["RingStatistics"]
+__all__ = ["IPCStatistics", "RingStatistics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,10 @@ class RingStatistics:
         recoveries: lock owners that were found dead.
         consumers_waiting, producers_waiting: somebody sleeps (or did last).
         shut_down, poisoned: no more puts; no more anything.
+        waiters: who waits for what since when, see :func:`shmring.insight.waiters`.
+        holders: who holds a lock, the reservation in front, or the message in
+            front by a peek, see :func:`shmring.insight.holders`.
+        deaths: who died last holding what, see :func:`shmring.insight.deaths`.
     """
 
     capacity: int
@@ -36,3 +41,18 @@ class RingStatistics:
     producers_waiting: bool
     shut_down: bool
     poisoned: bool
+    waiters: list[dict[str, Any]]
+    holders: list[dict[str, Any]]
+    deaths: list[dict[str, Any]]
+
+
+class IPCStatistics(TypedDict):
+    """What :meth:`HighPerformanceIPC.get_stats` returns."""
+
+    messages_sent: int
+    messages_received: int
+    bytes_transferred: int
+    errors: int
+    process_id: str
+    alive_processes: int
+    last_heartbeat: float

@@ -18,9 +18,10 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from shmring.board import Entry, Role, State, is_process_dead, process_start_ticks
+from shmring.board import Entry, Role, State
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc import HighPerformanceIPC
+from shmring.liveness import is_process_dead, process_start_ticks
 from shmring.worker import run_spawned_worker
 
 __all__ = [
@@ -112,6 +113,10 @@ class Workers(Protocol):
 
     def pids(self) -> tuple[int, ...]:
         """The processes that have not been buried."""
+        ...
+
+    def children(self) -> list[BaseProcess] | None:
+        """Those whose end is the end of their process; None if the board tells of it."""
         ...
 
     def all_gone(self) -> bool:
@@ -345,6 +350,10 @@ class SpawnedWorkers:
         """One SHUTDOWN message for each that lives."""
         return len(self._processes)
 
+    def children(self) -> list[BaseProcess]:
+        """The processes that were started and have not been reaped."""
+        return list(self._processes)
+
     def all_gone(self) -> bool:
         """Whether all have ended."""
         return len(connection.wait([each.sentinel for each in self._processes], 0)) == len(
@@ -496,6 +505,9 @@ class VisitingWorkers:
         """One SHUTDOWN message for each that lives, or may still come."""
         self.departed()
         return max(self._number - len(self._roll.last_seen), 0) + len(self.living())
+
+    def children(self) -> None:
+        """None: a worker may end, and say so on the board, long before its process."""
 
     def all_gone(self) -> bool:
         """Whether as many as were expected have come, and all have gone."""

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from fuzz.mutations import CLAIMS_BYTES, HEADER_BYTES, Image, spots_of
 from header import WRITE_GENERATION, first_frame, word
 from shmring import Ring, segment
-from shmring._handle import LAYOUT
+from shmring._layout import LAYOUT
 from shmring._queue import ObjectRing
 from shmring._ring import BytesRing
 from shmring.errors import DecodeError, Empty, RingNotFound

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shmring import segment
-from shmring._handle import LAYOUT
+from shmring._layout import LAYOUT
 from shmring.errors import Empty, Full, RingCorrupted
 from shmring.handle import SharedHandle
 from tally import BROKEN, CORRUPTED, DISORDERED, DOUBLED, HUNG, LEAKED, LOST, MISCOUNTED, TORN, Harm

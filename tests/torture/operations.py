@@ -22,7 +22,7 @@ from looking import (
     word,
 )
 from shmring import Ring
-from shmring._handle import LAYOUT
+from shmring._layout import LAYOUT
 from shmring.errors import Empty, Full
 from shmring.handle import SharedHandle
 from trials import Operation, Stage

@@ -1,0 +1,1 @@
+"""How long to wait, and for whose sake; nothing of it is visible from Python."""

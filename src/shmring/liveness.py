@@ -1,0 +1,98 @@
+"""Whether a process has ended: what the kernel proves, and nothing else.
+
+A stopped, hung or starved process is not dead; a zombie is; and a process that
+got the number of an earlier one is not the earlier one.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+__all__ = ["is_process_dead", "is_process_stopped", "process_start_ticks"]
+
+
+def process_start_ticks(pid: int) -> int:
+    """When a process started, which together with its PID names it for ever.
+
+    Args:
+        pid: the process.
+
+    Returns:
+        clock ticks since boot; 0 where the system does not tell or there is no
+        such process.
+    """
+    try:
+        return int(_stat_fields(pid)[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
+    """Whether the kernel proves that a process has ended; a zombie has.
+
+    Args:
+        pid: the process.
+        start_ticks: its :func:`process_start_ticks`; 0 if unknown, and then a
+            later process of the same PID is taken for it.
+
+    Returns:
+        True only with proof.  Where the system offers none (Windows), False.
+    """
+    if pid <= 0 or pid > 0x7FFFFFFF:
+        return True
+    if sys.platform == "win32":
+        return False  # os.kill(pid, 0) would send Ctrl-C there
+    if not hasattr(os, "pidfd_open"):
+        return _is_gone(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:  # out of descriptors, or a kernel that has no pidfd
+        return _is_gone(pid) or _is_another(pid, start_ticks)
+    try:
+        # The start time is read after pidfd_open: both then speak of one process, or it is dead.
+        if _is_another(pid, start_ticks):
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(pidfd)
+
+
+def is_process_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or by a debugger, and may go on one day.
+
+    Args:
+        pid: the process.
+    """
+    try:
+        return _stat_fields(pid)[0] in (b"T", b"t")
+    except (OSError, IndexError):
+        return False
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """What /proc tells of a process, from its state on."""
+    # By its first thread: qemu-user invents /proc/PID/stat for whoever asks about himself.
+    with open(f"/proc/{pid}/task/{pid}/stat", "rb") as stat:
+        # The name of the program, in parentheses, may hold spaces and parentheses.
+        return stat.read().rpartition(b")")[2].split()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _is_another(pid: int, start_ticks: int) -> bool:
+    now = process_start_ticks(pid)
+    return bool(start_ticks and now and now != start_ticks)
