@@ -40,7 +40,7 @@ WINDOW_S = 1.0
 CAPACITY = 1 << 20
 MESSAGE = bytes(64)
 STAMPS = 1 << 16  # the times of so many of the last messages are known
-STILL_S = 0.02  # a flow in which nothing has moved for so long stands still
+STILL_S = 0.02  # between two looks at a flow that is to stand still
 TID_MASK = 0x3FFFFFFF
 FORK = multiprocessing.get_context("fork")
 KINDS = {
@@ -116,6 +116,9 @@ class _Flow:
         ]
         for process in self._processes:
             process.start()
+        consumer = self._processes[1].pid
+        assert consumer is not None
+        self.consumer = consumer
         self.wait_for_movement(0)
 
     def close(self) -> None:
@@ -135,13 +138,21 @@ class _Flow:
         while self.counted[0] <= count:
             time.sleep(0.0002)
 
-    def wait_for_standstill(self) -> int:
-        """Until nothing moves; returns how many messages were taken."""
-        count, since = self.counted[0], time.monotonic()
-        while time.monotonic() - since < STILL_S:
-            time.sleep(STILL_S / 10)
-            if self.counted[0] != count:
-                count, since = self.counted[0], time.monotonic()
+    def wait_for_standstill(self, drained: bool) -> int:
+        """Until the consumer sleeps; returns how many messages were taken.
+
+        Args:
+            drained: it sleeps because the ring is empty, and not because it cannot have
+                its lock; a message that was put and not yet announced would wake it.
+        """
+        count = -1
+        while not (
+            count == self.counted[0]
+            and _sleeps(self.consumer)
+            and (not drained or self.ring.qsize() == 0)
+        ):
+            count = self.counted[0]
+            time.sleep(STILL_S)
         return int(count)
 
     @contextlib.contextmanager
@@ -191,7 +202,7 @@ def _kill_once(kind: str, window: float) -> Recovery:
         before = flow.rate(window)
         if kind == "sleeper":
             with flow.paused():
-                flow.wait_for_standstill()
+                flow.wait_for_standstill(drained=True)
                 near_end.send("go")
                 while not _sleeps(victim.pid):
                     time.sleep(0.0002)
@@ -200,7 +211,7 @@ def _kill_once(kind: str, window: float) -> Recovery:
         else:
             near_end.send("go")
             _stop_in_lock(flow.ring, victim.pid, kind)
-            count = flow.wait_for_standstill()
+            count = flow.wait_for_standstill(drained=kind == "producer")
             killed = time.monotonic_ns()
             victim.kill()
         flow.wait_for_movement(count)
