@@ -28,6 +28,8 @@ from typing import Any, Generic
 from fuzz.mutations import HEADER_BYTES, Image, Mutation
 from fuzz.scenes import OBJECTS, AnyHandle, Scene, open_queue, open_ring, queue_scenes, ring_scenes
 from header import LOCKS, OWNER
+from shmring import insight
+from shmring._inspect import counters
 from shmring._queue import ObjectRing
 from shmring._ring import BytesRing
 from shmring._wait import Bell, Outgoing, pass_on, ready_now, wait_rings, watch
@@ -149,7 +151,10 @@ def get_many(case: AnyCase) -> list[Any]:
 def asked(case: AnyCase) -> None:
     handle = case.handle
     handle._qsize()
-    handle._statistics()
+    counters(handle)
+    insight.waiters(handle)
+    insight.holders(handle)
+    insight.deaths(handle)
     handle._identity()
     handle._max_messages()
     handle._put_count()

@@ -46,14 +46,21 @@ HEADER_SPOTS: dict[str, list[Spot]] = {
         (_JOINING, 8),
     ],
     "advice": [
-        (_PRODUCERS + 4, 4),
         *((_PRODUCERS + at, 8) for at in (48, 56, 64, 72)),
         (_PRODUCERS + 80, 4),
+        (_PRODUCERS + 84, 4),
         (_CONSUMERS + 56, 8),
         (_CONSUMERS + 64, 8),
     ],
     "name": [(_JOINING + 12, 4), (_JOINING + 16, 8), (_JOINING + 24, 4), (_JOINING + 128, 8)],
     "claims": [(_CLAIMS + 8 * word, 8) for word in range(4 * 4) if word % 4 != 3],
+    "witnesses": [
+        (_PRODUCERS + 4, 4),
+        (_CONSUMERS + 4, 4),
+        *((LAYOUT["DEATHS_OFFSET"] + 8 * word, 8) for word in range(2 * LAYOUT["DEATH_COUNT"])),
+        *((LAYOUT["WAITERS_OFFSET"] + 32 * record, 8) for record in range(LAYOUT["WAITER_COUNT"])),
+        *((LAYOUT["WAITERS_OFFSET"] + 8 * word, 8) for word in range(4 * 4)),
+    ],
     "any word": [(at, 8) for at in range(0, HEADER_BYTES, 8)],
 }
 
@@ -72,6 +79,7 @@ WEIGHTS = {
     "name": 2,
     "area records": 14,
     "claims": 6,
+    "witnesses": 4,
     "any word": 4,
     "random bytes": 6,
     "random header": 0.5,
