@@ -48,10 +48,12 @@ class Build:
     Args:
         patches: what is different.
         modules: which modules are compiled; the others are those under test.
+        quick: compiled in less time, and into more instructions.
     """
 
     patches: Sequence[Patch]
     modules: Sequence[str] = ("_core",)
+    quick: bool = True
 
     def make(self, tree: Path) -> Path:
         """Build it in a new folder; returns what to put in front of PYTHONPATH."""
@@ -67,7 +69,7 @@ class Build:
         for name in self.modules:
             for built in package.glob(f"{name}.*.so"):
                 built.unlink()
-        for patch in (QUICK, *self.patches):
+        for patch in (*[QUICK] * self.quick, *self.patches):
             patch.apply(tree)
         done = subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],

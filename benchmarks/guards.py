@@ -1,0 +1,178 @@
+"""What each guard costs, in instructions: ``python -m benchmarks.guards``.
+
+`put` and `get` of 64 bytes in one process, counted by callgrind (Debian's valgrind),
+in builds from which one guard after another was taken out, and then all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+if not __package__:  # run as a file: this folder's parent is where `benchmarks` is found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "torture"))
+
+from builds import CORE, SYNC, Build, Patch  # type: ignore[import-not-found, unused-ignore]
+
+__all__ = ["GUARDS", "main", "messages_cost"]
+
+MESSAGES = 10_000
+MODULES = ("_core", "_handle", "_queue")
+LOOP = """
+import sys, shmring
+queue = shmring.Queue()
+put, get, message = queue.put, queue.get, bytes(64)
+for _ in range(int(sys.argv[1])):
+    put(message)
+    get()
+queue.close()
+"""
+WITNESS, COUNT = "cython/shmring/_witness.h", "cython/shmring/_count.h"
+
+GUARDS: dict[str, list[Patch]] = {
+    "the kernel is told of a lock that is being taken or released": [
+        Patch(
+            SYNC,
+            "    *pending = word == NULL ? NULL"
+            " : (struct robust_list *)((char *)word - self->head->futex_offset);\n",
+            "    (void)pending, (void)word;\n",
+        )
+    ],
+    "the pid beside the lock word": [
+        Patch(WITNESS, "{ store_relaxed32(word + 1, sync_pid()); }", "{ (void)word; }"),
+        Patch(WITNESS, "{ store_relaxed32(word + 1, 0); }", "{ (void)word; }"),
+    ],
+    "counts that are right after a kill between any two stores": [
+        Patch(
+            COUNT,
+            "    store_release64(&count->previous, value);\n"
+            "    store_release64(&count->position, following);\n"
+            "    store_release64(&count->current, value + by);\n",
+            "    (void)following;\n    count->current = value + by;\n",
+        ),
+        Patch(
+            COUNT,
+            "return count->position == position ? count->current : count->previous;",
+            "(void)position;\n    return count->current;",
+        ),
+    ],
+    "a frame is checked before it is believed": [
+        Patch(
+            CORE,
+            "            if (load_relaxed64(&frame.position) != pos or length > m.capacity"
+            " - SHMRING_FRAME_BYTES\n"
+            "                    or shmring_frame_span(length) > self.known_limit - pos):\n"
+            "                return self.poison(POISON_FRAME)\n",
+            "",
+        )
+    ],
+    "positions are checked before they are believed": [
+        Patch(
+            CORE,
+            "        start = pos = h.write_position\n"
+            "        if pos & 7:\n            return self.poison(POISON_POSITIONS)\n",
+            "        start = pos = h.write_position\n",
+        ),
+        Patch(CORE, "pos >= self.known_limit or pos & 7:\n", "pos >= self.known_limit:\n"),
+        Patch(
+            CORE,
+            "            elif pos & 7:  # went back: look_further was not asked\n"
+            "                return self.poison(POISON_POSITIONS)\n",
+            "",
+        ),
+        Patch(
+            CORE,
+            "        if written < pos or pos & 7 or last < generation"
+            " or last - generation >= SHMRING_AREA_COUNT:\n"
+            "            return self.poison(POISON_POSITIONS)\n",
+            "",
+        ),
+        Patch(
+            CORE,
+            "        if limit - pos > m.capacity:\n"
+            "            return self.poison(POISON_POSITIONS)\n",
+            "",
+        ),
+    ],
+    "a poisoned ring is left alone": [
+        Patch(
+            CORE,
+            "        if load_relaxed32(&h.poisoned) != 0:\n            return CORRUPT\n"
+            "        if load_relaxed32(&h.shutdown) != 0:\n            return SHUT\n"
+            "        if m.gen",
+            "        if load_relaxed32(&h.shutdown) != 0:\n            return SHUT\n"
+            "        if m.gen",
+        ),
+        Patch(
+            CORE,
+            "        if load_relaxed32(&h.poisoned) != 0:\n            return CORRUPT\n"
+            "        if load_relaxed32(&h.shutdown) == 2:\n",
+            "        if load_relaxed32(&h.shutdown) == 2:\n",
+        ),
+    ],
+    "a peek is in nobody's way": [
+        Patch(
+            CORE,
+            "        if load_relaxed64(&h.lease_owner) != 0:\n"
+            "            take.owner = load_relaxed64(&h.lease_owner)\n"
+            "            take.position = h.lease_low\n"
+            "            if take.owner != 0:\n"
+            "                return BEHIND_LEASE\n",
+            "",
+        )
+    ],
+}
+
+
+def _instructions(package: Path, messages: int, folder: Path) -> int:
+    """Of a whole process that puts and gets so many."""
+    out = folder / "callgrind.out"
+    done = subprocess.run(
+        [
+            *("valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"),
+            *(sys.executable, "-c", LOOP, str(messages)),
+        ],
+        env={"PYTHONPATH": str(package), "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^(?:summary|totals): (\d+)", out.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1))
+
+
+def messages_cost(patches: list[Patch], folder: Path) -> float:
+    """Instructions of one `put` and one `get`.
+
+    Args:
+        patches: what is different from the code as it is.
+        folder: where to build, an empty one.
+    """
+    package = Build(patches, MODULES, quick=False).make(folder / "tree")
+    _instructions(package, 1, folder)  # what is imported is compiled once
+    few, many = (_instructions(package, n, folder) for n in (1000, 1000 + MESSAGES))
+    return (many - few) / MESSAGES
+
+
+def main() -> int:
+    """Count with every guard, without each, and without all."""
+    everything = [patch for patches in GUARDS.values() for patch in patches]
+    builds = {"": [], **GUARDS, "all of these": everything}
+    whole = 0.0
+    print("| without | instructions of put + get | the guard's share |\n|---|---|---|")
+    for name, patches in builds.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cost = messages_cost(patches, Path(folder))
+        whole = whole or cost
+        print(f"| {name or 'nothing'} | {cost:,.0f} | {(whole - cost) / cost:.1%} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
