@@ -45,6 +45,7 @@ from shmring.errors import (
 )
 from shmring.ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ledger import Failure, Ledger
+from shmring.liveness import is_process_stopped
 from shmring.message import Envelope, Message, MessageType
 from shmring.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
 from shmring.workforce import (
@@ -422,17 +423,25 @@ class _Run:
         now = time.monotonic_ns()
         for entry in self.workers.living():
             seconds = (now - entry.task_started_ns) / 1e9
-            if entry.task is None:
-                if entry.is_silent(_SILENCE) and entry.pid not in self.silent:
-                    self.silent.add(entry.pid)
-                    _LOG.warning(
-                        "%s (process %d) is silent for %.1f s: hung, stopped or starved; "
-                        "its tasks are not given to others",
-                        entry.process_id,
-                        entry.pid,
-                        entry.silent_for(),
-                    )
-            elif self.task_timeout is not None and seconds > self.task_timeout:
+            # A handler may work for long without a beat: then only who is stopped is reported.
+            if (
+                entry.is_silent(_SILENCE)
+                and entry.pid not in self.silent
+                and (entry.task is None or is_process_stopped(entry.pid))
+            ):
+                self.silent.add(entry.pid)
+                _LOG.warning(
+                    "%s (process %d) is silent for %.1f s: hung, stopped or starved; "
+                    "its tasks are not given to others",
+                    entry.process_id,
+                    entry.pid,
+                    entry.silent_for(),
+                )
+            if (
+                entry.task is not None
+                and self.task_timeout is not None
+                and seconds > self.task_timeout
+            ):
                 self.ledger.expire(entry.task, self.task_timeout)
                 self.workers.kill(entry.pid)
 
