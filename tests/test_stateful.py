@@ -463,6 +463,8 @@ class RingMachine(Machine):
         assert statistics.shut_down == bool(self.shut)
         assert not statistics.poisoned
         assert statistics.capacity <= self.limit
+        if self.lease is None and not dropped:
+            self.pass_over_aborted()  # after the counts, it looked who holds the front
 
     def teardown(self) -> None:
         try:
