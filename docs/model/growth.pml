@@ -394,23 +394,39 @@ ended:
 }
 
 #ifdef ATTACH
+/* Records are not overwritten here, so the two words decide; area_overlaps loads them in this order. */
+inline look_for_overlap(own)
+{
+#ifdef REAPED_BEFORE_THE_LAST
+    g = reaped;
+    last = wgen;
+#else
+    last = wgen;
+    g = reaped;
+#endif
+    d_step {
+        do
+        :: g <= last -> overlap = (overlap || (g != own && SHARE(own, g))); g++
+        :: else -> break
+        od;
+        g = 0; last = 0 }
+}
+
 proctype attacher()
 {
-    byte w, r, last, g;
-    bool agree;
+    byte written, read, last, g;
+    bool agree, overlap;
     do
     :: !agree ->
-        w = wgen;
-        r = rgen;
-        last = wgen;
-        d_step { g = reaped; found_overlap(w) };
-        last = wgen;
-        d_step { g = reaped; found_overlap(r) };
+        written = wgen;
+        read = rgen;
+        look_for_overlap(written);
+        look_for_overlap(read);
 #ifdef NO_AGREEMENT
         agree = true;
 #else
-        agree = (w == wgen);
-        d_step { agree = (agree && r == rgen); assert(!agree || r >= reaped) };
+        agree = (written == wgen);
+        agree = (agree && read == rgen);
 #endif
         assert(!agree || !overlap);                     /* else RingCorrupted */
         overlap = false
@@ -428,11 +444,14 @@ init
 #if PRODUCERS > 1
         run producer(1);
 #endif
-        run producer(0);
-        run consumer();
-#if CONSUMERS > 1
-        run consumer()
+#ifdef ATTACH
+        run attacher();
 #endif
+#if CONSUMERS > 1
+        run consumer();
+#endif
+        run consumer();
+        run producer(0)
     };
     _nr_pr == 1;
     d_step {
