@@ -71,8 +71,13 @@ proctype worker(byte w)
     bool dead;
 start:
     STEP(claim[w].owned = true);                        /* _claim_open */
+#ifdef OPENED_LOW_FIRST
+    STEP(claim[w].low = 0);
+    STEP(claim[w].high = 0);
+#else
     STEP(claim[w].high = 0);
     STEP(claim[w].low = 0);
+#endif
     do
     :: rpos != wpos && !finished ->
         LOCK(clock);

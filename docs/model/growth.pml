@@ -19,7 +19,9 @@
  * take                front, take, take_leave
  * tidy                area_tidy, by recover_producers; reap by recover_consumers
  * settle              settle: grow small when empty, then move on
- * attacher            open_areas (_handle.pyx), which takes no lock
+ * attacher            open_areas (_handle.pyx), which takes no lock; look_for_overlap is area_overlaps
+ * ANY_MAPPING         take without asking whether its mapping is that of read_generation: no error
+ *                     comes of it, since known_limit ends with the area; front asks all the same
  * init, at the end    whoever comes next: recovers the locks; no page may then be unaccounted for
  */
 #include "robust.inc"
@@ -320,7 +322,7 @@ inline take()
     LOCK(clock);
     recover_consumers();
     if
-#ifdef STALE_CONSUMER_MAPPING
+#ifdef ANY_MAPPING
     :: rpos >= known -> look_further()
     :: rpos < known
 #else
@@ -394,16 +396,11 @@ ended:
 }
 
 #ifdef ATTACH
-/* Records are not overwritten here, so the two words decide; area_overlaps loads them in this order. */
+/* Records are not overwritten here, so the two words decide. */
 inline look_for_overlap(own)
 {
-#ifdef REAPED_BEFORE_THE_LAST
-    g = reaped;
-    last = wgen;
-#else
     last = wgen;
     g = reaped;
-#endif
     d_step {
         do
         :: g <= last -> overlap = (overlap || (g != own && SHARE(own, g))); g++

@@ -108,6 +108,9 @@ proctype producer(byte p; byte messages)
 #ifndef COUNT_AFTER_COMMIT
             COUNT_ON(puts, wpos, wpos + batch, batch);
 #endif
+#ifdef COMMIT_AFTER_UNLOCK
+            UNLOCK(plock);
+#endif
             STEP(
                 wpos = wpos + batch;                            /* the commit */
                 n = n + batch;
@@ -120,7 +123,9 @@ proctype producer(byte p; byte messages)
             COUNT_ON(puts, wpos - batch, wpos, batch);
 #endif
             batch = 0;
+#ifndef COMMIT_AFTER_UNLOCK
             UNLOCK(plock)
+#endif
         fi
     :: n > messages -> break
     od;
