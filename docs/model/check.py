@@ -244,6 +244,7 @@ PLAN = [
     Search("claim", 2, "TASKS=3"),
     Search("claim", 1, mistake="CLAIM_AFTER_COMMIT"),
     Search("claim", 1, mistake="CLAIMS_NOT_CANCELLED", quick=True),
+    Search("claim", 2, mistake="OPENED_LOW_FIRST"),
     Search("claim", 1, mistake="LOCKS_NOT_VISITED"),
     Search("claim", 1, mistake="ANSWERS_NOT_TAKEN"),
     Search("claim", 1, mistake="RELEASED_BEFORE_THE_ANSWER"),
