@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MEMORY_MIB = 7000  # of one search
 MOST_DEPTH = 100_000
-COMPILE = ["gcc", "-w", "-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={MEMORY_MIB}", "-o", "pan", "pan.c"]
+COMPILE = ["gcc", "-w", "-DSAFETY", f"-DMEMLIM={MEMORY_MIB}", "-o", "pan", "pan.c"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Outcome:
     """What came of a search.
 
     Args:
+        seconds: of processor time.
         error: the first error, or "".
         trouble: why nothing is known: it could not be built, or not searched to its end.
     """
@@ -87,9 +89,9 @@ def run(search: Search, folder: Path) -> Outcome:
         made = _call(command, folder)
         if made.returncode != 0 or not (folder / "pan.c").exists():
             return Outcome(trouble=f"{command[0]}: {made.stdout.strip()[:200]}")
-    begun = time.monotonic()
-    said = _call(["./pan", f"-m{MOST_DEPTH}", "-w22"], folder).stdout
-    seconds = time.monotonic() - begun
+    begun = _processor_time()
+    said = _call(["./pan", f"-m{MOST_DEPTH}", "-w24"], folder).stdout
+    seconds = _processor_time() - begun
     errors = re.search(r"errors: (\d+)", said)
     states = re.search(r"([\d.e+]+) states, stored", said)
     depth = re.search(r"depth reached (\d+)", said)
@@ -107,6 +109,12 @@ def run(search: Search, folder: Path) -> Outcome:
     )
 
 
+def _processor_time() -> float:
+    """Seconds that the programs took which were called."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _call(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
@@ -121,9 +129,9 @@ def _call(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[s
 def check(plan: Sequence[Search]) -> int:
     """Print a table of all of them; returns how many were not as they must be."""
     wrong = 0
+    begun = time.monotonic()
     row = "{:9} {:>7} {:>11} {:>6} {:>8}  {}  ->  {}"
     print(row.format("model", "crashes", "states", "depth", "seconds", "what", "outcome"))
-    begun = time.monotonic()
     for search in plan:
         with tempfile.TemporaryDirectory(prefix="shmring-model-") as folder:
             outcome = run(search, Path(folder))
@@ -136,10 +144,12 @@ def check(plan: Sequence[Search]) -> int:
             row.format(search.model, search.crashes, states, outcome.depth, seconds, what, said),
             flush=True,
         )
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
     mistakes = sum(bool(search.mistake) for search in plan)
     print(
         f"{len(plan) - mistakes} searches of the models as they are, {mistakes} of mistakes,"
-        f" {wrong} not as they must be; {time.monotonic() - begun:.0f} s"
+        f" {wrong} not as they must be; "
+        f"{time.monotonic() - begun:.0f} s, of which {_processor_time():.0f} s of one processor; {most:,} MiB"
     )
     return wrong
 
