@@ -149,7 +149,7 @@ def check(plan: Sequence[Search]) -> int:
     print(
         f"{len(plan) - mistakes} searches of the models as they are, {mistakes} of mistakes,"
         f" {wrong} not as they must be; "
-        f"{time.monotonic() - begun:.0f} s, of which {_processor_time():.0f} s of one processor; {most:,} MiB"
+        f"{time.monotonic() - begun:.0f} s, {_processor_time():.0f} of one processor, {most:,} MiB"
     )
     return wrong
 
