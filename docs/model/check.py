@@ -230,7 +230,7 @@ PLAN = [
     Search("growth", 1),
     Search("growth", 1, "FAILS PRODUCERS=1 MESSAGES=3"),
     Search("growth", 2, "PRODUCERS=1 MESSAGES=3"),
-    Search("growth", 1, "SETTLE PRODUCERS=1 CONSUMERS=1 MESSAGES=3"),
+    Search("growth", 2, "SETTLE PRODUCERS=1 MESSAGES=3"),
     Search("growth", 1, "ATTACH PRODUCERS=1 CONSUMERS=1 MESSAGES=3"),
     Search("growth", 0, "ANY_MAPPING"),
     Search("growth", 0, mistake="GENERATION_BEFORE_POSITION", quick=True),
