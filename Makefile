@@ -40,6 +40,10 @@ soak: build $(VENV)/.with-test  ## kill and stop at random, account for every me
 qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (Debian)
 	$(BIN)/python tests/aarch64/emulated.py --install
 
+# spin is a program of the system's, as the compiler is: where it is missing check.py says how to get it.
+model:  ## search the models of the protocol with spin, and for mistakes in them; MODEL_ARGS="--only ring"
+	$(PYTHON) docs/model/check.py $(MODEL_ARGS)
+
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
 

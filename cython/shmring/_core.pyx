@@ -425,7 +425,7 @@ cdef class RingCore:
         cdef Mapping *m
         cdef Frame *frame
         cdef uint64_t pos, length
-        cdef uint32_t state
+        cdef uint32_t state, shutdown
         cdef int result
         if load_relaxed32(&h.poisoned) != 0:
             return CORRUPT
@@ -439,8 +439,9 @@ cdef class RingCore:
         while True:
             pos = h.read_position
             if self.consumer_mapping.generation != h.read_generation or pos >= self.known_limit or pos & 7:
+                shutdown = load_acquire32(&h.shutdown)  # first, or a put and a shutdown fit in between
                 result = self.look_further(pos)
-                if result == EMPTY and load_relaxed32(&h.shutdown) != 0:
+                if result == EMPTY and shutdown != 0:
                     return SHUT
                 if result != DONE:
                     return result

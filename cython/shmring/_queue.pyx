@@ -34,7 +34,7 @@ from shmring._layout cimport (
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
-    store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
+    store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 from shmring._tree cimport Writer, tree_free, tree_read, tree_write
 from shmring._witness cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
@@ -150,7 +150,7 @@ cdef class ObjectRing(RingHandle):
         self.clear_memo = pickler.clear_memo
         self.chunks = pickler.chunks
         self.buffers = pickler.buffers
-        self.pickler_free = 1
+        store_release32(&self.pickler_free, 1)
         return 0
 
     cdef object encode(self, object obj):
@@ -173,7 +173,7 @@ cdef class ObjectRing(RingHandle):
         if self.buffers:
             head = (PLAIN, [head, *self.buffers])
             self.buffers.clear()
-        self.pickler_free = 1
+        store_release32(&self.pickler_free, 1)
         return head
 
     # ---- put --------------------------------------------------------------------------------

@@ -172,6 +172,15 @@ BUILDS = {
         ],
         ["_core", "_handle"],
     ),
+    "shutdown after the position": Build(
+        [
+            Patch(
+                CORE,
+                "                if result == EMPTY and shutdown != 0:\n",
+                "                if result == EMPTY and load_acquire32(&h.shutdown) != 0:\n",
+            ),
+        ]
+    ),
     "no baton": Build(
         [
             NO_END,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from looking import AT_ONCE, in_fresh_process, message
 from operations import RingStage, peek_and_leave, ring_with
 from shmring import Ring, wait
-from shmring.errors import Full
+from shmring.errors import Empty, Full
 from sleepers import LOOK_EVERY, Sleeper, is_dead, wait_until_asleep
 from support import wait_for
 from tally import BROKEN, DOUBLED, HUNG, LOST, TORN, Harm, Tally
@@ -322,6 +322,54 @@ class Overtaking(Duel):
             stage.close()
 
 
+# ---- a consumer that looks, while others put and shut down ---------------------------------------
+
+
+@dataclass
+class LastMessage(Duel):
+    """A consumer that finds nothing is held at each instruction; a message comes, then a shutdown.
+
+    It may have the message, or nothing; but to hear that nothing will come any more
+    would leave the message behind.
+    """
+
+    name: str
+    build = None
+    way: Way = field(init=False)
+
+    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
+        ring = ring_with(0).ring
+        try:
+            self.way = walker.trace(walker.victim(lambda: get_if_any(ring)))
+        finally:
+            ring.close()
+        for n in range(len(self.way)):
+            yield n, 0
+
+    def meet(self, walker: Walker, n: int, m: int) -> str:
+        ring = ring_with(0).ring
+        consumer = walker.victim(lambda: get_if_any(ring))
+        try:
+            stands = walker.hold(consumer, self.way, n).there
+            run_through(walker, lambda: put_and_shut_down(ring))
+            if stands:
+                go_on(walker, consumer, "the consumer")
+            return "taken" if ring.statistics().messages_taken else "left"
+        finally:
+            end_if_alive(consumer)
+            ring.close()
+
+
+def get_if_any(ring: Ring) -> None:
+    with contextlib.suppress(Empty):
+        ring.get_nowait()
+
+
+def put_and_shut_down(ring: Ring) -> None:
+    ring.put(message(0))
+    ring.shutdown()
+
+
 def put_what_fits(ring: Ring, messages: Sequence[bytes]) -> None:
     with contextlib.suppress(Full):
         for each in messages:
@@ -366,4 +414,5 @@ DUELS: list[Trial] = [
         takes_none=True,
     ),
     Overtaking("a consumer moves on, a producer grows"),
+    LastMessage("a consumer looks, a message comes and a shutdown"),
 ]

@@ -44,7 +44,7 @@ from holders import HOLDERS
 from operations import AREAS, GETS, IN_PLACE, PUTS, RECOVERIES
 from shortage import SHORTAGE
 from successions import SUCCESSIONS
-from tally import CAUGHT, CORRUPTED, HUNG, KILLED, LEAKED, LOST, STEPPED, TORN, Tally
+from tally import BROKEN, CAUGHT, CORRUPTED, HUNG, KILLED, LEAKED, LOST, STEPPED, TORN, Tally
 from trials import Trial
 from wakes import WAKERS, WOKEN
 
@@ -168,6 +168,7 @@ def test_stepped_against_each_other_nothing_is_lost(
         ("reaped before the punch", "a consumer moves on, a producer grows", CORRUPTED),
         ("no second look before sleeping", "a consumer sleeps, a producer wakes it", HUNG),
         ("no second look of a producer", "a producer sleeps, a consumer wakes it", HUNG),
+        ("shutdown after the position", "a consumer looks, a message comes and a shutdown", BROKEN),
         ("no baton", "two consumers sleep, a batch comes for both", HUNG),
         ("no baton", "a waiter and a consumer sleep, a message comes", HUNG),
     ],
