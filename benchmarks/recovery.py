@@ -1,4 +1,4 @@
-"""How soon the others go on after a kill, and how fast: ``python -m benchmarks.recovery [KILLS]``.
+"""What follows a kill, and a Ctrl-C, and how soon: ``python -m benchmarks.recovery [KILLS]``.
 
 One process puts, one gets, as fast as they can; a third one is killed, again and
 again: with the producers' lock in its hand, with the consumers' lock, or asleep in
@@ -9,6 +9,8 @@ processes are measured in both.
     V       idle                 works, is stopped   ^ killed
     clock   |--- rate before ---|      all waits     |-|  until the next message
                                                      |-- rate after --|
+
+And a process that waits in a call gets SIGINT: how soon has it raised KeyboardInterrupt?
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import shmring
 from benchmarks import machine
 from benchmarks.sessions import DEADLINE_S, deadline
 
-__all__ = ["KINDS", "Recovery", "main", "measure"]
+__all__ = ["KINDS", "WAITS", "Recovery", "interrupt", "main", "measure"]
 
 KILLS = 15
 WINDOW_S = 1.0
@@ -48,6 +50,7 @@ KINDS = {
     "consumer": "a consumer that holds the lock",
     "sleeper": "a consumer that sleeps in get",
 }
+WAITS = ("get", "put", "join")
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,61 @@ def measure(kind: str, kills: int = KILLS, window: float = WINDOW_S) -> list[Rec
     return [_kill_once(kind, window) for _ in range(kills)]
 
 
+# ---- one Ctrl-C ---------------------------------------------------------------------------------
+
+
+def _wait_to_be_interrupted(wait: Callable[[], object], raised: Connection) -> None:
+    _end_some_day()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        wait()
+    except KeyboardInterrupt:
+        raised.send(time.monotonic_ns())
+
+
+def _wait_of(name: str, stack: contextlib.ExitStack) -> Callable[[], object]:
+    """A call that waits for ever."""
+    if name == "put":
+        ring = stack.enter_context(shmring.Ring.create(1 << 12))
+        with contextlib.suppress(shmring.Full):
+            while True:
+                ring.put_nowait(bytes(1000))
+        return lambda: ring.put(bytes(1000))
+    queue: Any = stack.enter_context(shmring.JoinableQueue())
+    if name == "join":
+        queue.put(1)
+        return lambda: queue.join()
+    return lambda: queue.get()
+
+
+def interrupt(name: str, times: int = KILLS) -> list[float]:
+    """Send SIGINT to a process that waits in a call.
+
+    Args:
+        name: one of WAITS.
+        times: how often; each time to a new process.
+
+    Returns:
+        seconds from the signal to the exception.
+    """
+    found = []
+    for _ in range(times):
+        with contextlib.ExitStack() as stack, deadline(DEADLINE_S, f"Ctrl-C in {name}"):
+            near_end, far_end = FORK.Pipe()
+            wait = _wait_of(name, stack)
+            waiter = FORK.Process(target=_wait_to_be_interrupted, args=(wait, far_end), daemon=True)
+            waiter.start()
+            stack.callback(waiter.join)
+            stack.callback(waiter.kill)
+            assert waiter.pid is not None
+            while not _sleeps(waiter.pid):
+                time.sleep(0.0002)
+            sent = time.monotonic_ns()
+            os.kill(waiter.pid, signal.SIGINT)
+            found.append((near_end.recv() - sent) / 1e9)
+    return found
+
+
 def _row(kind: str, found: list[Recovery]) -> str:
     waits = [each.seconds * 1000 for each in found]
     ratios = [each.after / each.before for each in found]
@@ -256,6 +314,11 @@ def main(kills: int = KILLS) -> int:
     )
     for kind in KINDS:
         print(_row(kind, measure(kind, kills)), flush=True)
+    print("\n| Ctrl-C in | times | until KeyboardInterrupt (longest) |\n|---|---|---|")
+    for name in WAITS:
+        waits = [1000 * seconds for seconds in interrupt(name, kills)]
+        middle = statistics.median(waits)
+        print(f"| `{name}` | {len(waits)} | {middle:.2f} ms ({max(waits):.1f}) |", flush=True)
     return 0
 
 

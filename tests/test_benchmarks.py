@@ -223,6 +223,13 @@ def test_the_others_go_on_after_a_kill(kind: str) -> None:
     assert found.after > 0
 
 
+@pytest.mark.skipif(shmring.backend != "ring", reason="looks whether somebody sleeps in a futex")
+@pytest.mark.parametrize("name", recovery.WAITS)
+def test_a_waiter_is_interrupted(name: str) -> None:
+    (seconds,) = recovery.interrupt(name, times=1)
+    assert seconds > 0
+
+
 def test_pytest_collects_and_runs_them() -> None:
     pytest.importorskip("pytest_benchmark")
     options = ["--benchmark-only", "--rounds", "1", "--scale", "0.001", "benchmarks"]
