@@ -20,7 +20,7 @@ __all__ = ["TRANSPORTS", "Transport", "able"]
 
 
 class Transport:
-    """One way, from one producer to one consumer; made before the fork.
+    """One way, from one producer to one consumer; made of a `Work`, before the fork.
 
     Attributes:
         label: its name in tables.
@@ -42,9 +42,6 @@ class Transport:
     get: Callable[[], Any]
     put_many: Callable[[Any], object]
     get_many: Callable[[], Any]
-
-    def __init__(self, work: Work) -> None:
-        raise NotImplementedError
 
     @classmethod
     def missing(cls) -> str | None:

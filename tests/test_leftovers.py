@@ -59,7 +59,7 @@ print("ready", kept[0].name, flush=True)
 sys.stdin.readline()
 END
 """
-WAIT = "while True: time.sleep(60)"
+WAIT = "while True: signal.pause()"
 CLOSE = "for each in kept: each.close()\nmemory.cleanup()\nipc.cleanup()"
 ENDS = {  # what the program does, what it is sent, how it ends
     "return": ("", None, 0),

@@ -29,6 +29,8 @@ typedef struct {
     int slot; /* its record plus 1, or 0 */
 } witness_wait;
 
+#define WITNESS_ASKS 8u /* slices */
+
 /* Shows why the calling thread waits from now on; the first time since when. */
 SYNC_SLOW void witness_enter(shmring_header *header, witness_wait *wait, uint64_t owner, uint32_t reason)
 {
@@ -46,11 +48,15 @@ SYNC_SLOW void witness_enter(shmring_header *header, witness_wait *wait, uint64_
             wait->slot = (int)slot + 1;
             return;
         }
-        /* Full: of the dead, or of more who wait than can be shown.  One a slice is asked. */
-        shmring_waiter *other = &header->waiters[(thread + (uint32_t)wait->turn) % SHMRING_WAITER_COUNT];
-        uint64_t before = load_relaxed64(&other->owner);
-        if (wait->turn > 0 && before != 0 && owner_is_dead(before))
-            compare_exchange64(&other->owner, before, 0);
+        /* Full: of the dead, or of more who wait than can be shown.  To ask who lives takes system
+         * calls: one in so many slices, so that a crowd that is woken now and then makes none. */
+        uint32_t turn = (uint32_t)wait->turn, asked = turn / WITNESS_ASKS;
+        if (turn % WITNESS_ASKS == WITNESS_ASKS - 1) {
+            shmring_waiter *other = &header->waiters[(thread + asked) % SHMRING_WAITER_COUNT];
+            uint64_t before = load_relaxed64(&other->owner);
+            if (before != 0 && owner_is_dead(before))
+                compare_exchange64(&other->owner, before, 0);
+        }
         return;
     }
     store_relaxed32(&header->waiters[wait->slot - 1].reason, reason);

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,9 +166,10 @@ def run(reads: int, seed: str, workers: int, only: str | None = None) -> dict[st
     sys.stdout.flush()
     children = [Worker(number, workers, wanted, seed) for number in range(workers)]
     left = {child.pid: child for child in children}
+    pidfds = {pid: os.pidfd_open(pid) for pid in left}
     try:
         while left:
-            time.sleep(0.05)
+            wait([pidfds[pid] for pid in left], 0.05)
             for pid, child in list(left.items()):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
@@ -183,6 +185,8 @@ def run(reads: int, seed: str, workers: int, only: str | None = None) -> dict[st
                         f"no batch ended in {STANDSTILL_S:g} s; again by {child.where()}"
                     )
     finally:
+        for pidfd in pidfds.values():
+            os.close(pidfd)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -24,7 +24,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crew import TICK_S, Crew, Member
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where `support` is, run as a file
+
+from crew import ENDING_S, TICK_S, Crew, Member
+from support import wait_for
 from workload import DRAIN, END, LANES, PAUSE, RUN
 
 __all__ = ["Soak", "main"]
@@ -108,10 +111,13 @@ class Soak:
         for _, _, undo in sorted(self._later):
             undo()
         self._later.clear()
-        while any(member.killed for crew in self.crews for member in crew.members):
-            for crew in self.crews:
-                crew.look()
-            time.sleep(TICK_S)
+        wait_for(self._are_replaced, ENDING_S, "the killed to be replaced", every=TICK_S)
+
+    def _are_replaced(self) -> bool:
+        """Look after the crews: whether none of the killed is left in them."""
+        for crew in self.crews:
+            crew.look()
+        return not any(member.killed for crew in self.crews for member in crew.members)
 
     def _fault(self) -> None:
         """One of those that a program meets, of a random process."""

@@ -24,6 +24,7 @@ import shmring
 from accounts import TORN, Intent, Receipts
 from shmring import Queue, Ring
 from shmring.errors import Empty, Full
+from support import wait_for
 
 __all__ = [
     "DRAIN",
@@ -41,6 +42,7 @@ __all__ = [
 Handle = TypeVar("Handle")
 Content = bytes | bytearray | memoryview
 
+PAUSED_S = 60  # after which a pause has no end; of a second at most, but for stops
 RUN, PAUSE, END, DRAIN = range(4)  # what the crew is told; END is for producers, DRAIN for all
 PATIENCE_S = 0.5  # of a call; so each process looks that often at what it is told
 BATCH_MOST = 16
@@ -314,11 +316,12 @@ def produce(
     rng = random.Random(stream)
     producer: Producer[Any] = Producer(stream, intent, rng)
     handle = open_up(handle, lane, name, rng, 0.5)
+    parent = os.getppid()
     for order in _orders(told):
         if order >= END:
             break
         if order == PAUSE:
-            time.sleep(0.01)
+            wait_for(lambda: told[0] != PAUSE or os.getppid() != parent, PAUSED_S)
             continue
         lane.put(handle, producer)
         handle = open_up(handle, lane, name, rng, 0.0005)

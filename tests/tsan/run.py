@@ -20,6 +20,7 @@ from typing import Any
 import hammer
 import shmring
 from shmring.errors import Empty, RingClosed
+from support import wait_for
 
 QUIET_S = 1.0  # consumers end when nothing came for so long
 
@@ -137,7 +138,6 @@ def programs(count: int) -> int:
             while shmring.wait([queue, done], timeout=QUIET_S):
                 turns += 1
                 queue.qsize()
-                time.sleep(0.001)
             return turns
 
         for number in range(2):
@@ -179,7 +179,7 @@ def closing(count: int) -> int:
                 queue.get()
 
         def close(queue: Any = queue) -> None:
-            time.sleep(0.01)
+            wait_for(lambda: len(queue.statistics().waiters) == 2, what="two who wait")
             queue.close()
 
         threads.add(get)
