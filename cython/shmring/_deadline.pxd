@@ -7,7 +7,13 @@ cdef enum:
     PEERS_FIRST_NS = 2000000
     PEERS_NS = 40000000  # PeerWatch.SLICE
 
+# One wait beside somebody who is watched; begins as (0, PEERS_FIRST_NS).
+cdef struct Vigil:
+    uint64_t pivot  # as long as this one lives, nobody else needs to be asked
+    int64_t pause  # how long the next sleep may be
+
 cdef int64_t deadline_of(object timeout) except -1
 cdef object watching(object peers, object timeout)
 cdef object watch_of(object timeout)
-cdef bint all_dead(object watch, uint64_t *pivot) except? True
+cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept
+cdef bint newly_dead(object watch, Vigil *vigil) except? True

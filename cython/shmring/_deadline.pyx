@@ -6,9 +6,9 @@ him when a slice has passed in vain, so that calls without peers pay nothing.
 """
 
 from cpython.float cimport PyFloat_CheckExact
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t
 
-from shmring._owner cimport owner_is_dead
+from shmring._owner cimport owner_is_dead, owner_of
 from shmring._sync cimport monotonic_ns, sync_start
 
 from shmring.errors import InvalidArgument
@@ -49,15 +49,22 @@ cdef object watch_of(object timeout):
     return timeout if type(timeout) is PeerWatch else None
 
 
-cdef bint all_dead(object watch, uint64_t *pivot) except? True:
-    """Asked once a slice: whether every one of the watched is proven dead.
+cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept:
+    """When the next sleep ends at the latest."""
+    return until if watch is None else min(until, monotonic_ns() + vigil.pause)
 
-    As long as the one in `pivot` lives, nobody else needs to be asked, and no
-    Python is run; 0 at first.
+
+cdef bint newly_dead(object watch, Vigil *vigil) except? True:
+    """Asked once a slice: whether every one of the watched is now proven dead, and was not before.
+
+    No Python is run as long as the pivot lives.  Whoever is told so looks once
+    more, because what the dead committed came before their death.
     """
-    if pivot[0] != 0 and not owner_is_dead(pivot[0]):
-        return False
-    if watch.all_dead():
-        return True
-    pivot[0] = watch.pivot
+    if not watch.proven and (vigil.pivot == 0 or owner_is_dead(vigil.pivot)):
+        if watch.all_dead():
+            vigil.pause = 0
+            return True
+        pid, start_ticks = watch.pivot
+        vigil.pivot = owner_of(pid, start_ticks)
+    vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
     return False

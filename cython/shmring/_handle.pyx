@@ -20,7 +20,7 @@ from shmring._core cimport (
     POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
 from shmring._count cimport count_read
-from shmring._deadline cimport PEERS_FIRST_NS, PEERS_NS, all_dead, deadline_of, watch_of
+from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watch_of
 from shmring._layout cimport (
     SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
@@ -281,8 +281,7 @@ cdef class RingHandle(RingCore):
         cdef Py_ssize_t done = 0
         cdef Py_ssize_t i
         cdef int64_t limit, until = 0
-        cdef int64_t pause = PEERS_FIRST_NS
-        cdef uint64_t pivot = 0
+        cdef Vigil vigil
         cdef uint64_t bytes = 0
         cdef Wait wait
         cdef int result = BUSY
@@ -310,10 +309,12 @@ cdef class RingHandle(RingCore):
             watch = watch_of(timeout)
             wait.call = CALL_RESERVE if items[0].owner != 0 else CALL_PUT
             wait.turn = wait.slot = 0
+            vigil.pivot = 0
+            vigil.pause = PEERS_FIRST_NS
             fetch_add64(&self.inside, 1)
             try:
                 while True:
-                    limit = until if watch is None else min(until, monotonic_ns() + pause)
+                    limit = slice_end(watch, &vigil, until)
                     with nogil:
                         if block:
                             result = self.put_slice(items, count, &done, position, limit, &wait)
@@ -326,10 +327,8 @@ cdef class RingHandle(RingCore):
                     if watch is not None and not self.closed:
                         if watch.proven and result != BUSY:
                             raise watch.error("no room came", done)
-                        if not watch.proven and all_dead(watch, &pivot):
-                            pause = 0  # look once more
-                            continue
-                        pause = min(2 * pause + PEERS_FIRST_NS, PEERS_NS)
+                        if newly_dead(watch, &vigil):
+                            continue  # look once more
                     if self.closed or not block or monotonic_ns() >= until:
                         break
                     if result == BUSY:
@@ -415,8 +414,7 @@ cdef class RingHandle(RingCore):
 
     cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1:
         cdef int64_t limit, until = 0
-        cdef int64_t pause = PEERS_FIRST_NS
-        cdef uint64_t pivot = 0
+        cdef Vigil vigil
         cdef Wait wait
         cdef int result
         if block and timeout is not None:
@@ -438,10 +436,12 @@ cdef class RingHandle(RingCore):
             watch = watch_of(timeout)
             wait.call = CALL_PEEK if take.leaser != 0 else CALL_GET
             wait.turn = wait.slot = 0
+            vigil.pivot = 0
+            vigil.pause = PEERS_FIRST_NS
             fetch_add64(&self.inside, 1)
             try:
                 while True:
-                    limit = until if watch is None else min(until, monotonic_ns() + pause)
+                    limit = slice_end(watch, &vigil, until)
                     with nogil:
                         if block:
                             result = self.take_slice(take, limit, &wait)
@@ -455,10 +455,8 @@ cdef class RingHandle(RingCore):
                         if watch is not None and not self.closed:
                             if watch.proven and result == EMPTY:
                                 raise watch.error("nothing is left to take")
-                            if not watch.proven and all_dead(watch, &pivot):
-                                pause = 0  # look once more
-                                continue
-                            pause = min(2 * pause + PEERS_FIRST_NS, PEERS_NS)
+                            if newly_dead(watch, &vigil):
+                                continue  # look once more
                     except BaseException:
                         self.pass_baton()  # we may be the one who was woken
                         raise

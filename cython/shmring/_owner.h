@@ -22,6 +22,7 @@
 
 #define OWNER_PID_BITS 22
 
+static inline uint64_t owner_of(uint32_t pid, uint64_t start_ticks) { return start_ticks << OWNER_PID_BITS | pid; }
 static inline uint32_t owner_pid(uint64_t owner) { return (uint32_t)(owner & ((1u << OWNER_PID_BITS) - 1)); }
 static inline uint64_t owner_start_ticks(uint64_t owner) { return owner >> OWNER_PID_BITS; }
 
@@ -50,7 +51,7 @@ static inline uint64_t owner_start_time(uint32_t pid)
 static inline uint64_t owner_self(void)
 {
     uint32_t pid = (uint32_t)getpid();
-    return owner_start_time(pid) << OWNER_PID_BITS | pid;
+    return owner_of(pid, owner_start_time(pid));
 }
 
 /* 1 only when the kernel proves it; unreaped zombies count as dead. */

@@ -26,7 +26,7 @@ from libc.string cimport memcpy
 
 from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take
 from shmring._count cimport count_read
-from shmring._deadline cimport PEERS_FIRST_NS, PEERS_NS, all_dead, deadline_of, watching
+from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
 from shmring._handle cimport RingHandle
 from shmring._layout cimport (
     SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
@@ -556,14 +556,15 @@ cdef class ObjectRing(RingHandle):
     def _join_all(self, timeout=None, peers=None):
         """Wait until every message was worked off; False when time ran out."""
         cdef Header *h
-        cdef int64_t left, until = deadline_of(timeout)
-        cdef int64_t pause = PEERS_FIRST_NS
-        cdef uint64_t pivot = 0
+        cdef int64_t now, left, until = deadline_of(timeout)
+        cdef Vigil vigil
         cdef uint32_t announced
         cdef Wait wait
         watch = None if peers is None else watching(peers, timeout)
         wait.call = CALL_JOIN
         wait.turn = wait.slot = 0
+        vigil.pivot = 0
+        vigil.pause = PEERS_FIRST_NS
         self.check_open()
         h = self.header
         fetch_add64(&self.inside, 1)
@@ -571,17 +572,15 @@ cdef class ObjectRing(RingHandle):
             while True:
                 announced = wait_announce(&h.done_wait)
                 # proven before the last look: what was reported done before a death counts
-                gone = watch is not None and all_dead(watch, &pivot)
+                gone = watch is not None and newly_dead(watch, &vigil)
                 if self._unfinished() == 0:
                     return True
                 if gone:
                     raise watch.error("tasks are unfinished")
-                left = until - monotonic_ns()
-                if left <= 0:
+                now = monotonic_ns()
+                if now >= until:
                     return False
-                if watch is not None:
-                    left = min(left, pause)
-                    pause = min(2 * pause, PEERS_NS)
+                left = slice_end(watch, &vigil, until) - now
                 witness_enter(h, &wait, self.myself(), FOR_TASKS)
                 with nogil:
                     wait_sleep(&h.done_wait, announced, left)

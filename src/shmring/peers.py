@@ -20,7 +20,6 @@ from shmring.liveness import is_process_dead, process_start_ticks
 
 __all__ = ["PeerWatch"]
 
-_OWNER_PID_BITS = 22
 _PARENT_IS_TOLD = hasattr(os, "waitid") and hasattr(os, "WNOWAIT")
 
 
@@ -66,10 +65,10 @@ class PeerWatch:
         return not self._living
 
     @property
-    def pivot(self) -> int:
-        """One that was alive at the last look, as an owner of ``_owner.h``: start and pid."""
+    def pivot(self) -> tuple[int, int]:
+        """One that was alive at the last look: its pid, and when it started (0: unknown)."""
         peer = self._living[-1]
-        return (peer.start_ticks or 0) << _OWNER_PID_BITS | peer.pid
+        return peer.pid, peer.start_ticks or 0
 
     def error(self, outcome: str, count: int = 0) -> PeerDied:
         """What to raise now.
