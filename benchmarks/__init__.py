@@ -10,6 +10,9 @@ take turns, run by run, so that a drift of the machine is nobody's advantage.
     peers.py       the same for what comes from PyPI
     transports.py  all of them, by what they can carry
     sessions.py    who sends it to whom, and when the clock runs
+    turns.py       whose run it is
+    curves.py      rates by size and by processes, round trips: results/curves.json
+    plots.py       the same as pictures
     costs.py       what a queue costs that does nothing, or whose users were killed
     recovery.py    how soon, and how fast, the others go on after a kill
     dropin.py      what else a drop-in promises; its small program is hello.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class Transport:
             the others where one process does both.
         shared: whether several producers and several consumers may use one.
         lines: whether it is no queue but a line from each producer to each consumer.
+        largest: bytes of the largest message it takes.
         peer: whether it comes from PyPI; such are left out unless asked for.
         share: the part of `Work.count` that makes a run of decent length.
         put, get: one message.
@@ -42,6 +44,7 @@ class Transport:
     between_processes: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     lines: ClassVar[bool] = False
+    largest: ClassVar[int] = sys.maxsize
     peer: ClassVar[bool] = False
     share: ClassVar[float] = 0.1
 
@@ -112,7 +115,7 @@ class ShmringRing(Transport):
     share = 1.0
 
     def __init__(self, work: Work) -> None:
-        self._ring = shmring.Ring.create(capacity=1 << 18)
+        self._ring = shmring.Ring.create(capacity=max(1 << 18, 4 * work.nbytes))
         self.put = self._ring.put
         self.get = self._ring.get
         self.put_many = self._ring.put_many

@@ -8,10 +8,10 @@ theirs.  A drift of the machine is then nobody's advantage.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import pytest
 
 from benchmarks import machine
 from benchmarks.adapters import Transport
-from benchmarks.sessions import RoundTrips, Session
+from benchmarks.sessions import Session
+from benchmarks.turns import Runs, take_turns
 
 BASELINE = "multiprocessing.Queue"
 
@@ -64,35 +65,7 @@ def _transport(item: pytest.Item) -> Any:
 Compare = Callable[..., None]
 
 
-@dataclass
-class Runs:
-    """What the rounds of one transport brought: the seconds of one message, run by run."""
-
-    seconds: list[float] = field(default_factory=list)
-    trips_ns: list[int] = field(default_factory=list)
-    error: BaseException | None = None
-
-
 _taken: dict[Any, dict[type[Transport], Runs]] = {}  # by question, all its transports
-
-
-def take_turns(
-    rounds: int, transports: Sequence[type[Transport]], enter: Callable[[type[Transport]], Session]
-) -> dict[type[Transport], Runs]:
-    """Run a session of each in turn; one that fails has no more turns."""
-    found = {transport: Runs() for transport in transports}
-    for _ in range(rounds):
-        for transport, runs in found.items():
-            if runs.error is not None:
-                continue
-            try:
-                with enter(transport) as session:
-                    runs.seconds.append(session.run() / session.count)
-                    if isinstance(session, RoundTrips):
-                        runs.trips_ns.extend(session.samples_ns)
-            except Exception as error:  # told by that transport's own benchmark
-                runs.error = error
-    return found
 
 
 @pytest.fixture
@@ -108,18 +81,22 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
             faulthandler.cancel_dump_traceback_later()  # each session has a deadline of its own
             same = [item for item in request.session.items if _asks(item) is question]
             transports = [_transport(item) for item in same]
+            scale = config.getoption("--scale")
             _taken[question] = take_turns(
                 config.getoption("--rounds"),
-                [one for one in transports if one.missing() is None],
-                lambda one: kind(one, work, scale=config.getoption("--scale"), **options),
+                {
+                    one: functools.partial(kind, one, work, scale=scale, **options)
+                    for one in transports
+                    if one.missing() is None
+                },
             )
         runs = _taken[question][transport]
         if runs.error is not None:
             raise runs.error
-        benchmark.pedantic(lambda: None, rounds=len(runs.seconds))
+        benchmark.pedantic(lambda: None, rounds=len(runs.rates))
         if benchmark.stats is not None:
-            benchmark.stats.stats.data[:] = runs.seconds
-        figures = _figures(runs.seconds, work.nbytes if work.kind == "array" else 0, runs.trips_ns)
+            benchmark.stats.stats.data[:] = [1 / rate for rate in runs.rates]
+        figures = _figures(runs, work.nbytes if work.kind == "array" else 0)
         benchmark.extra_info.update(figures, transport=transport.label, work=work.name)
         _results.append((benchmark.group, transport.label, figures))
 
@@ -130,15 +107,15 @@ def _asks(item: pytest.Item) -> Any:
     return getattr(item, "function", None)
 
 
-def _figures(seconds: list[float], nbytes: int, trips_ns: list[int]) -> dict[str, float]:
-    rate = 1 / statistics.median(seconds)
+def _figures(runs: Runs, nbytes: int) -> dict[str, float]:
+    trips_ns = runs.trips_ns
     figures = {
-        "messages_per_second": rate,
-        "slowest": 1 / max(seconds),
-        "fastest": 1 / min(seconds),
+        "messages_per_second": runs.median,
+        "slowest": min(runs.rates),
+        "fastest": max(runs.rates),
     }
     if nbytes:
-        figures["megabytes_per_second"] = rate * nbytes / 1e6
+        figures["megabytes_per_second"] = runs.median * nbytes / 1e6
     if len(trips_ns) > 1:
         figures["median_us"] = statistics.median(trips_ns) / 1000
         figures["p99_us"] = statistics.quantiles(trips_ns, n=100)[98] / 1000

@@ -118,9 +118,9 @@ class ZeroMq(BytesPeer):
         context = zmq.Context()
         self._contexts.append(context)
         socket = context.socket(getattr(zmq, kind))
-        # Its default of 1,000 messages would be 8 GB of the large ones; a limit on small ones
-        # would make PUSH pass over consumers, who then had not the same number of messages.
-        socket.set_hwm(4 if self._work.nbytes > _RECORD_BYTES else 0)
+        # No limit, as multiprocessing.Queue has none: with one, PUSH passes over a consumer that
+        # is slow, so that not all get the same number, and with a low one it stood still at times.
+        socket.set_hwm(0)
         return socket
 
     def as_producer(self, consumers: int = 1) -> None:
@@ -271,6 +271,7 @@ class PosixQueue(BytesPeer):
     label = "posix_ipc.MessageQueue"
     package = "posix_ipc"
     carries = frozenset({"bytes", "object"})
+    largest = 8192
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)

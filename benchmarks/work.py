@@ -38,6 +38,7 @@ BATCH = 100
 STOP = b"stop"  # nothing that is sent as a message: shorter than any
 
 _POOL = 251  # a prime: no batch and no page holds a whole number of turns
+_LARGE = 1 << 16  # bytes: from here on a few messages of a kind, as with arrays
 
 
 class WrongContent(AssertionError):
@@ -67,8 +68,14 @@ class Work:
 
 
 def bytes_of(nbytes: int = 64, count: int = 500_000) -> Work:
-    """`bytes`, the number in front."""
-    pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in range(_POOL)]
+    """`bytes`, the number in front.
+
+    Args:
+        nbytes: the size of one, at least 5.
+        count: see `Work`.
+    """
+    indices = range(_POOL if nbytes <= _LARGE else 4)
+    pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in indices]
     return Work(f"{nbytes} B bytes", "bytes", pool, nbytes, count)
 
 

@@ -5,6 +5,7 @@ Nothing here is about speed.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -33,9 +34,9 @@ from benchmarks.adapters import (
     ShmringQueue,
     Transport,
 )
-from benchmarks.conftest import take_turns
 from benchmarks.sessions import ManyToMany, OneProcess, OneWay, RoundTrips, two_cpus
 from benchmarks.transports import EVERY, able
+from benchmarks.turns import per_second, take_turns
 from benchmarks.work import BATCH, Work, WrongContent, arrays, bytes_of, small_dicts
 
 import shmring
@@ -197,7 +198,7 @@ def test_a_session_that_hangs_ends() -> None:
 
 
 def test_rows_of_the_figures() -> None:
-    rates = figures.take_turns(
+    rates = figures.rates_in_turns(
         2,
         {
             transport.label: lambda transport=transport: OneWay(
@@ -206,7 +207,7 @@ def test_rows_of_the_figures() -> None:
             for transport in (ShmringQueue, MultiprocessingQueue)
         },
     )
-    row = figures.rate_row("64 B", 30, ShmringQueue.label, rates, figures.per_second)
+    row = figures.rate_row("64 B", 30, ShmringQueue.label, rates, per_second)
     assert str(row).startswith("| 64 B | at least 30 times | ")
     assert str(row).count("|") == 6
 
@@ -245,17 +246,18 @@ def test_a_waiter_is_interrupted(name: str) -> None:
     assert seconds > 0
 
 
-def test_transportstake_turns_and_one_that_fails_has_no_more() -> None:
+def test_transports_take_turns_and_one_that_fails_has_no_more() -> None:
     order: list[str] = []
 
     def enter(transport: type[Transport]) -> OneWay:
         order.append(transport.label)
         return OneWay(transport, WORKS["bytes"], count=300)
 
-    found = take_turns(2, [Losing, ShmringQueue], enter)
+    transports: list[type[Transport]] = [Losing, ShmringQueue]
+    found = take_turns(2, {one: functools.partial(enter, one) for one in transports})
     assert order == ["faulty", "shmring.Queue", "shmring.Queue"]
     assert isinstance(found[Losing].error, WrongContent)
-    assert len(found[ShmringQueue].seconds) == 2
+    assert len(found[ShmringQueue].rates) == 2
 
 
 def test_pytest_collects_and_runs_them(tmp_path: Path) -> None:
