@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers results torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: help demo test test-fallback bench bench-peers results limits torture soak qemu-aarch64 faults asan tsan lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -62,6 +62,9 @@ bench-peers: build $(VENV)/.with-bench  ## the same, and beside the peers of the
 results: build $(VENV)/.with-bench  ## curves with the peers that are installed, as JSON and plots
 	$(BIN)/python -m benchmarks.curves --peers --results $(RESULTS) $(CURVES_ARGS)
 	$(BIN)/python -m benchmarks.plots --results $(RESULTS)
+
+limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
+	$(BIN)/python -m benchmarks.limits --results $(RESULTS) $(LIMITS_ARGS)
 
 # A build of its own in build/asan; the runtime must be the first library that is loaded, and
 # Python's small objects must come from malloc, where what lies beside them is known.
