@@ -14,6 +14,8 @@ take turns, run by run, so that a drift of the machine is nobody's advantage.
     curves.py      rates by size and by processes, round trips: results/curves.json
     plots.py       the same as pictures
     limits.py      what the machine allows (limits.c), and what share of it is reached
+    budgets.py     how many instructions a call may cost; counting.py counts them
+    guards.py      what each guard costs, counted in the same way
     costs.py       what a queue costs that does nothing, or whose users were killed
     recovery.py    how soon, and how fast, the others go on after a kill
     dropin.py      what else a drop-in promises; its small program is hello.py
