@@ -13,6 +13,7 @@ take turns, run by run, so that a drift of the machine is nobody's advantage.
     turns.py       whose run it is
     curves.py      rates by size and by processes, round trips: results/curves.json
     plots.py       the same as pictures
+    scaling.py     rates, switches and system calls of many processes, busy and idle
     limits.py      what the machine allows (limits.c), and what share of it is reached
     budgets.py     how many instructions a call may cost; counting.py counts them
     guards.py      what each guard costs, counted in the same way

@@ -97,6 +97,7 @@ class Session(ABC):
 
     Attributes:
         count: how many messages a run has.
+        pids: of the children, in the order in which they were forked.
     """
 
     directions: ClassVar[int] = 1
@@ -113,6 +114,7 @@ class Session(ABC):
         self.label = f"{work.name} over {transport.label}"
         self.work = work
         self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
+        self.pids: list[int] = []
         self._transport = transport
         self._deadline_s = deadline_s
 
@@ -156,6 +158,8 @@ class Session(ABC):
         control, far_end = context.Pipe()
         child = context.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
         child.start()
+        assert child.pid is not None  # it was started
+        self.pids.append(child.pid)
         self._exit.callback(_end, child)
         far_end.close()
         self._exit.callback(control.close)
@@ -320,6 +324,7 @@ class ManyToMany(Session):
     """Several processes send, several receive, over one transport that all share.
 
     The clock stops when every consumer has come to the end of what was sent.
+    Of the children, the consumers are forked first.
 
     Attributes:
         shares: how many messages each consumer received in the run.
@@ -361,6 +366,7 @@ class ManyToMany(Session):
             control.send("go")
         for control in self._sending:
             _expect_ready(control)
+        self._all_sent()
         if not line.lines:
             for _ in range(self.consumers):
                 line.put(STOP)
@@ -369,6 +375,9 @@ class ManyToMany(Session):
         if sum(self.shares) != self.count:
             raise WrongContent(f"{sum(self.shares)} messages came, {self.count} were sent")
         return seconds
+
+    def _all_sent(self) -> None:
+        """When every producer is done, and no consumer was told to stop yet."""
 
     def _produce(self, control: Connection, line: Transport) -> None:
         line.as_producer(self.consumers)
