@@ -12,12 +12,14 @@ TSAN_MESSAGES := 10000
 STUBS = $(patsubst src/shmring/%.pyi,shmring.%,$(wildcard src/shmring/*.pyi))
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 SECONDS := 600
+RESULTS := benchmarks/results
+PEERS = $(shell sed -nE '/^peers = \[/,/^\]/s/^ *"(.*)",$$/\1/p' pyproject.toml)
 PYTEST := $(BIN)/python -m pytest -q
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: help demo test test-fallback bench bench-peers results limits scaling budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -49,6 +51,26 @@ faults:  ## write docs/faults.md from the marks on the tests
 
 bench: build $(VENV)/.with-bench  ## beside multiprocessing's Queue, SimpleQueue and Pipe
 	$(PYTEST) benchmarks --benchmark-only -W default $(BENCH_ARGS)
+
+# One by one: a peer that cannot be installed here is left out, and the reason shown.
+bench-peers: build $(VENV)/.with-bench  ## the same, and beside the peers of the extra `peers`
+	for peer in $(PEERS); do \
+	  $(BIN)/pip install -q "$$peer" || echo "$$peer: not installed, left out"; \
+	done
+	$(PYTEST) benchmarks --benchmark-only -W default --peers --results $(RESULTS)/peers.json $(BENCH_ARGS)
+
+results: build $(VENV)/.with-bench  ## curves with the peers that are installed, as JSON and plots
+	$(BIN)/python -m benchmarks.curves --peers --results $(RESULTS) $(CURVES_ARGS)
+	$(BIN)/python -m benchmarks.plots --results $(RESULTS)
+
+limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
+	$(BIN)/python -m benchmarks.limits --results $(RESULTS) $(LIMITS_ARGS)
+
+scaling: build $(VENV)/.with-bench  ## rates, switches and system calls of many processes
+	$(BIN)/python -m benchmarks.scaling --results $(RESULTS) $(SCALING_ARGS)
+
+budgets: build $(VENV)/.with-test  ## instructions a call, against benchmarks/budgets.json
+	$(BIN)/python -m benchmarks.budgets $(BUDGETS_ARGS)
 
 # A build of its own in build/asan; the runtime must be the first library that is loaded, and
 # Python's small objects must come from malloc, where what lies beside them is known.

@@ -1,18 +1,25 @@
 """shmring beside what the standard library has, on the same work.
 
 ``make bench`` runs the ``bench_*.py`` files, one question each, with
-pytest-benchmark; ``python -m benchmarks.figures`` prints the figures the
-project promises, with the runs of both sides interleaved: quote those.  Under
-pytest each transport has its rounds in a row, so that a drift of the machine
-looks like a difference.
+pytest-benchmark, and ``make bench-peers`` the same beside packages from PyPI;
+``python -m benchmarks.figures`` prints the figures the project promises.  All
+take turns, run by run, so that a drift of the machine is nobody's advantage.
 
-    work.py       what is sent, and how its arrival is checked
-    adapters.py   how it is sent: each transport behind the same few names
-    sessions.py   who sends it to whom, and when the clock runs
-    costs.py      what a queue costs that does nothing, or whose users were killed
-    recovery.py   how soon, and how fast, the others go on after a kill
-    dropin.py     what else a drop-in promises; its small program is hello.py
+    work.py        what is sent, and how its arrival is checked
+    adapters.py    how it is sent: each transport behind the same few names
+    peers.py       the same for what comes from PyPI
+    transports.py  all of them, by what they can carry
+    sessions.py    who sends it to whom, and when the clock runs
+    turns.py       whose run it is
+    curves.py      rates by size and by processes, round trips: results/curves.json
+    plots.py       the same as pictures
+    scaling.py     rates, switches and system calls of many processes, busy and idle
+    limits.py      what the machine allows (limits.c), and what share of it is reached
+    budgets.py     how many instructions a call may cost; counting.py counts them
+    guards.py      what each guard costs, counted in the same way
+    costs.py       what a queue costs that does nothing, or whose users were killed
+    recovery.py    how soon, and how fast, the others go on after a kill
+    dropin.py      what else a drop-in promises; its small program is hello.py
 
-A new peer is one class in ``adapters.py``.  No speed is asserted anywhere:
-only wrong content is an error.
+No speed is asserted anywhere: only wrong content is an error.
 """

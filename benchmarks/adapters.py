@@ -1,4 +1,4 @@
-"""Each transport behind the same few names; a new peer is one class here.
+"""Each transport behind the same few names: ours, and those of the standard library.
 
 ``put`` and ``get`` are the transport's own bound methods wherever it has ones
 that fit: a wrapper in Python would cost more than the fast ones do.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,18 +17,23 @@ import numpy as np
 import shmring
 from benchmarks.work import Work, WrongContent
 
-__all__ = ["TRANSPORTS", "Transport", "able"]
+__all__ = ["TRANSPORTS", "Transport"]
 
 
 class Transport:
-    """One way, from one producer to one consumer; made of a `Work`, before the fork.
+    """One way, from producers to consumers; made of a `Work`, before the fork.
 
     Attributes:
         label: its name in tables.
-        carries: the kinds of work it can do; "bytes" means bytes that arrive as bytes.
+        carries: the kinds of work it can do; "bytes" means bytes that arrive as
+            bytes, "in place" arrays that are added up where they lie.
         batches: whether it has `put_many` and `get_many`.
         between_processes: False for what threads use, which is shown beside
             the others where one process does both.
+        shared: whether several producers and several consumers may use one.
+        lines: whether it is no queue but a line from each producer to each consumer.
+        largest: bytes of the largest message it takes.
+        peer: whether it comes from PyPI; such are left out unless asked for.
         share: the part of `Work.count` that makes a run of decent length.
         put, get: one message.
     """
@@ -36,6 +42,10 @@ class Transport:
     carries: ClassVar[frozenset[str]] = frozenset({"bytes", "object", "array"})
     batches: ClassVar[bool] = False
     between_processes: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
+    lines: ClassVar[bool] = False
+    largest: ClassVar[int] = sys.maxsize
+    peer: ClassVar[bool] = False
     share: ClassVar[float] = 0.1
 
     put: Callable[[Any], object]
@@ -47,6 +57,16 @@ class Transport:
     def missing(cls) -> str | None:
         """Why it cannot run here (a package that is not installed); None if it can."""
         return None
+
+    def as_producer(self, consumers: int = 1) -> None:
+        """In a process that will put, before it does: open what must not be inherited.
+
+        Args:
+            consumers: how many there are, for what is no queue but many lines.
+        """
+
+    def as_consumer(self, number: int = 0) -> None:
+        """In a process that will get, before anybody puts; `number` counts them from 0."""
 
     def take_sum(self) -> float:
         """Receive an array that may be written to, and add it up."""
@@ -92,7 +112,7 @@ class ShmringRing(Transport):
     share = 1.0
 
     def __init__(self, work: Work) -> None:
-        self._ring = shmring.Ring.create(capacity=1 << 18)
+        self._ring = shmring.Ring.create(capacity=max(1 << 18, 4 * work.nbytes))
         self.put = self._ring.put
         self.get = self._ring.get
         self.put_many = self._ring.put_many
@@ -110,7 +130,7 @@ class ShmringInPlace(ShmringRing):
     """Arrays written into the ring and added up where they lie: nothing is copied out."""
 
     label = "shmring.Ring in place"
-    carries = frozenset({"array"})
+    carries = frozenset({"in place"})
     batches = False
 
     def __init__(self, work: Work) -> None:
@@ -169,6 +189,7 @@ class MultiprocessingPipe(Transport):
     """One producer, one consumer, no lock: the least the standard library can do."""
 
     label = "multiprocessing.Pipe"
+    shared = False
 
     def __init__(self, work: Work) -> None:
         self._reader, self._writer = multiprocessing.get_context("fork").Pipe(duplex=False)
@@ -221,12 +242,3 @@ TRANSPORTS: tuple[type[Transport], ...] = (
     MultiprocessingPipeInto,
     ThreadQueue,
 )
-
-
-def able(kind: str, *, between_processes: bool = True) -> list[type[Transport]]:
-    """The transports that can do work of this kind."""
-    return [
-        transport
-        for transport in TRANSPORTS
-        if kind in transport.carries and (transport.between_processes or not between_processes)
-    ]

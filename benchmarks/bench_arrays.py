@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.adapters import Transport, able
+from benchmarks.adapters import Transport
 from benchmarks.conftest import Compare
 from benchmarks.sessions import OneWay
+from benchmarks.transports import able
 from benchmarks.work import arrays
 
 ONE_MIB = arrays(1 << 20, count=1000)

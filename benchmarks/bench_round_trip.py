@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.adapters import Transport, able
+from benchmarks.adapters import Transport
 from benchmarks.conftest import Compare
 from benchmarks.sessions import RoundTrips, two_cpus
+from benchmarks.transports import able
 from benchmarks.work import bytes_of
 
 WORK = bytes_of(64, count=20_000)

@@ -1,17 +1,26 @@
-"""The machine in the header, a run a round, and a table of rates at the end."""
+"""The machine in the header, rounds that take turns, and a table of rates at the end.
+
+The first benchmark of a question runs all that were chosen for it, one run of
+each after the other, as often as there are rounds; the others only report
+theirs.  A drift of the machine is then nobody's advantage.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import faulthandler
+import functools
+import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import machine
 from benchmarks.adapters import Transport
-from benchmarks.sessions import RoundTrips, Session
+from benchmarks.sessions import Session
+from benchmarks.turns import Runs, take_turns
 
 BASELINE = "multiprocessing.Queue"
 
@@ -24,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--scale", type=float, default=1.0, help="share of the messages to send, 0.01 for a look"
     )
+    group.addoption("--peers", action="store_true", help="with the packages of the extra `peers`")
+    group.addoption("--results", type=Path, metavar="FILE", help="write the rates there as JSON")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -37,54 +48,74 @@ def pytest_benchmark_update_machine_info(
     machine_info["shmring"] = machine.describe()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--peers"):
+        return
+    left_out = [item for item in items if _transport(item) is not None and _transport(item).peer]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _transport(item: pytest.Item) -> Any:
+    """What the item is about, if it is one of these benchmarks."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("transport") if callspec is not None else None
+
+
 Compare = Callable[..., None]
+
+
+_taken: dict[Any, dict[type[Transport], Runs]] = {}  # by question, all its transports
 
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """Run a session a round and note its rate: ``compare(kind_of_session, transport, work)``."""
+    """Run sessions and note their rate: ``compare(kind_of_session, transport, work)``."""
     config = request.config
 
     def measure(kind: type[Session], transport: type[Transport], work: Any, **options: Any) -> None:
         if reason := transport.missing():
             pytest.skip(reason)
-        seconds: list[float] = []
-        trips_ns: list[int] = []
-
-        with contextlib.ExitStack() as stack:
-
-            def enter() -> tuple[tuple[Session], dict[str, Any]]:
-                stack.close()  # the session of the round before
-                session = kind(transport, work, scale=config.getoption("--scale"), **options)
-                return (stack.enter_context(session),), {}
-
-            def run(session: Session) -> None:
-                seconds.append(session.run() / session.count)
-                if isinstance(session, RoundTrips):
-                    trips_ns.extend(session.samples_ns)
-
-            benchmark.pedantic(run, setup=enter, rounds=config.getoption("--rounds"))
-
+        question = request.node.function
+        if question not in _taken:
+            faulthandler.cancel_dump_traceback_later()  # each session has a deadline of its own
+            same = [item for item in request.session.items if _asks(item) is question]
+            transports = [_transport(item) for item in same]
+            scale = config.getoption("--scale")
+            _taken[question] = take_turns(
+                config.getoption("--rounds"),
+                {
+                    one: functools.partial(kind, one, work, scale=scale, **options)
+                    for one in transports
+                    if one.missing() is None
+                },
+            )
+        runs = _taken[question][transport]
+        if runs.error is not None:
+            raise runs.error
+        benchmark.pedantic(lambda: None, rounds=len(runs.rates))
         if benchmark.stats is not None:
-            # Slower transports are given fewer messages, so what pytest-benchmark
-            # tabulates has to be the time of one message, not that of a run.
-            benchmark.stats.stats.data[:] = seconds
-        figures = _figures(seconds, work.nbytes if work.kind == "array" else 0, trips_ns)
+            benchmark.stats.stats.data[:] = [1 / rate for rate in runs.rates]
+        figures = _figures(runs, work.nbytes if work.kind == "array" else 0)
         benchmark.extra_info.update(figures, transport=transport.label, work=work.name)
         _results.append((benchmark.group, transport.label, figures))
 
     return measure
 
 
-def _figures(seconds: list[float], nbytes: int, trips_ns: list[int]) -> dict[str, float]:
-    rate = 1 / statistics.median(seconds)
+def _asks(item: pytest.Item) -> Any:
+    return getattr(item, "function", None)
+
+
+def _figures(runs: Runs, nbytes: int) -> dict[str, float]:
+    trips_ns = runs.trips_ns
     figures = {
-        "messages_per_second": rate,
-        "slowest": 1 / max(seconds),
-        "fastest": 1 / min(seconds),
+        "messages_per_second": runs.median,
+        "slowest": min(runs.rates),
+        "fastest": max(runs.rates),
     }
     if nbytes:
-        figures["megabytes_per_second"] = rate * nbytes / 1e6
+        figures["megabytes_per_second"] = runs.median * nbytes / 1e6
     if len(trips_ns) > 1:
         figures["median_us"] = statistics.median(trips_ns) / 1000
         figures["p99_us"] = statistics.quantiles(trips_ns, n=100)[98] / 1000
@@ -95,6 +126,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The same figures the other way up: messages a second, and how many times mp.Queue that is."""
     if not _results:
         return
+    if (path := terminalreporter.config.getoption("--results")) is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_as_json(terminalreporter.config), indent=2) + "\n")
     write = terminalreporter.write_line
     terminalreporter.section("rates (median; slowest to fastest run)")
     for group in dict.fromkeys(group for group, _, _ in _results):
@@ -114,3 +148,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             write(line)
     write("")
     write(f"machine: {machine.one_line()}")
+
+
+def _as_json(config: pytest.Config) -> dict[str, Any]:
+    questions: dict[str, dict[str, Any]] = {}
+    for group, label, figures in _results:
+        questions.setdefault(group, {})[label] = figures
+    return {
+        "machine": machine.describe(),
+        "rounds": config.getoption("--rounds"),
+        "scale": config.getoption("--scale"),
+        "questions": questions,
+    }

@@ -28,6 +28,7 @@ if not __package__:  # run as a file: this folder's parent is where `benchmarks`
 from benchmarks import costs, machine
 from benchmarks.adapters import MultiprocessingQueue, ShmringQueue, ShmringRing
 from benchmarks.sessions import OneProcess, OneWay, Session
+from benchmarks.turns import per_second, progress, take_turns
 from benchmarks.work import arrays, bytes_of, small_dicts
 
 __all__ = ["main"]
@@ -55,17 +56,13 @@ class Row:
 # ---- rates ----------------------------------------------------------------------------------
 
 
-def take_turns(runs: int, sessions: dict[str, Callable[[], Session]]) -> Rates:
-    """Run each session in turn, as often as asked."""
-    rates: Rates = {label: [] for label in sessions}
-    for run in range(runs):
-        for label, make in sessions.items():
-            with make() as session:
-                rates[label].append(session.count / session.run())
-                progress(
-                    f"run {run + 1} of {runs}: {session.label}: {per_second(rates[label][-1])}"
-                )
-    return rates
+def rates_in_turns(runs: int, sessions: dict[str, Callable[[], Session]]) -> Rates:
+    """Run each session in turn, as often as asked; one that fails ends it all."""
+    found = take_turns(runs, sessions, progress)
+    for one in found.values():
+        if one.error is not None:
+            raise one.error
+    return {label: one.rates for label, one in found.items()}
 
 
 def rate_row(work: str, times: int, label: str, rates: Rates, show: Callable[[float], str]) -> Row:
@@ -97,14 +94,14 @@ def rate_rows(runs: int, scale: float) -> list[Row]:
     transports = [ShmringQueue, MultiprocessingQueue]
     if ShmringRing.missing() is None:
         transports.append(ShmringRing)
-    rates = take_turns(runs, {one.label: functools.partial(one_way, one) for one in transports})
+    rates = rates_in_turns(runs, {one.label: functools.partial(one_way, one) for one in transports})
     name = "64 B bytes, one call a message"
     rows.append(rate_row(f"{name}, `Queue`", 30, QUEUE, rates, per_second))
     if RING in rates:
         rows.append(rate_row(f"{name}, `Ring`", 35, RING, rates, per_second))
 
     def pair(kind: type[Session], work: Any) -> Rates:
-        return take_turns(
+        return rates_in_turns(
             runs,
             {
                 one.label: functools.partial(kind, one, work, scale=scale)
@@ -187,23 +184,10 @@ def killed_row(runs: int) -> Row:
 # ---- to the reader --------------------------------------------------------------------------
 
 
-def per_second(rate: float) -> str:
-    """4.52 M/s"""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if rate >= size:
-            return f"{rate / size:.3g} {unit}/s"
-    return f"{rate:.3g}/s"
-
-
 def each(rate: float) -> str:
     """What one takes: 377 ns"""
     seconds = 1 / rate
     return f"{seconds * 1e9:.0f} ns" if seconds < 1e-6 else f"{seconds * 1e6:.1f} us"
-
-
-def progress(text: str) -> None:
-    """Not among the results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

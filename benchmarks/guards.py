@@ -6,8 +6,6 @@ in builds from which one guard after another was taken out, and then all of them
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +14,7 @@ if not __package__:  # run as a file: this folder's parent is where `benchmarks`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "torture"))
 
+from benchmarks.counting import instructions
 from builds import CORE, SYNC, Build, Patch  # type: ignore[import-not-found, unused-ignore]
 
 __all__ = ["GUARDS", "main", "messages_cost"]
@@ -128,25 +127,6 @@ GUARDS: dict[str, list[Patch]] = {
 }
 
 
-def _instructions(package: Path, messages: int, folder: Path) -> int:
-    """Of a whole process that puts and gets so many."""
-    out = folder / "callgrind.out"
-    done = subprocess.run(
-        [
-            *("valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"),
-            *(sys.executable, "-c", LOOP, str(messages)),
-        ],
-        env={"PYTHONPATH": str(package), "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"^(?:summary|totals): (\d+)", out.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found.group(1))
-
-
 def messages_cost(patches: list[Patch], folder: Path) -> float:
     """Instructions of one `put` and one `get`.
 
@@ -155,8 +135,8 @@ def messages_cost(patches: list[Patch], folder: Path) -> float:
         folder: where to build, an empty one.
     """
     package = Build(patches, MODULES, quick=False).make(folder / "tree")
-    _instructions(package, 1, folder)  # what is imported is compiled once
-    few, many = (_instructions(package, n, folder) for n in (1000, 1000 + MESSAGES))
+    instructions(LOOP, 1, package=package)  # what is imported is compiled once
+    few, many = (instructions(LOOP, n, package=package) for n in (1000, 1000 + MESSAGES))
     return (many - few) / MESSAGES
 
 

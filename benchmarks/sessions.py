@@ -35,8 +35,10 @@ from typing import Any, ClassVar, Self
 from benchmarks.adapters import Transport
 from benchmarks.work import (
     BATCH,
+    STOP,
     Work,
     WrongContent,
+    receive_any,
     receive_batches,
     receive_each,
     receive_sums,
@@ -44,7 +46,15 @@ from benchmarks.work import (
     send_each,
 )
 
-__all__ = ["OneProcess", "OneWay", "RoundTrips", "Session", "deadline", "two_cpus"]
+__all__ = [
+    "ManyToMany",
+    "OneProcess",
+    "OneWay",
+    "RoundTrips",
+    "Session",
+    "deadline",
+    "two_cpus",
+]
 
 DEADLINE_S = (
     60.0  # under pytest's faulthandler_timeout, so that it is the session that says what hung
@@ -87,6 +97,7 @@ class Session(ABC):
 
     Attributes:
         count: how many messages a run has.
+        pids: of the children, in the order in which they were forked.
     """
 
     directions: ClassVar[int] = 1
@@ -103,6 +114,7 @@ class Session(ABC):
         self.label = f"{work.name} over {transport.label}"
         self.work = work
         self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
+        self.pids: list[int] = []
         self._transport = transport
         self._deadline_s = deadline_s
 
@@ -146,6 +158,8 @@ class Session(ABC):
         control, far_end = context.Pipe()
         child = context.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
         child.start()
+        assert child.pid is not None  # it was started
+        self.pids.append(child.pid)
         self._exit.callback(_end, child)
         far_end.close()
         self._exit.callback(control.close)
@@ -187,6 +201,7 @@ class OneWay(Session):
 
     def _prepare(self) -> None:
         (line,) = self._lines
+        line.as_consumer()
         self._control = self._fork(self._produce, line)
         for _ in range(_WARM_UP):
             if self.work.kind == "array":
@@ -209,6 +224,7 @@ class OneWay(Session):
 
     def _produce(self, control: Connection, line: Transport) -> None:
         pool = self.work.pool
+        line.as_producer()
         for message in pool[:_WARM_UP]:
             line.put(message)
         control.send("ready")
@@ -242,7 +258,9 @@ class RoundTrips(Session):
         if self._cpus is not None:
             self._exit.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {self._cpus[0]})
+        back.as_consumer()
         _expect_ready(self._fork(self._echo, there, back))
+        there.as_producer()
         self._trips(_WARM_UP_TRIPS)
 
     def _run(self) -> float:
@@ -267,6 +285,8 @@ class RoundTrips(Session):
     def _echo(self, control: Connection, there: Transport, back: Transport) -> None:
         if self._cpus is not None:
             os.sched_setaffinity(0, {self._cpus[1]})
+        there.as_consumer()
+        back.as_producer()
         put, get = back.put, there.get
         control.send("ready")
         for _ in range(_WARM_UP_TRIPS + self.count):
@@ -279,6 +299,8 @@ class OneProcess(Session):
 
     def _prepare(self) -> None:
         (line,) = self._lines
+        line.as_consumer()
+        line.as_producer()
         for message in self.work.pool:  # all of them compared, once
             line.put(message)
             answer = line.get()
@@ -296,3 +318,80 @@ class OneProcess(Session):
         if answer != message:
             raise WrongContent(f"{message!r:.80} was put, {answer!r:.80} came out")
         return seconds
+
+
+class ManyToMany(Session):
+    """Several processes send, several receive, over one transport that all share.
+
+    The clock stops when every consumer has come to the end of what was sent.
+    Of the children, the consumers are forked first.
+
+    Attributes:
+        shares: how many messages each consumer received in the run.
+    """
+
+    def __init__(
+        self,
+        transport: type[Transport],
+        work: Work,
+        *,
+        producers: int = 2,
+        consumers: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__(transport, work, **options)
+        self.producers, self.consumers = producers, consumers
+        self.label += f", {producers}:{consumers}"
+        each = math.ceil(self.count / (producers * consumers)) * consumers
+        self.count = producers * each
+        self.shares: list[int] = []
+
+    def _prepare(self) -> None:
+        (line,) = self._lines
+        self._receiving = [
+            self._fork(self._consume, line, number) for number in range(self.consumers)
+        ]
+        for control in self._receiving:
+            _expect_ready(control)
+        self._sending = [self._fork(self._produce, line) for _ in range(self.producers)]
+        for control in self._sending:
+            _expect_ready(control)
+        if not line.lines:
+            line.as_producer()
+
+    def _run(self) -> float:
+        (line,) = self._lines
+        start = time.perf_counter()
+        for control in self._sending:
+            control.send("go")
+        for control in self._sending:
+            _expect_ready(control)
+        self._all_sent()
+        if not line.lines:
+            for _ in range(self.consumers):
+                line.put(STOP)
+        self.shares = [control.recv() for control in self._receiving]
+        seconds = time.perf_counter() - start
+        if sum(self.shares) != self.count:
+            raise WrongContent(f"{sum(self.shares)} messages came, {self.count} were sent")
+        return seconds
+
+    def _all_sent(self) -> None:
+        """When every producer is done, and no consumer was told to stop yet."""
+
+    def _produce(self, control: Connection, line: Transport) -> None:
+        line.as_producer(self.consumers)
+        control.send("ready")
+        control.recv()
+        send_each(line.put, self.work.pool, self.count // self.producers)
+        if line.lines:
+            for _ in range(self.consumers):
+                line.put(STOP)
+        line.flush()
+        control.send("ready")
+
+    def _consume(self, control: Connection, line: Transport, number: int) -> None:
+        line.as_consumer(number)
+        control.send("ready")
+        stops = self.producers if line.lines else 1
+        control.send(sum(receive_any(line.get, self.work.pool) for _ in range(stops)))

@@ -9,6 +9,7 @@ first and the last of each turn are looked at.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +18,12 @@ import numpy as np
 
 __all__ = [
     "BATCH",
+    "STOP",
     "Work",
     "WrongContent",
     "arrays",
     "bytes_of",
+    "receive_any",
     "receive_batches",
     "receive_each",
     "receive_sums",
@@ -32,8 +35,10 @@ __all__ = [
 Kind = Literal["bytes", "object", "array"]
 
 BATCH = 100
+STOP = b"stop"  # nothing that is sent as a message: shorter than any
 
 _POOL = 251  # a prime: no batch and no page holds a whole number of turns
+_LARGE = 1 << 16  # bytes: from here on a few messages of a kind, as with arrays
 
 
 class WrongContent(AssertionError):
@@ -63,8 +68,14 @@ class Work:
 
 
 def bytes_of(nbytes: int = 64, count: int = 500_000) -> Work:
-    """`bytes`, the number in front."""
-    pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in range(_POOL)]
+    """`bytes`, the number in front.
+
+    Args:
+        nbytes: the size of one, at least 5.
+        count: see `Work`.
+    """
+    indices = range(_POOL if nbytes <= _LARGE else 4)
+    pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in indices]
     return Work(f"{nbytes} B bytes", "bytes", pool, nbytes, count)
 
 
@@ -119,6 +130,21 @@ def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> Non
         message = get()
         if message != expected:
             raise WrongContent(f"{message!r:.80} came, {expected!r:.80} was expected")
+
+
+def receive_any(get: Callable[[], Any], pool: Sequence[Any]) -> int:
+    """Get bytes until `STOP`, in whatever order several producers sent them; return how many.
+
+    The first and the last of each turn must be among what was sent.
+    """
+    expected = frozenset(pool)
+    messages = iter(get, STOP)
+    received = 0
+    while turn := list(itertools.islice(messages, len(pool))):
+        received += len(turn)
+        if turn[0] not in expected or turn[-1] not in expected:
+            raise WrongContent(f"a turn began with {turn[0]!r:.80} and ended with {turn[-1]!r:.80}")
+    return received
 
 
 # ---- many a call ----------------------------------------------------------------------------

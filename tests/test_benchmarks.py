@@ -5,6 +5,8 @@ Nothing here is about speed.
 
 from __future__ import annotations
 
+import functools
+import json
 import multiprocessing
 import os
 import subprocess
@@ -27,19 +29,25 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402  (the path first)
 from benchmarks import costs, dropin, figures, recovery
 from benchmarks.adapters import (
-    TRANSPORTS,
     MultiprocessingPipe,
     MultiprocessingQueue,
     ShmringQueue,
     Transport,
-    able,
 )
-from benchmarks.sessions import OneProcess, OneWay, RoundTrips, two_cpus
+from benchmarks.sessions import ManyToMany, OneProcess, OneWay, RoundTrips, two_cpus
+from benchmarks.transports import EVERY, able
+from benchmarks.turns import per_second, take_turns
 from benchmarks.work import BATCH, Work, WrongContent, arrays, bytes_of, small_dicts
 
 import shmring
 
-WORKS = {"bytes": bytes_of(64), "object": small_dicts(), "array": arrays(1 << 20, count=10)}
+ARRAYS = arrays(1 << 20, count=10)
+WORKS = {
+    "bytes": bytes_of(64),
+    "object": small_dicts(),
+    "array": ARRAYS,
+    "in place": ARRAYS,
+}
 PAIRS = [(kind, transport) for kind in WORKS for transport in able(kind)]
 
 
@@ -61,14 +69,14 @@ def usable(transport: type[Transport]) -> type[Transport]:
 
 @pytest.mark.parametrize(("kind", "transport"), PAIRS, ids=name)
 def test_one_way(kind: str, transport: type[Transport]) -> None:
-    count = 10 if kind == "array" else 600
+    count = 10 if WORKS[kind] is ARRAYS else 600
     with OneWay(usable(transport), WORKS[kind], count=count) as session:
         assert session.run() > 0
         assert session.count == count
 
 
 @pytest.mark.parametrize(
-    ("kind", "transport"), [pair for pair in PAIRS if pair[0] != "array"], ids=name
+    ("kind", "transport"), [pair for pair in PAIRS if WORKS[pair[0]] is not ARRAYS], ids=name
 )
 def test_batches(kind: str, transport: type[Transport]) -> None:
     with OneWay(usable(transport), WORKS[kind], batches=True, count=7 * BATCH) as session:
@@ -94,8 +102,16 @@ def test_one_process(transport: type[Transport]) -> None:
         assert session.run() > 0
 
 
+@pytest.mark.parametrize("transport", able("bytes", shared=True), ids=name)
+def test_many_to_many(transport: type[Transport]) -> None:
+    session = ManyToMany(usable(transport), WORKS["bytes"], producers=3, consumers=2, count=1500)
+    with session:
+        assert session.run() > 0
+    assert session.count == sum(session.shares) == 1500
+
+
 def test_labels_are_distinct() -> None:
-    labels = [transport.label for transport in TRANSPORTS]
+    labels = [transport.label for transport in EVERY]
     assert len(set(labels)) == len(labels)
 
 
@@ -182,7 +198,7 @@ def test_a_session_that_hangs_ends() -> None:
 
 
 def test_rows_of_the_figures() -> None:
-    rates = figures.take_turns(
+    rates = figures.rates_in_turns(
         2,
         {
             transport.label: lambda transport=transport: OneWay(
@@ -191,7 +207,7 @@ def test_rows_of_the_figures() -> None:
             for transport in (ShmringQueue, MultiprocessingQueue)
         },
     )
-    row = figures.rate_row("64 B", 30, ShmringQueue.label, rates, figures.per_second)
+    row = figures.rate_row("64 B", 30, ShmringQueue.label, rates, per_second)
     assert str(row).startswith("| 64 B | at least 30 times | ")
     assert str(row).count("|") == 6
 
@@ -230,9 +246,26 @@ def test_a_waiter_is_interrupted(name: str) -> None:
     assert seconds > 0
 
 
-def test_pytest_collects_and_runs_them() -> None:
+def test_transports_take_turns_and_one_that_fails_has_no_more() -> None:
+    order: list[str] = []
+
+    def enter(transport: type[Transport]) -> OneWay:
+        order.append(transport.label)
+        return OneWay(transport, WORKS["bytes"], count=300)
+
+    transports: list[type[Transport]] = [Losing, ShmringQueue]
+    found = take_turns(2, {one: functools.partial(enter, one) for one in transports})
+    assert order == ["faulty", "shmring.Queue", "shmring.Queue"]
+    assert isinstance(found[Losing].error, WrongContent)
+    assert len(found[ShmringQueue].rates) == 2
+
+
+def test_pytest_collects_and_runs_them(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
+    results = tmp_path / "new" / "rates.json"
     options = ["--benchmark-only", "--rounds", "1", "--scale", "0.001", "benchmarks"]
+    questions = "test_small or test_two_to_two or test_one_process"
+    options += ["--results", str(results), "-k", questions]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *options],
         cwd=ROOT,
@@ -244,3 +277,9 @@ def test_pytest_collects_and_runs_them() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "machine: cpu" in done.stdout
     assert "times multiprocessing.Queue" in done.stdout
+    found = json.loads(results.read_text())
+    assert found["machine"]["cpu"] in done.stdout
+    assert found["questions"]["64 B bytes, 2:2"]["shmring.Queue"]["messages_per_second"] > 0
+    labels = {label for group in found["questions"].values() for label in group}
+    chosen = able("bytes", between_processes=False)
+    assert labels == {one.label for one in chosen if not one.peer}, "no peer without --peers"

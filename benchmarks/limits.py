@@ -1,0 +1,190 @@
+"""What this machine allows, and what share of it is reached: ``python -m benchmarks.limits``.
+
+Compiles ``limits.c`` with ``cc`` (or ``$CC``) into ``build/``, runs it, and
+writes ``benchmarks/results/limits.json``.  Beside rates that ``make bench-peers``
+left there, each figure of ours is shown as a share of the limit that binds it:
+quote it only where both were measured in one quiet hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: this folder's parent is where `benchmarks` is found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import machine
+from benchmarks.curves import RESULTS
+
+__all__ = ["LIMITS", "SHARES", "compiled", "main", "measured", "shares"]
+
+SOURCE = Path(__file__).resolve().parent / "limits.c"
+BUILD = SOURCE.parent.parent / "build"
+PATIENCE_S = 300.0
+
+LIMITS = {
+    "memcpy_1_mib_bytes_per_second": "memcpy between processes, 1 MiB blocks, 4 slots",
+    "memcpy_8_mib_bytes_per_second": "memcpy between processes, 8 MiB blocks, 4 slots",
+    "ring_64_b_messages_per_second": "C ring of 64 B messages, one to one, no guard",
+    "cache_line_median_ns": "round trip of a cache line, a CPU each",
+    "futex_apart_median_ns": "futex round trip, a CPU each",
+    "futex_free_median_ns": "futex round trip, left to the scheduler",
+    "futex_apart_idle_1_ms_median_ns": "futex round trip, 1 ms idle between, a CPU each",
+    "futex_free_idle_1_ms_median_ns": "futex round trip, 1 ms idle between, left to the scheduler",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which figure of a question is read against which limit.
+
+    Attributes:
+        question: the group of the benchmark.
+        figure: its figure: a rate, or a time when it ends in "_us".
+        limit: a name of `LIMITS`.
+    """
+
+    question: str
+    figure: str
+    limit: str
+
+
+SHARES = (
+    Share("64 B bytes, one call a message", "messages_per_second", "ring_64_b_messages_per_second"),
+    Share("64 B bytes, batches of 100", "messages_per_second", "ring_64_b_messages_per_second"),
+    Share(
+        "1 MiB float32, writable, summed", "megabytes_per_second", "memcpy_1_mib_bytes_per_second"
+    ),
+    Share(
+        "8 MiB float32, writable, summed", "megabytes_per_second", "memcpy_8_mib_bytes_per_second"
+    ),
+    Share(
+        "1 MiB float32, summed in place", "megabytes_per_second", "memcpy_1_mib_bytes_per_second"
+    ),
+    Share(
+        "8 MiB float32, summed in place", "megabytes_per_second", "memcpy_8_mib_bytes_per_second"
+    ),
+    Share("round trip of 64 B, a CPU each", "median_us", "cache_line_median_ns"),
+    Share("round trip of 64 B, a CPU each", "median_us", "futex_apart_median_ns"),
+    Share("round trip of 64 B", "median_us", "futex_free_median_ns"),
+)
+
+
+def compiled(folder: Path) -> Path:
+    """Compile the program into a folder, unless what is there is newer than its source.
+
+    Raises:
+        SystemExit: there is no C compiler, or it refused; the message says which.
+    """
+    program = folder / "limits"
+    if program.exists() and program.stat().st_mtime > SOURCE.stat().st_mtime:
+        return program
+    compiler = os.environ.get("CC", "cc")
+    if shutil.which(compiler.split()[0]) is None:
+        raise SystemExit(f"benchmarks.limits needs a C compiler: {compiler!r} (from $CC, or cc)")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*compiler.split(), "-O2", "-Wall", "-Wextra", "-o", str(program), str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return program
+
+
+def measured(program: Path, scale: float = 1.0) -> dict[str, float]:
+    """Run the program; the values by name, in the units that the names say."""
+    done = subprocess.run(
+        [program, str(scale)], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{program} ended with {done.returncode}: {done.stderr}")
+    return {
+        name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())
+    }
+
+
+def shares(
+    limits: Mapping[str, float], questions: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> list[dict[str, Any]]:
+    """What part of a limit each transport of ours reaches.
+
+    Args:
+        limits: what `measured` found.
+        questions: the rates of ``peers.json``: figures by question and transport.
+    """
+    found = []
+    for share in SHARES:
+        for label, figures in questions.get(share.question, {}).items():
+            if not label.startswith("shmring") or share.figure not in figures:
+                continue
+            figure, limit = figures[share.figure], limits[share.limit]
+            if share.figure.endswith("_us"):
+                part = limit / (figure * 1000)
+            else:
+                part = figure * (1e6 if share.figure.startswith("megabytes") else 1) / limit
+            found.append(
+                {
+                    "question": share.question,
+                    "transport": label,
+                    "figure": figure,
+                    "limit": share.limit,
+                    "share": part,
+                }
+            )
+    return found
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_bytes_per_second"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_per_second"):
+        return f"{value / 1e6:.1f} M/s"
+    return f"{value / 1000:.2f} us"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print two tables, and write what was found."""
+    parser = argparse.ArgumentParser(prog="benchmarks.limits", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the turns, 0.01 to look")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"default: {RESULTS}"
+    )
+    options = parser.parse_args(arguments)
+    described = machine.describe()
+    limits = measured(compiled(BUILD), options.scale)
+    print("Machine: " + "; ".join(f"{key} {value}" for key, value in described.items()) + ".")
+    if not limits["cpus_apart"]:
+        print("One CPU only: nothing ran at the same time.")
+    print("\n| limit | measured |\n|---|---|")
+    for name, text in LIMITS.items():
+        p99 = limits.get(name.replace("_median_ns", "_p99_ns")) if "_median" in name else None
+        after = f" (p99 {_shown('', p99)})" if p99 is not None else ""
+        print(f"| {text} | {_shown(name, limits[name])}{after} |")
+
+    rates = options.results / "peers.json"
+    reached = []
+    if rates.exists():
+        told = json.loads(rates.read_text())
+        reached = shares(limits, told["questions"])
+        print(f"\nRates of {rates} (load {told['machine']['load average']}):")
+        print("\n| question | transport | limit | share |\n|---|---|---|---|")
+        for one in reached:
+            limit = LIMITS[one["limit"]]
+            print(f"| {one['question']} | {one['transport']} | {limit} | {one['share']:.1%} |")
+    options.results.mkdir(parents=True, exist_ok=True)
+    written = {"machine": described, "scale": options.scale, "limits": limits, "shares": reached}
+    (options.results / "limits.json").write_text(json.dumps(written, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
