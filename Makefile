@@ -15,6 +15,9 @@ SECONDS := 600
 RESULTS := benchmarks/results
 PEERS = $(shell sed -nE '/^peers = \[/,/^\]/s/^ *"(.*)",$$/\1/p' pyproject.toml)
 PYTEST := $(BIN)/python -m pytest -q
+WORKERS := 2
+# Most tests wait for processes most of the time.
+SHARED := -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
@@ -28,10 +31,10 @@ demo: build $(VENV)/.with-all  ## the main job on real text; DEMO_ARGS="PATH --w
 	$(BIN)/shmring demo $(DEMO_ARGS)
 
 test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
-	$(PYTEST) $(TEST_ARGS)
+	$(PYTEST) $(SHARED) $(TEST_ARGS)
 
 test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
-	SHMRING_BACKEND=queue $(PYTEST) -m "both_backends and not torture" $(TEST_ARGS)
+	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
 
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
 	$(PYTEST) -m torture $(TEST_ARGS)
@@ -107,7 +110,7 @@ wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the whee
 	cd tests && ../$(WHEEL_VENV)/bin/python -c 'import shmring, sys; \
 	  assert shmring.__file__.startswith(sys.prefix), shmring.__file__'
 	ls -l wheelhouse
-	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest -q $(OF_THE_TREE) $(TEST_ARGS)
+	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest -q $(SHARED) $(OF_THE_TREE) $(TEST_ARGS)
 
 build: $(VENV)/.built
 

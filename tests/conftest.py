@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -13,10 +12,22 @@ from collections.abc import Iterator
 import pytest
 
 from shmring import HighPerformanceIPC
-from support import SHARED_MEMORY, leftovers, remove_if_ours, shared_memory_names, wait_for
+from support import SHARED_MEMORY, left_since, remove_if_ours, shared_memory_names
 
 # A run that a script started in the background ignores Ctrl-C, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make each worker of pytest-xdist a run of its own, as one of a stranger would be.
+
+    A group of its own tells its names in /dev/shm from the other workers', and
+    pytest-benchmark in a child must not take itself for a worker.
+    """
+    if hasattr(config, "workerinput"):
+        os.setpgid(0, 0)
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+            del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +41,7 @@ def nothing_left_in_shared_memory() -> Iterator[None]:
     if not shared_memory_names() - before:
         return
     gc.collect()
-    # another run on this machine may be between making a name and mapping it
-    with contextlib.suppress(TimeoutError):
-        wait_for(lambda: not leftovers(before), timeout=2, what="names to go", dump=False)
-    left = leftovers(before)
+    left = left_since(before)
     if left:
         removed = [name for name in left if remove_if_ours(name)]
         pytest.fail(

@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
 
 
 def wait_for(
@@ -104,8 +105,8 @@ def is_of_this_run(pid: int) -> bool:
     return pid != 0
 
 
-def leftovers(before: set[str]) -> list[str]:
-    """The names that came since and are nobody else's.
+def leftovers(names: set[str]) -> list[str]:
+    """Those that are there and are nobody else's.
 
     Another's is what a process holds that neither descends from this one nor is in its group,
     where orphans stay.
@@ -119,9 +120,26 @@ def leftovers(before: set[str]) -> list[str]:
 
     return sorted(
         name
-        for name in shared_memory_names() - before
+        for name in names
         if (SHARED_MEMORY / name).exists() and not any(map(is_a_strangers, holders(name)))
     )
+
+
+def left_since(before: set[str]) -> list[str]:
+    """Those of `leftovers` that came since and do not go.
+
+    Nobody holds what another run is about to map, or what it has left for a cleaner to find.
+    """
+    left = leftovers(shared_memory_names() - before)
+
+    def gone() -> bool:
+        nonlocal left
+        left = leftovers(set(left))
+        return not left
+
+    with contextlib.suppress(TimeoutError):
+        wait_for(gone, LEFT_S, "names to go", dump=False, every=0.02)
+    return left
 
 
 def remove_if_ours(name: str) -> bool:

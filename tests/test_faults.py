@@ -20,7 +20,7 @@ import pytest
 from header import LOCKS, OWNER, lock_word, stopped_under_lock
 from shmring import Queue, Ring
 from shmring.errors import Empty, Full
-from support import leftovers, run_in_process, shared_memory_names, wait_for
+from support import left_since, run_in_process, shared_memory_names, wait_for
 
 LARGE = 4_000_000  # copying this takes most of a call, under the lock
 KILLS_UNDER_THE_LOCK = 3
@@ -242,7 +242,7 @@ def test_all_processes_killed_leave_nothing_of_anonymous_queues():
         os.killpg(program.pid, signal.SIGKILL)
         program.wait()
         program.stdout.close()
-    assert leftovers(before) == []
+    assert left_since(before) == []
 
 
 @pytest.mark.fault(21)

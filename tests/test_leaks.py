@@ -69,7 +69,7 @@ def held(name: str, how: str, *prefix: str) -> Iterator[int]:
 def test_what_a_stranger_holds_is_no_leak_and_not_removed(name: str, how: str) -> None:
     with held(name, how, sys.executable, "-c", ORPHAN) as pid:
         assert holders(name) == {pid}
-        assert leftovers(shared_memory_names() - {name}) == []
+        assert leftovers({name}) == []
         assert not remove_if_ours(name)
     assert (SHARED_MEMORY / name).exists()
 
@@ -78,14 +78,14 @@ def test_what_a_stranger_holds_is_no_leak_and_not_removed(name: str, how: str) -
 def test_what_only_our_own_processes_hold_is_a_leak_and_removed(name: str, how: str) -> None:
     with held(name, how) as pid:
         assert holders(name) == {pid}
-        assert leftovers(shared_memory_names() - {name}) == [name]
+        assert leftovers({name}) == [name]
         assert remove_if_ours(name)
     assert not (SHARED_MEMORY / name).exists()
 
 
 def test_what_nobody_holds_is_a_leak_and_removed_only_if_it_carries_our_pid(name: str) -> None:
     assert holders(name) == set()
-    assert leftovers(shared_memory_names() - {name}) == [name]
+    assert leftovers({name}) == [name]
     assert not remove_if_ours(name)
     ours = f"{name}-{os.getpid()}-x"
     (SHARED_MEMORY / name).rename(SHARED_MEMORY / ours)
@@ -96,7 +96,7 @@ def test_what_nobody_holds_is_a_leak_and_removed_only_if_it_carries_our_pid(name
 def test_what_an_orphan_of_ours_holds_is_a_leak(name: str) -> None:
     same_group = ORPHAN.replace("start_new_session=True", "start_new_session=False")
     with held(name, "mapped", sys.executable, "-c", same_group):
-        assert leftovers(shared_memory_names() - {name}) == [name]
+        assert leftovers({name}) == [name]
         assert not remove_if_ours(name), "a stranger may be in our group as well"
 
 
@@ -104,7 +104,8 @@ def test_a_test_that_leaves_a_name_fails(name: str, tmp_path: Path) -> None:
     """A run of pytest with the fixture of this suite."""
     (SHARED_MEMORY / name).unlink()
     (tmp_path / "test_inner.py").write_text(
-        "import mmap, os, pathlib\n"
+        "import mmap, os, pathlib, support\n"
+        "support.LEFT_S = 1\n"
         "kept = []\n"
         "def test_unknown():\n"
         f"    pathlib.Path('/dev/shm/{name}').write_bytes(b'x')\n"

@@ -39,7 +39,7 @@ def stale_command() -> list[str]:
 # ---- a program ends ------------------------------------------------------------------------
 
 PROGRAM = r"""
-import os, signal, sys, time
+import os, select, signal, sys
 from multiprocessing import get_context
 from shmring import HighPerformanceIPC, Queue, Ring, SharedMemoryManager
 
@@ -59,7 +59,14 @@ print("ready", kept[0].name, flush=True)
 sys.stdin.readline()
 END
 """
-WAIT = "while True: signal.pause()"
+# A signal that comes just before a wait ends it too, unlike that of signal.pause().
+WAIT = """
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+signal.set_wakeup_fd(wake)
+while True:
+    select.select([woken], [], [])
+"""
 CLOSE = "for each in kept: each.close()\nmemory.cleanup()\nipc.cleanup()"
 ENDS = {  # what the program does, what it is sent, how it ends
     "return": ("", None, 0),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from shmring import JoinableQueue, Queue, SimpleQueue
-from support import leftovers, run_in_process, shared_memory_names, wait_for
+from support import left_since, run_in_process, shared_memory_names, wait_for
 
 PATIENCE = 60  # seconds, for whatever a spawned child has to do first
 
@@ -308,7 +308,7 @@ def test_queues_made_at_import_time(start_method, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert leftovers(before) == []
+    assert left_since(before) == []
 
 
 def _generation(depth: int, method: str, down: Queue[object], up: Queue[object]) -> None:
