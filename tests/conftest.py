@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import secrets
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from shmring import HighPerformanceIPC
-from support import SHARED_MEMORY, left_since, remove_if_ours, shared_memory_names
+from support import SHARED_MEMORY, left_since, remove_if_ours, shared_memory_names, wait_for
+
+USER = os.getuid() if hasattr(os, "getuid") else "user"
+CLEANERS_LOCK = Path(tempfile.gettempdir()) / f"shmring-tests-{USER}.lock"
 
 # A run that a script started in the background ignores Ctrl-C, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.setpgid(0, 0)
         for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
             del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """For each worker: the fallback sweeps all of its folder once in each process."""
+    if hasattr(request.config, "workerinput"):
+        os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
+        tempfile.tempdir = None  # it remembers the one before
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +64,25 @@ def nothing_left_in_shared_memory() -> Iterator[None]:
             f"left in {SHARED_MEMORY}: {', '.join(left)}; removed, being surely of this run:"
             f" {', '.join(removed) or 'none'}"
         )
+
+
+@pytest.fixture
+def only_cleaner() -> Iterator[None]:
+    """For what cleans all of /dev/shm, or leaves there what cleaners take: one test at a time.
+
+    The lock is shared by all workers and all runs of this user.
+    """
+    import fcntl
+
+    def locked() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    with CLEANERS_LOCK.open("a") as file:
+        wait_for(locked, 60, "the end of another run's test of cleaning")
+        yield
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])

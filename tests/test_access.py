@@ -28,6 +28,8 @@ from shmring import (
 from shmring.board import open_segment
 from support import run_in_process
 
+pytestmark = pytest.mark.usefixtures("only_cleaner")
+
 NAME = f"test-access-{os.getpid()}"
 PATH = Path("/dev/shm", NAME)
 NOBODY = 65534

@@ -476,6 +476,7 @@ def test_ctrl_c_leaves_nothing(started: subprocess.Popen[str]) -> None:
 
 @pytest.mark.fault(37)
 @ring_only
+@pytest.mark.usefixtures("only_cleaner")
 def test_rm_stale_removes_what_a_crash_left(started: subprocess.Popen[str]) -> None:
     def left() -> set[str]:
         return {name for name in shared_memory_names() if f"demo-{started.pid}-" in name}

@@ -15,6 +15,8 @@ import pytest
 from shmring import Queue, Ring, SharedMemoryManager, cleanup_stale
 from support import run_in_process, shared_memory_names, wait_for
 
+pytestmark = pytest.mark.usefixtures("only_cleaner")
+
 NAME = f"test-leftovers-{os.getpid()}"
 SHM = Path("/dev/shm")
 NOBODY = 65534

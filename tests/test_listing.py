@@ -19,6 +19,8 @@ from shmring.board import Role
 from shmring.listing import listing
 from support import SHARED_MEMORY, run_in_process, wait_for
 
+pytestmark = pytest.mark.usefixtures("only_cleaner")
+
 NAME = f"test-listing-{os.getpid()}"
 
 

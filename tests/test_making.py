@@ -30,6 +30,8 @@ from shmring import (
 from shmring.board import open_segment
 from support import run_in_process, shared_memory_names, wait_for
 
+pytestmark = pytest.mark.usefixtures("only_cleaner")
+
 NAME = f"test-making-{os.getpid()}"
 PATH = Path("/dev/shm", NAME)
 

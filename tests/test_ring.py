@@ -411,6 +411,7 @@ def test_shared_memory_opens_a_named_ring():
         assert ring.qsize() == 0
 
 
+@pytest.mark.usefixtures("only_cleaner")
 def test_inside_a_block_of_the_user():
     block = shared_memory.SharedMemory(create=True, size=1 << 16)
     try:
