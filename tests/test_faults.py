@@ -180,6 +180,44 @@ def test_a_stopped_lock_holder_is_waited_for_and_never_robbed(side):
         assert ring.statistics().recoveries == 0
 
 
+def _hold_and_run(ring: Ring, side: str, seconds: float) -> None:
+    lock_word(ring, side, os.getpid())
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+    lock_word(ring, side, 0)
+    signal.pause()
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("side", LOCKS)
+def test_a_lock_holder_that_needs_a_cpu_is_waited_for_even_by_nowait(side):
+    """Or an unbounded queue would be full, now and then, on a machine that is busy."""
+    with Ring.create() as ring:
+        ring.put(b"there")
+        with run_in_process(_hold_and_run, ring, side, 0.05):
+            wait_for(lambda: lock_word(ring, side) & OWNER)
+            if side == "producers":
+                ring.put_nowait(b"")
+            else:
+                assert ring.get_nowait() == b"there"
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("side", LOCKS)
+def test_a_lock_holder_that_runs_for_ever_is_not_waited_for_so_long(side):
+    with Ring.create() as ring:
+        ring.put(b"there")
+        with run_in_process(_hold_and_run, ring, side, 600):
+            wait_for(lambda: lock_word(ring, side) & OWNER)
+            if side == "producers":
+                with pytest.raises(Full):
+                    ring.put_nowait(b"")
+            else:
+                with pytest.raises(Empty):
+                    ring.get_nowait()
+
+
 @pytest.mark.fault(18)
 def test_a_process_is_started_while_another_thread_is_inside_put(start_method):
     with Ring.create(1 << 24) as ring:

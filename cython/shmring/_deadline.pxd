@@ -1,8 +1,9 @@
 """The map of timeouts."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef enum:
+    HOLDER_NS = 1000000000  # what an *_nowait waits for a lock at most
     # sleeps between two looks at peers: whoever is to die mostly does so soon
     PEERS_FIRST_NS = 2000000
     PEERS_NS = 40000000  # PeerWatch.SLICE
@@ -17,3 +18,4 @@ cdef object watching(object peers, object timeout)
 cdef object watch_of(object timeout)
 cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept
 cdef bint newly_dead(object watch, Vigil *vigil) except? True
+cdef bint is_running(uint32_t *word) noexcept nogil

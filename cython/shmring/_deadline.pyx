@@ -6,10 +6,10 @@ him when a slice has passed in vain, so that calls without peers pay nothing.
 """
 
 from cpython.float cimport PyFloat_CheckExact
-from libc.stdint cimport INT64_MAX, int64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 
-from shmring._owner cimport owner_is_dead, owner_of
-from shmring._sync cimport monotonic_ns, sync_start
+from shmring._owner cimport owner_goes_on, owner_is_dead, owner_of
+from shmring._sync cimport load_relaxed32, lock_owner, monotonic_ns, sync_start
 
 from shmring.errors import InvalidArgument
 
@@ -68,3 +68,9 @@ cdef bint newly_dead(object watch, Vigil *vigil) except? True:
         vigil.pivot = owner_of(pid, start_ticks)
     vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
     return False
+
+
+cdef bint is_running(uint32_t *word) noexcept nogil:
+    """Whether a lock's holder only needs a CPU: neither stopped nor gone.  Then even an *_nowait waits."""
+    cdef uint32_t holder = lock_owner(load_relaxed32(word))
+    return holder == 0 or owner_goes_on(holder) or lock_owner(load_relaxed32(word)) != holder

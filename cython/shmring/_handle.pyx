@@ -20,7 +20,9 @@ from shmring._core cimport (
     POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
 from shmring._count cimport count_read
-from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watch_of
+from shmring._deadline cimport (
+    HOLDER_NS, PEERS_FIRST_NS, Vigil, deadline_of, is_running, newly_dead, slice_end, watch_of,
+)
 from shmring._layout cimport (
     SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
@@ -270,7 +272,7 @@ cdef class RingHandle(RingCore):
         return result
 
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil:
-        """Never waits for a reader; for the lock a millisecond at most."""
+        """Never waits for a reader; for the lock a millisecond at a time."""
         cdef int result = self.put_items(items, count, done, position, BRIEFLY | MAY_GROW)
         if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= load_relaxed64(&self.write_capacity):
             return FULL
@@ -304,7 +306,9 @@ cdef class RingHandle(RingCore):
                     return done
             if ends_wait(result):
                 self.raise_outcome(result)
-            if timeout is None:
+            if not block:
+                until = monotonic_ns() + HOLDER_NS
+            elif timeout is None:
                 until = INT64_MAX
             watch = watch_of(timeout)
             wait.call = CALL_RESERVE if items[0].owner != 0 else CALL_PUT
@@ -329,7 +333,8 @@ cdef class RingHandle(RingCore):
                             raise watch.error("no room came", done)
                         if newly_dead(watch, &vigil):
                             continue  # look once more
-                    if self.closed or not block or monotonic_ns() >= until:
+                    if (self.closed or monotonic_ns() >= until
+                            or not (block or (result == BUSY and is_running(&self.header.producer_lock)))):
                         break
                     if result == BUSY:
                         witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
@@ -405,7 +410,7 @@ cdef class RingHandle(RingCore):
         return result
 
     cdef int take_now(self, Take *take) noexcept nogil:
-        """Never waits for a message; for the lock a millisecond at most."""
+        """Never waits for a message; for the lock a millisecond at a time."""
         cdef int result = self.take(take, BRIEFLY)
         if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
             self.clear_the_way(take, result)
@@ -431,7 +436,9 @@ cdef class RingHandle(RingCore):
                 return result
             if ends_wait(result):
                 self.raise_outcome(result)
-            if timeout is None:
+            if not block:
+                until = monotonic_ns() + HOLDER_NS
+            elif timeout is None:
                 until = INT64_MAX
             watch = watch_of(timeout)
             wait.call = CALL_PEEK if take.leaser != 0 else CALL_GET
@@ -460,12 +467,14 @@ cdef class RingHandle(RingCore):
                     except BaseException:
                         self.pass_baton()  # we may be the one who was woken
                         raise
-                    if self.closed or not block or monotonic_ns() >= until:
+                    if (self.closed or monotonic_ns() >= until
+                            or not (block or (result == BUSY and is_running(&self.header.consumer_lock)))):
                         self.pass_baton()
                         break
                     if result == BUSY:
                         witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
-                    self.look_for_name()
+                    elif block:
+                        self.look_for_name()
             finally:
                 witness_leave(self.header, &wait, self.myself())
                 fetch_add64(&self.inside, -1)

@@ -26,26 +26,41 @@ static inline uint64_t owner_of(uint32_t pid, uint64_t start_ticks) { return sta
 static inline uint32_t owner_pid(uint64_t owner) { return (uint32_t)(owner & ((1u << OWNER_PID_BITS) - 1)); }
 static inline uint64_t owner_start_ticks(uint64_t owner) { return owner >> OWNER_PID_BITS; }
 
-/* Field 22 of stat, by the first thread: qemu-user invents /proc/PID/stat for
- * whoever asks about himself, and others would take him for dead.  The command name
- * before it may contain anything, so the fields are counted from the last
- * parenthesis.  0 if unreadable. */
-static inline uint64_t owner_start_time(uint32_t pid)
+/* The stat of a thread from its command's name on, which may contain anything: fields are counted
+ * from the last parenthesis, where this points to; NULL if unreadable.  By the thread: qemu-user
+ * invents /proc/PID/stat for whoever asks about himself, and others would take him for dead. */
+static inline char *owner_stat(uint32_t tid, char text[1024])
 {
-    char path[48], text[1024];
-    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, pid);
+    char path[48];
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", tid, tid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return 0;
-    ssize_t size = read(fd, text, sizeof text - 1);
+        return NULL;
+    ssize_t size = read(fd, text, 1023);
     close(fd);
     if (size <= 0)
-        return 0;
+        return NULL;
     text[size] = 0;
-    char *field = strrchr(text, ')');
+    return strrchr(text, ')');
+}
+
+/* Field 22; 0 if unreadable. */
+static inline uint64_t owner_start_time(uint32_t pid)
+{
+    char text[1024];
+    char *field = owner_stat(pid, text);
     for (int skipped = 0; field != NULL && skipped < 20; skipped++)
         field = strchr(field + 1, ' ');
     return field == NULL ? 0 : strtoull(field + 1, NULL, 10);
+}
+
+/* Field 3: whether a thread runs, would if it had a CPU, or is inside the kernel; not if it is
+ * stopped, asleep or unknown. */
+static inline int owner_goes_on(uint32_t tid)
+{
+    char text[1024];
+    const char *field = owner_stat(tid, text);
+    return field != NULL && (strncmp(field, ") R", 3) == 0 || strncmp(field, ") D", 3) == 0);
 }
 
 static inline uint64_t owner_self(void)

@@ -7,4 +7,5 @@ cdef extern from "_owner.h" nogil:
     uint32_t owner_pid(uint64_t owner) noexcept
     uint64_t owner_start_ticks(uint64_t owner) noexcept
     uint64_t owner_self() noexcept
+    bint owner_goes_on(uint32_t tid) noexcept
     bint owner_is_dead(uint64_t owner) noexcept

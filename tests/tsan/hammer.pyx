@@ -18,6 +18,7 @@ from shmring._area cimport area_release
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._sync cimport fetch_add64, monotonic_ns
+from shmring._witness cimport CALL_GET, CALL_PUT, Wait, witness_leave
 
 cdef enum: HEAD = 24  # producer, number, and the byte that fills the rest
 
@@ -72,7 +73,8 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
     cdef Py_ssize_t done
     cdef Segment segment
     cdef Item item
-    cdef bint first, keep
+    cdef bint keep
+    cdef Wait wait
     cdef int result = DONE
     cdef char *payload = <char *>malloc(HEAD + most)
     with nogil:
@@ -88,11 +90,13 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
             if not in_place:
                 fill(payload, length, producer, number)
             done = 0
-            first = True
+            wait.call = CALL_PUT
+            wait.turn = wait.slot = 0
             result = BUSY
             while waits(result):
-                result = ring.put_slice(&item, 1, &done, &position, INT64_MAX, first)
-                first = False
+                result = ring.put_slice(&item, 1, &done, &position, INT64_MAX, &wait)
+                wait.turn += 1
+            witness_leave(ring.header, &wait, ring.myself())
             if result != DONE:
                 break
             keep = True
@@ -136,7 +140,10 @@ def consume(RingHandle ring, uint64_t most, str way, double seconds):
     cdef int64_t until = monotonic_ns() + <int64_t>(seconds * 1e9)
     cdef list taken = []
     cdef int result
+    cdef Wait wait
+    wait.call = CALL_GET
     while monotonic_ns() < until:
+        wait.turn = wait.slot = 0
         with nogil:
             take.room = room
             take.room_bytes = room_bytes
@@ -146,10 +153,11 @@ def consume(RingHandle ring, uint64_t most, str way, double seconds):
                 result = ring.take_span(room, 2 * room_bytes, 16, <uint64_t>INT64_MAX, &bytes, 1)
                 if waits(result):
                     take.leaser = 0
-                    result = ring.take_slice(&take, until, True)
+                    result = ring.take_slice(&take, until, &wait)
                     bytes = 0
             else:
-                result = ring.take_slice(&take, until, True)
+                result = ring.take_slice(&take, until, &wait)
+            witness_leave(ring.header, &wait, ring.myself())
             if result == DONE and by_lease:
                 torn = not is_whole(take.payload, take.length)
                 memcpy(room, take.payload, HEAD)
