@@ -220,8 +220,9 @@ def _kill_once(kind: str, window: float) -> Recovery:
         flow.wait_for_movement(count)
         next_one = flow.stamps[count % STAMPS]
         passed = (time.monotonic_ns() - killed) / 1e9
-        after = (flow.counted[0] - count) + flow.rate(window - passed) * (window - passed)
-        return Recovery((next_one - killed) / 1e9, before, after / window)
+        left = max(0.0, window - passed)
+        after = (flow.counted[0] - count) + (flow.rate(left) * left if left > 0 else 0.0)
+        return Recovery((next_one - killed) / 1e9, before, after / max(window, passed))
 
 
 def measure(kind: str, kills: int = KILLS, window: float = WINDOW_S) -> list[Recovery]:

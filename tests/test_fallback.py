@@ -8,6 +8,7 @@ import pickle
 import queue
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -393,6 +394,25 @@ def test_a_file_goes_with_its_last_holder(name: str) -> None:
         _ = second.buffer
     with pytest.raises(RingNotFound):
         SharedFile.attach(name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_who_looks_whether_a_file_can_go_does_not_use_it(name: str) -> None:
+    """As one who attaches does, just when it was made: he removes it, and it is made again."""
+    import fcntl
+
+    path = fallback_folder() / name
+    looking = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+
+    def remove() -> None:
+        path.unlink()
+        os.close(looking)
+
+    removal = threading.Timer(0.05, remove)
+    removal.start()
+    SharedFile.create(name, 100).close()
+    removal.join()
 
 
 def test_what_a_killed_process_left_is_reclaimed(name: str, start_method: str) -> None:

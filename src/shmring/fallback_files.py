@@ -119,6 +119,7 @@ else:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+_LOOK_S = 1.0  # longer than anybody looks whether a file can be removed, unless he is stopped
 _OPEN_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 _OPEN_FLAGS |= getattr(os, "O_BINARY", 0)
 
@@ -150,12 +151,13 @@ class SharedFile:
             RingExists: a living process has a file of that name.
         """
         path = fallback_folder() / check_name(name)
+        deadline = time.monotonic() + _LOOK_S
         _sweep_once()
         while True:
             try:
                 fd = os.open(path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:
-                if not _remove_if_unused(path):
+                if not _remove_if_unused(path) and (_is_held(path) or time.monotonic() >= deadline):
                     raise RingExists(f"{path} exists and is in use") from None
                 continue
             try:
@@ -322,6 +324,18 @@ def _sweep_once() -> None:
     if not _swept:
         _swept = True
         cleanup_stale()
+
+
+def _is_held(path: Path) -> bool:
+    """Whether somebody keeps a file open, and does not just look whether it can be removed."""
+    try:
+        fd = os.open(path, _OPEN_FLAGS)
+    except FileNotFoundError:
+        return False
+    try:
+        return _try_lock(fd, shared=True) and _is_still(path, fd)
+    finally:
+        os.close(fd)
 
 
 def _remove_if_unused(path: Path) -> bool:
