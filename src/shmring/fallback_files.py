@@ -151,13 +151,12 @@ class SharedFile:
             RingExists: a living process has a file of that name.
         """
         path = fallback_folder() / check_name(name)
-        deadline = time.monotonic() + _LOOK_S
         _sweep_once()
         while True:
             try:
                 fd = os.open(path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:
-                if not _remove_if_unused(path) and (_is_held(path) or time.monotonic() >= deadline):
+                if not _remove_if_unused(path):
                     raise RingExists(f"{path} exists and is in use") from None
                 continue
             try:
@@ -326,18 +325,6 @@ def _sweep_once() -> None:
         cleanup_stale()
 
 
-def _is_held(path: Path) -> bool:
-    """Whether somebody keeps a file open, and does not just look whether it can be removed."""
-    try:
-        fd = os.open(path, _OPEN_FLAGS)
-    except FileNotFoundError:
-        return False
-    try:
-        return _try_lock(fd, shared=True) and _is_still(path, fd)
-    finally:
-        os.close(fd)
-
-
 def _remove_if_unused(path: Path) -> bool:
     """Remove a file that nobody holds; False only if somebody does."""
     try:
@@ -345,9 +332,14 @@ def _remove_if_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     removed = False
+    deadline = time.monotonic() + _LOOK_S
     try:
-        if not _try_lock(fd, shared=False):
-            return False
+        while not _try_lock(fd, shared=False):
+            if _try_lock(fd, shared=True):  # with those who keep it
+                return not _is_still(path, fd)
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.0005)  # somebody else looks as well
         if sys.platform != "win32" and _is_still(path, fd):
             path.with_name(path.name + ".lock").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
