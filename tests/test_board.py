@@ -59,6 +59,10 @@ def find(opened: Board, process_id: str) -> Any:
     return next((each for each in opened.entries() if each.process_id == process_id), None)
 
 
+def is_working_on(task: int, entry: Any) -> bool:
+    return entry is not None and (entry.task, entry.state) == (task, State.WORKING)
+
+
 def test_a_slot_says_what_its_process_does(shared: Board) -> None:
     before = time.monotonic_ns()
     slot = shared.register("me", Role.COORDINATOR)
@@ -94,7 +98,7 @@ def test_a_slot_says_what_its_process_does(shared: Board) -> None:
 @pytest.mark.fault(16)
 def test_another_process_is_seen_and_its_death_is_proved(shared: Board, start_method: str) -> None:
     with run_in_process(stay, NAME, "other", method=start_method) as process:
-        wait_for(lambda: find(shared, "other"), what="the other's slot")
+        wait_for(lambda: is_working_on(41, find(shared, "other")), what="the other at its task")
         entry = find(shared, "other")
         assert entry.pid == process.pid
         assert not entry.is_dead()
