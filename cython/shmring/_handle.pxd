@@ -17,6 +17,7 @@ cdef class RingHandle(RingCore):
     cdef uint32_t full_seen  # why a put could not grow, and whether the log says so
     cdef uint64_t full_read  # where consumers stood when a put last met a full ring
     cdef uint64_t moved_ns  # when consumers were last seen to have moved
+    cdef uint64_t slept_ns  # how long a take last slept: advice for the next, an atomic
     cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
 
     # A `timeout` is what _deadline.pyx says.

@@ -28,9 +28,10 @@ from shmring._layout cimport (
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
     shmring_frame_span,
 )
+from shmring._spin cimport SPIN_SLEPT_NS, spin_while_equal
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
-    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns, spin_pause,
+    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 from shmring._witness cimport (
@@ -61,7 +62,6 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
 
 cdef enum: FULL_MEMORY = 1, FULL_LIMIT = 2, FULL_SAID = 3  # full_seen
-cdef int SPIN_TURNS = 150  # of a pause each: about 8 us on the machine of BASELINE.md
 cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
 cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
 cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
@@ -365,24 +365,17 @@ cdef class RingHandle(RingCore):
     # ---- take -------------------------------------------------------------------------------
 
     cdef bint spin_for_data(self) noexcept nogil:
-        """Worth it only while the producers run on another CPU."""
+        """Worth it only while the producers run on another CPU, and something is expected soon."""
         cdef Header *h = self.header
-        cdef uint32_t cpu = current_cpu()
         cdef uint32_t other = load_relaxed32(&h.producer_cpu)
-        cdef int _turn
-        if other == cpu or other == SHMRING_NO_CPU:
-            return False
-        for _turn in range(SPIN_TURNS):
-            if load_acquire64(&h.write_position) != load_relaxed64(&h.read_position):
-                return True
-            spin_pause()
-        return False
+        return (load_relaxed64(&self.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU
+                and other != current_cpu() and spin_while_equal(&h.write_position, &h.read_position))
 
     cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil:
         """One slice of a waiting take; looks last, so that its answer is fresh."""
         cdef Header *h = self.header
         cdef uint32_t announced
-        cdef int64_t slept
+        cdef int64_t began, woke
         cdef int result = EMPTY
         if wait.turn == 0 and self.spin_for_data():
             result = self.take(take, MAY_WAIT)
@@ -397,11 +390,13 @@ cdef class RingHandle(RingCore):
             return result
         witness_enter(h, wait, self.myself(), (
             FOR_MESSAGE if result == EMPTY else FOR_LEASE if result == BEHIND_LEASE else FOR_RESERVATION))
-        slept = monotonic_ns()
-        wait_sleep(&h.data_wait, announced, until - slept)
+        began = monotonic_ns()
+        wait_sleep(&h.data_wait, announced, until - began)
+        woke = monotonic_ns()
+        store_relaxed64(&self.slept_ns, <uint64_t>(woke - began))
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
-            if (monotonic_ns() - slept >= (SYNC_SLICE_NS if until - slept > SYNC_SLICE_NS else IDLE_NS)
+            if (woke - began >= (SYNC_SLICE_NS if until - began > SYNC_SLICE_NS else IDLE_NS)
                     and (load_relaxed64(&self.read_capacity) != h.min_capacity
                          or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
                 self.settle(h.min_capacity)

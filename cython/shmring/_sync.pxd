@@ -18,7 +18,6 @@ cdef extern from "_sync.h" nogil:
     uint32_t fetch_add32(uint32_t *p, uint32_t value) noexcept
     void fence_full() noexcept
     void fence_after_unlock() noexcept
-    void spin_pause() noexcept
     uint32_t current_cpu() noexcept
     int64_t monotonic_ns() noexcept
 
