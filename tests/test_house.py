@@ -35,6 +35,7 @@ FLOORS = [
         "_handle",
         "_inspect",
         "_tree",
+        "_take",
         "_ring",
         "_queue",
         "_memory",

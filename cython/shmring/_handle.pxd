@@ -2,11 +2,16 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from shmring._core cimport Item, RingCore, Take
+from shmring._core cimport (
+    BEHIND_LEASE, BEHIND_RESERVATION, BUSY, EMPTY, FULL, FULL_COUNT, Item, RingCore, Take,
+)
 from shmring._witness cimport Wait
 
 cdef enum:
     GIL_BYTES = 65536  # copies above this size release the GIL
+
+cdef inline bint ends_wait(int outcome) noexcept nogil:
+    return outcome not in (BUSY, FULL, FULL_COUNT, EMPTY, BEHIND_LEASE, BEHIND_RESERVATION)
 
 cdef class RingHandle(RingCore):
     cdef readonly bint closed
@@ -26,8 +31,6 @@ cdef class RingHandle(RingCore):
                                 bint block, object timeout) except -1
     # DONE, PARTIAL (only the head, nothing was taken) or why nothing is there
     cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1
-    # the second half of a large take; DONE or CHANGED (begin again)
-    cdef int take_into(self, Take *take) except -1
     cdef int say_full(self) except -1
     cdef int look_for_name(self) except -1
     cdef int give_back(self) except -1
@@ -43,6 +46,6 @@ cdef class RingHandle(RingCore):
     cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
                        int64_t until, Wait *wait) noexcept nogil
     cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil
-    cdef bint spin_for_data(self) noexcept nogil
+    cdef int spin_and_take(self, Take *take) noexcept nogil
     cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil
     cdef int take_now(self, Take *take) noexcept nogil

@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 from shmring._area cimport area_forget, area_open, area_release, area_stat
 from shmring._core cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CHANGED, CLAIM_HELD, CORRUPT, DONE, EMPTY,
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CLAIM_HELD, CORRUPT, DONE, EMPTY,
     FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
     POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
@@ -28,7 +28,7 @@ from shmring._layout cimport (
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
     shmring_frame_span,
 )
-from shmring._spin cimport SPIN_SLEPT_NS, spin_while_equal
+from shmring._spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._sync cimport (
     SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
@@ -70,10 +70,6 @@ cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leav
 cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
 
 sync_start()  # _core has checked that the kernel can do it
-
-
-cdef inline bint ends_wait(int outcome) noexcept nogil:
-    return outcome not in (BUSY, FULL, FULL_COUNT, EMPTY, BEHIND_LEASE, BEHIND_RESERVATION)
 
 
 @cython.binding(False)
@@ -364,21 +360,30 @@ cdef class RingHandle(RingCore):
 
     # ---- take -------------------------------------------------------------------------------
 
-    cdef bint spin_for_data(self) noexcept nogil:
+    cdef int spin_and_take(self, Take *take) noexcept nogil:
         """Worth it only while the producers run on another CPU, and something is expected soon."""
         cdef Header *h = self.header
         cdef uint32_t other = load_relaxed32(&h.producer_cpu)
-        return (load_relaxed64(&self.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU
-                and other != current_cpu() and spin_while_equal(&h.write_position, &h.read_position))
+        cdef int64_t until
+        cdef int result = EMPTY
+        if (load_relaxed64(&self.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU and other != current_cpu()
+                and spin_while_equal(&h.write_position, &h.read_position)):
+            result = self.take(take, MAY_WAIT)
+            if result == BEHIND_RESERVATION:
+                until = monotonic_ns() + spin_for_writing(take.length)
+                while result == BEHIND_RESERVATION and monotonic_ns() < until:
+                    spin_between_looks()
+                    result = self.take(take, MAY_WAIT)
+        return result
 
     cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil:
         """One slice of a waiting take; looks last, so that its answer is fresh."""
         cdef Header *h = self.header
         cdef uint32_t announced
         cdef int64_t began, woke
-        cdef int result = EMPTY
-        if wait.turn == 0 and self.spin_for_data():
-            result = self.take(take, MAY_WAIT)
+        cdef int result
+        if wait.turn == 0:
+            result = self.spin_and_take(take)
             if ends_wait(result):
                 return result
         announced = wait_announce(&h.data_wait)
@@ -496,31 +501,6 @@ cdef class RingHandle(RingCore):
             _, token, name = self._identity()
             trouble.say_name_is_gone(name, token)
         return 0
-
-    cdef int take_into(self, Take *take) except -1:
-        cdef int result
-        handle_enter(&self.inside)
-        try:
-            if self.closed:
-                self.check_open()
-            take.expected = take.position
-            if take.length > GIL_BYTES:
-                fetch_add64(&self.inside, 1)
-                with nogil:
-                    result = self.take(take, MAY_WAIT)
-                fetch_add64(&self.inside, -1)
-            else:
-                result = self.take(take, 0)
-            take.target_count = 0
-            if not ends_wait(result):
-                return CHANGED
-            if result != DONE and result != CHANGED:
-                self.raise_outcome(result)
-            if load_relaxed64(&self.oversized) != 0:
-                self.give_back()
-            return result
-        finally:
-            handle_leave(&self.inside)
 
     cdef int give_back(self) except -1:
         cdef uint64_t capacity = load_relaxed64(&self.oversized)

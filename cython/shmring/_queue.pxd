@@ -3,9 +3,9 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core cimport Item, Segment
-from shmring._handle cimport RingHandle
+from shmring._take cimport TakingRing
 
-cdef class ObjectRing(RingHandle):
+cdef class ObjectRing(TakingRing):
     cdef object encoder  # obj -> (kind, segments); never called under a lock
     cdef object decoder  # kind, head, buffers -> obj
     cdef bint raw  # bytes travel as they are, past the codec,
@@ -24,10 +24,8 @@ cdef class ObjectRing(RingHandle):
 
     cdef int renew_pickler(self) except -1
     cdef object encode(self, object obj)
-    cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
-    cdef object next_object(self, bint block, object timeout)
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
     cdef uint64_t due(self) noexcept
     cdef int visit_locks(self) except -1

@@ -19,35 +19,32 @@ from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take
+from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
 from shmring._count cimport count_read
 from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
-from shmring._handle cimport RingHandle
 from shmring._layout cimport (
-    SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, Claim, Frame, Header, shmring_frame_span,
+    SHMRING_CLAIM_COUNT, Claim, Header,
 )
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
     store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
+from shmring._take cimport SMALL, TakingRing
 from shmring._tree cimport Writer, tree_free, tree_read, tree_write
 from shmring._witness cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
 
 from queue import Empty, Full
 
-from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
+from shmring.errors import InvalidArgument, RingCorrupted
 
 sync_start()  # _core has checked that the kernel can do it
 
 cdef enum:
-    SMALL = 4096  # taken over the stack
-    SPAN_BYTES = 65536  # what one visit of get_many takes at most
     TABLE_MOST = 500  # segments whose table fits into SMALL
 
 cdef uint32_t RAW = 0
@@ -116,7 +113,7 @@ cdef class Parcel:
 
 
 @cython.binding(False)
-cdef class ObjectRing(RingHandle):
+cdef class ObjectRing(TakingRing):
     """The compiled half of shmring.Queue."""
 
     def _set_codec(self, encoder, decoder, bint raw, bint trees=False, pickler_type=None,
@@ -257,53 +254,58 @@ cdef class ObjectRing(RingHandle):
         Raises:
             queue.Full, PeerDied: with an attribute `count`, how many went in.
         """
-        cdef list held = []
+        cdef list held = []  # bytes, or a Parcel
         cdef Parcel parcel
-        cdef Item *items
-        cdef Segment *segments
-        cdef Py_ssize_t n, i
+        cdef Item *items = NULL
+        cdef Item *longer
+        cdef Segment *segments = NULL
+        cdef Py_ssize_t room_for = 0
+        cdef Py_ssize_t n = 0
+        cdef Py_ssize_t i
         cdef Py_ssize_t done = 0
         cdef Writer writer
         cdef char room[SMALL]
         if peers is not None:
-            return ObjectRing.put_many(self, objects, block, watching(peers, timeout))
-        for obj in objects:
-            if self.raw and PyBytes_CheckExact(obj):
-                held.append(RAW)
-                held.append(obj)
-                continue
-            if self.trees and tree_write(&writer, room, SMALL, obj):
-                held.append(TREE)
-                try:
-                    held.append(PyBytes_FromStringAndSize(writer.start, writer.at - writer.start))
-                finally:
-                    tree_free(&writer)
-                continue
-            encoded = self.encode(obj)
-            held.append(PLAIN)
-            if PyBytes_CheckExact(encoded):
-                held.append(encoded)
-            else:
-                parcel = Parcel.__new__(Parcel)
-                parcel.pack(encoded)
-                held.append(parcel)
-        n = len(held) // 2
-        if n == 0:
-            self.check_open()
-            return
-        items = <Item *>PyMem_Malloc(n * sizeof(Item))
-        segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
+            timeout = watching(peers, timeout)
         try:
-            if items == NULL or segments == NULL:
+            for obj in objects:
+                if n == room_for:
+                    room_for = 2 * n + 64
+                    longer = <Item *>PyMem_Realloc(items, room_for * sizeof(Item))
+                    if longer == NULL:
+                        raise MemoryError
+                    items = longer
+                if self.raw and PyBytes_CheckExact(obj):
+                    items[n].kind = RAW
+                    held.append(obj)
+                elif self.trees and tree_write(&writer, room, SMALL, obj):
+                    items[n].kind = TREE
+                    try:
+                        held.append(PyBytes_FromStringAndSize(writer.start, writer.at - writer.start))
+                    finally:
+                        tree_free(&writer)
+                else:
+                    encoded = self.encode(obj)
+                    items[n].kind = PLAIN
+                    if not PyBytes_CheckExact(encoded):
+                        parcel = Parcel.__new__(Parcel)
+                        parcel.pack(encoded)
+                        encoded = parcel
+                    held.append(encoded)
+                n += 1
+            if n == 0:
+                self.check_open()
+                return
+            segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
+            if segments == NULL:
                 raise MemoryError
             for i in range(n):
-                encoded = held[2 * i + 1]
+                encoded = held[i]
                 if PyBytes_CheckExact(encoded):
                     segments[i].data = PyBytes_AS_STRING(encoded)
                     segments[i].length = <uint64_t>PyBytes_GET_SIZE(encoded)
                     items[i].segments = &segments[i]
                     items[i].count = 1
-                    items[i].kind = held[2 * i]
                     items[i].length = segments[i].length
                     items[i].owner = 0
                 else:
@@ -321,6 +323,8 @@ cdef class ObjectRing(RingHandle):
 
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length):
         """Decode a payload that lies in private memory."""
+        if kind == RAW and self.raw:
+            return PyBytes_FromStringAndSize(payload, <Py_ssize_t>length)
         if kind == TREE and self.trees:
             return tree_read(payload, length)
         if kind & MULTI:
@@ -447,76 +451,6 @@ cdef class ObjectRing(RingHandle):
     def get_nowait(self):
         """get(block=False)."""
         return self.get(False)  # which a subclass may have overridden
-
-    def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
-        """Wait for one object, then take what is there, in order.
-
-        Args:
-            max_items: how many at most, None for all that are there.
-            block, timeout, peers: as for `get`, for the first one.
-
-        Returns:
-            A list of objects, at least one.
-
-        Raises: as `get`.  A DecodeError carries the objects of the same batch
-            that were decoded in its attribute `items`: nothing else is lost.
-        """
-        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
-        cdef char *room
-        cdef uint64_t size = 0
-        cdef uint64_t at, end, first
-        cdef Frame *frame
-        cdef int result
-        cdef list taken
-        cdef object failed = None
-        if most < 1:
-            raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
-        if peers is not None:
-            return ObjectRing.get_many(self, max_items, block, watching(peers, timeout))
-        taken = [self.next_object(block, timeout)]
-        room = <char *>PyMem_Malloc(SPAN_BYTES)
-        if room == NULL or self.closed:
-            PyMem_Free(room)
-            return taken
-        self.enter()
-        # what is there now, not what steady producers go on adding
-        end = load_acquire64(&self.header.write_position)
-        try:
-            while (len(taken) < most and failed is None and not self.closed
-                    and load_acquire64(&self.header.read_position) < end):
-                result = self.take_span(room, SPAN_BYTES, most - len(taken), end, &size, 0)
-                if result == PARTIAL:
-                    try:
-                        taken.append(self.next_object(False, None))
-                        continue
-                    except DecodeError as error:
-                        failed = error
-                        break
-                    except Exception:
-                        break  # it shows itself in the next call; what was taken is not lost
-                if result != DONE:
-                    break  # an error shows itself in the next call; what was taken is not lost
-                at = 0
-                first = (<Frame *>room).position
-                while at < size:
-                    frame = <Frame *>(room + at)
-                    # our own copy, but made after the check: lengths may have changed between
-                    if (size - at < SHMRING_FRAME_BYTES or frame.length > size - at - SHMRING_FRAME_BYTES
-                            or frame.position != first + at):
-                        self.poison(POISON_FRAME)
-                        break
-                    try:
-                        taken.append(self.decode_at(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
-                    except DecodeError as error:
-                        failed = failed or error
-                    at += shmring_frame_span(frame.length)
-        finally:
-            PyMem_Free(room)
-            self.leave()
-        if failed is not None:
-            failed.items = taken
-            raise failed
-        return taken
 
     # ---- joining ------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 from libc.stdint cimport uint64_t
 
 from shmring._area cimport Mapping
-from shmring._handle cimport RingHandle
+from shmring._take cimport TakingRing
 
-cdef class BytesRing(RingHandle):
+cdef class BytesRing(TakingRing):
     # With no field of its own, Python would construct subclasses that also derive from
     # SharedHandle as mere RingHandles.
     cdef uint64_t token  # of the ring, as in its header

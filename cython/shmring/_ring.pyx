@@ -1,10 +1,7 @@
 """Ring: bytes in, bytes out, and views in place.
 
 `BytesRing` is the compiled half of `shmring.Ring`; `shmring.ring` adds the
-names.  A message of up to SMALL bytes is copied to the stack under the lock
-and becomes an object afterwards; a larger one is measured first, and its
-destination is allocated between two visits, because nothing is allocated
-while a lock word is held.
+names.
 """
 
 cimport cython
@@ -15,27 +12,21 @@ from cpython.buffer cimport (
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
-from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
 from shmring._area cimport area_release
-from shmring._core cimport BUSY, CHANGED, DONE, PARTIAL, POISON_FRAME, Item, Segment, Take
+from shmring._core cimport BUSY, CHANGED, DONE, Item, Segment, Take
 from shmring._deadline cimport watching
-from shmring._handle cimport RingHandle
-from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, load_acquire64, sync_epoch, sync_start
+from shmring._sync cimport fetch_add64, sync_epoch, sync_start
+from shmring._take cimport TakingRing
 
 import operator
 import threading
 from queue import Empty, Full
 
 from shmring.errors import InvalidArgument, MessageTooLarge, RingCorrupted
-
-cdef enum:
-    SMALL = 4096  # taken over the stack
-    SPAN_BYTES = 65536  # what one visit of get_many takes at most
 
 sync_start()
 
@@ -52,7 +43,7 @@ cdef int check_bytes_like(object data) except -1:
 
 
 @cython.binding(False)
-cdef class BytesRing(RingHandle):
+cdef class BytesRing(TakingRing):
     """The compiled half of shmring.Ring."""
 
     def put(self, data, bint block=True, timeout=None, *, peers=None):
@@ -130,11 +121,16 @@ cdef class BytesRing(RingHandle):
             if items == NULL or segments == NULL or buffers == NULL:
                 raise MemoryError
             for i in range(n):
-                check_bytes_like(held[i])
-                PyObject_GetBuffer(held[i], &buffers[i], PyBUF_CONTIG_RO)
-                opened += 1
-                segments[i].data = <char *>buffers[i].buf
-                segments[i].length = <uint64_t>buffers[i].len
+                data = held[i]
+                if PyBytes_CheckExact(data):
+                    segments[i].data = PyBytes_AS_STRING(data)
+                    segments[i].length = <uint64_t>PyBytes_GET_SIZE(data)
+                else:
+                    check_bytes_like(data)
+                    PyObject_GetBuffer(data, &buffers[opened], PyBUF_CONTIG_RO)
+                    segments[i].data = <char *>buffers[opened].buf
+                    segments[i].length = <uint64_t>buffers[opened].len
+                    opened += 1
                 items[i].segments = &segments[i]
                 items[i].count = 1
                 items[i].kind = 0
@@ -167,91 +163,18 @@ cdef class BytesRing(RingHandle):
             RingCorrupted: what stands in front is not a frame.
             ShutDown: the ring was shut down and is empty.
         """
-        cdef char room[SMALL]
-        cdef Take take
-        cdef Segment target
-        cdef int result
-        take.room = room
-        take.room_bytes = SMALL
-        take.leaser = 0
         if peers is not None:
-            return BytesRing.get(self, block, watching(peers, timeout))
+            timeout = watching(peers, timeout)
+        return self.next_object(block, timeout)
+
+    cdef object next_object(self, bint block, object timeout):
         if blocks:
             self.check_reentry(False, "get() inside peek()")  # it would wait for itself
-        while True:
-            result = self.take_or_wait(&take, block, timeout)
-            if result == DONE:
-                return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
-            if result != PARTIAL:
-                raise Empty
-            message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
-            target.data = PyBytes_AS_STRING(message)
-            target.length = take.length
-            take.targets = &target
-            take.target_count = 1
-            if self.take_into(&take) == DONE:
-                return message
+        return TakingRing.next_object(self, block, timeout)
 
     def get_nowait(self):
         """get(block=False)."""
         return self.get(False)
-
-    def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
-        """Wait for one message, then take what is there, in order.
-
-        Args:
-            max_items: how many at most, None for all that are there.
-            block, timeout, peers: as for `get`, for the first one.
-
-        Returns:
-            A list of bytes, at least one.
-        """
-        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
-        cdef char *room
-        cdef uint64_t size, at, end, first
-        cdef Frame *frame
-        cdef int result
-        cdef list taken
-        if most < 1:
-            raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
-        if peers is not None:
-            return BytesRing.get_many(self, max_items, block, watching(peers, timeout))
-        taken = [self.get(block, timeout)]
-        room = <char *>PyMem_Malloc(SPAN_BYTES)
-        if room == NULL or self.closed:
-            PyMem_Free(room)
-            return taken
-        self.enter()
-        # what is there now, not what steady producers go on adding
-        end = load_acquire64(&self.header.write_position)
-        try:
-            while (len(taken) < most and not self.closed
-                    and load_acquire64(&self.header.read_position) < end):
-                result = self.take_span(room, SPAN_BYTES, most - len(taken), end, &size, 0)
-                if result == PARTIAL:
-                    try:
-                        taken.append(self.get(False))
-                        continue
-                    except Exception:
-                        break  # it shows itself in the next call; what was taken is not lost
-                if result != DONE:
-                    break  # an error shows itself in the next call; what was taken is not lost
-                at = 0
-                first = (<Frame *>room).position
-                while at < size:
-                    frame = <Frame *>(room + at)
-                    # our own copy, but made after the check: lengths may have changed between
-                    if (size - at < SHMRING_FRAME_BYTES or frame.length > size - at - SHMRING_FRAME_BYTES
-                            or frame.position != first + at):
-                        self.poison(POISON_FRAME)
-                        break
-                    taken.append(PyBytes_FromStringAndSize(
-                        <char *>frame + SHMRING_FRAME_BYTES, <Py_ssize_t>frame.length))
-                    at += shmring_frame_span(frame.length)
-        finally:
-            PyMem_Free(room)
-            self.leave()
-        return taken
 
     def reserve(self, nbytes, block=True, timeout=None, *, peers=None):
         """A context that writes a message of `nbytes` bytes in place.
@@ -288,7 +211,7 @@ cdef class BytesRing(RingHandle):
     def _adopt(self):
         """In a child right after fork: the blocks of the parent are not ours."""
         blocks.clear()
-        RingHandle._adopt(self)
+        TakingRing._adopt(self)
 
     cdef object check_reentry(self, bint writable, str what):
         """The name of a block that this thread may enter now."""

@@ -13,9 +13,15 @@
 
 #define SPIN_NS 20000
 #define SPIN_SLEPT_NS 200000 /* after a longer sleep nothing is expected soon */
-/* Between two looks, each of which takes the line away from who writes to it.
- * A pause takes 6 ns on some processors and 60 on others: the clock decides. */
-#define SPIN_PAUSES 8
+#define SPIN_BYTES_PER_NS 8
+
+/* A look takes the line away from who writes to it.  A pause is 6 ns on some
+ * processors and 60 on others, so none of the limits counts pauses. */
+static inline void spin_between_looks(void)
+{
+    for (int i = 0; i < 8; i++)
+        spin_pause();
+}
 
 /* Whether the two came to differ. */
 SYNC_SLOW int spin_while_equal(const uint64_t *written, const uint64_t *read)
@@ -24,10 +30,17 @@ SYNC_SLOW int spin_while_equal(const uint64_t *written, const uint64_t *read)
     do {
         if (load_acquire64(written) != load_relaxed64(read))
             return 1;
-        for (int i = 0; i < SPIN_PAUSES; i++)
-            spin_pause();
+        spin_between_looks();
     } while (monotonic_ns() < until);
     return 0;
+}
+
+/* How long to look at a message of `length` bytes that is being written in place:
+ * as long as a copy takes, but not so long that one sleep more is nothing to it. */
+static inline int64_t spin_for_writing(uint64_t length)
+{
+    uint64_t ns = SPIN_NS + length / SPIN_BYTES_PER_NS;
+    return (int64_t)(ns < SPIN_SLEPT_NS ? ns : SPIN_SLEPT_NS);
 }
 
 #endif

@@ -1,7 +1,9 @@
 """What Cython sees of _spin.h: looking for a moment before falling asleep."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 cdef extern from "_spin.h" nogil:
     const uint64_t SPIN_SLEPT_NS
+    void spin_between_looks() noexcept
     bint spin_while_equal(const uint64_t *written, const uint64_t *read) noexcept
+    int64_t spin_for_writing(uint64_t length) noexcept

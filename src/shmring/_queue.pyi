@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shmring._handle import RingHandle
+from shmring._take import TakingRing
 
 class Parcel: ...
 
-class ObjectRing(RingHandle):
+class ObjectRing(TakingRing):
     def put(
         self,
         obj: Any,

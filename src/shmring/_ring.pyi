@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from typing_extensions import Buffer
 
-from shmring._handle import RingHandle
+from shmring._take import TakingRing
 
-class BytesRing(RingHandle):
+class BytesRing(TakingRing):
     def put(
         self,
         data: Buffer,

@@ -1,0 +1,15 @@
+"""The map of taking: one message or many."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmring._core cimport Take
+from shmring._handle cimport RingHandle
+
+cdef enum:
+    SMALL = 4096  # taken over the stack
+
+cdef class TakingRing(RingHandle):
+    cdef object next_object(self, bint block, object timeout)
+    cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
+    # the second half of a large take; DONE or CHANGED (begin again)
+    cdef int take_into(self, Take *take) except -1
