@@ -246,11 +246,19 @@ class RoundTrips(Session):
     directions = 2
 
     def __init__(
-        self, transport: type[Transport], work: Work, *, apart: bool = False, **options: Any
+        self,
+        transport: type[Transport],
+        work: Work,
+        *,
+        apart: bool = False,
+        idle_s: float = 0.0,
+        **options: Any,
     ) -> None:
-        """With `apart`, the two processes are bound to one CPU each."""
+        """With `apart`, the two processes are bound to one CPU each; `idle_s` is slept before
+        each trip, so that the other side is asleep."""
         super().__init__(transport, work, **options)
         self._cpus = two_cpus() if apart else None
+        self._idle_s = idle_s
         self.samples_ns: list[int] = []
 
     def _prepare(self) -> None:
@@ -274,6 +282,8 @@ class RoundTrips(Session):
         message = self.work.pool[0]
         samples = []
         for _ in range(count):
+            if self._idle_s:
+                time.sleep(self._idle_s)
             start = clock()
             put(message)
             answer = get()

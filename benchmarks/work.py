@@ -19,6 +19,7 @@ import numpy as np
 __all__ = [
     "BATCH",
     "STOP",
+    "Record",
     "Work",
     "WrongContent",
     "arrays",
@@ -27,6 +28,7 @@ __all__ = [
     "receive_batches",
     "receive_each",
     "receive_sums",
+    "records",
     "send_batches",
     "send_each",
     "small_dicts",
@@ -86,6 +88,22 @@ def small_dicts(count: int = 100_000) -> Work:
         for index in range(_POOL)
     ]
     return Work("small dict", "object", pool, 0, count)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is no builtin."""
+
+    id: int
+    name: str
+    value: float
+    ok: bool
+
+
+def records(count: int = 100_000) -> Work:
+    """The same record as an object of a class, which only pickle carries."""
+    pool = [Record(**one) for one in small_dicts().pool]
+    return Work("small object", "object", pool, 0, count)
 
 
 def arrays(nbytes: int, count: int) -> Work:

@@ -37,7 +37,7 @@ FAULTS = {
     ),
     3: Fault(
         "A producer is killed after the message is committed and before anybody is woken",
-        "No sleep lasts longer than 80 ms, and whoever wakes up looks: the sleeper has it then",
+        "No sleep lasts longer than 90 ms, and whoever wakes up looks: the sleeper has it then",
     ),
     4: Fault(
         "A process is killed while it makes good what another's death left",

@@ -248,7 +248,7 @@ def get_when_asked(queue, orders, answers):
 def test_a_cancelled_call_passes_its_wake_on(queue):
     """We sleep, then a consumer elsewhere does; the wake is ours, and we give up.
 
-    A wake that is lost costs a slice of 80 ms, of which some part has passed:
+    A wake that is lost costs a slice of 90 ms, of which some part has passed:
     one in four would still come within 20 ms.
     """
 

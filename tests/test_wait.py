@@ -101,7 +101,7 @@ def test_all_kinds_of_queues_and_rings(kernel):
 
 
 def test_it_sleeps_in_the_kernel_and_is_woken_at_once(queues):
-    """Far below the slice of 80 ms, and hardly any CPU."""
+    """Far below the slice of 90 ms, and hardly any CPU."""
     latencies = []
     used = time.thread_time()
     for round_ in range(15):

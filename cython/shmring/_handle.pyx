@@ -30,7 +30,7 @@ from shmring._layout cimport (
 )
 from shmring._spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._sync cimport (
-    SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
+    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
@@ -401,7 +401,7 @@ cdef class RingHandle(RingCore):
         store_relaxed64(&self.slept_ns, <uint64_t>(woke - began))
         result = self.take(take, MAY_WAIT)
         if result == EMPTY:
-            if (woke - began >= (SYNC_SLICE_NS if until - began > SYNC_SLICE_NS else IDLE_NS)
+            if (woke - began >= (SYNC_SLICE_LEAST_NS if until - began > SYNC_SLICE_NS else IDLE_NS)
                     and (load_relaxed64(&self.read_capacity) != h.min_capacity
                          or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
                 self.settle(h.min_capacity)

@@ -42,6 +42,7 @@ cdef extern from "_sync.h" nogil:
 
     # the wait word
     const int64_t SYNC_SLICE_NS
+    const int64_t SYNC_SLICE_LEAST_NS
     bint wait_wants_wake(const uint32_t *word) noexcept
     void wait_wake_one(uint32_t *word) noexcept
     void wait_wake_all(uint32_t *word) noexcept

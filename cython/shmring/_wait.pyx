@@ -19,7 +19,7 @@ from shmring._handle cimport RingHandle
 from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel
 from shmring._sync cimport (
-    SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64, handle_enter, handle_leave,
+    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce,
     wait_sleep_many,
 )
@@ -204,9 +204,9 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
                 heard = bell_heard(bell_word)
             PyErr_CheckSignals()
             ready = ready_of(rings)
-            if not ready and monotonic_ns() - slept >= SYNC_SLICE_NS:
+            if not ready and monotonic_ns() - slept >= SYNC_SLICE_LEAST_NS:
                 shrink_idle(rings)
-            if not ready and monotonic_ns() - looked >= SYNC_SLICE_NS:  # slices may be shorter
+            if not ready and monotonic_ns() - looked >= SYNC_SLICE_LEAST_NS:  # slices may be shorter
                 looked = monotonic_ns()
                 look_for_names(rings)
         return ready
@@ -293,7 +293,7 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
             wait.turn += 1
             with nogil:
                 wait_sleep_many(words, announced, count, &bell.word, SYNC_SLICE_NS)
-            if monotonic_ns() - slept >= SYNC_SLICE_NS and not ring.closed:
+            if monotonic_ns() - slept >= SYNC_SLICE_LEAST_NS and not ring.closed:
                 may_put = room
                 shrink_idle(rings)
                 if data:

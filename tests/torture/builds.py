@@ -88,7 +88,7 @@ CORE, HANDLE = "cython/shmring/_core.pyx", "cython/shmring/_handle.pyx"
 SYNC, AREA = "cython/shmring/_sync.h", "cython/shmring/_area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
-NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 80000000LL", "#define SYNC_SLICE_NS 3600000000000LL")
+NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 90000000LL", "#define SYNC_SLICE_NS 3600000000000LL")
 
 BUILDS = {
     "endless sleeps": Build([NO_END], ["_core", "_handle", "_wait"]),

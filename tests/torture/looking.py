@@ -48,7 +48,7 @@ __all__ = [
 Handle = TypeVar("Handle", bound=SharedHandle)
 
 OWNER_DIED = 0x40000000
-AT_ONCE = 5.0  # seconds in which puts and gets go on, on however busy a machine; a slice is 0.08
+AT_ONCE = 5.0  # seconds in which puts and gets go on, on however busy a machine; a slice is 0.09
 PATIENCE = 60.0  # seconds, after which a process that looks is one that hangs
 
 WRITE_POSITION = LAYOUT["PRODUCERS_OFFSET"] + 8
