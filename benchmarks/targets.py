@@ -108,7 +108,7 @@ class Measuring:
         shared: bool = False,
         **options: Any,
     ) -> dict[str, Runs]:
-        """The runs by transport, with the peers that carry that `kind`; one that fails is left out."""
+        """The runs by transport, and of peers that carry that `kind`; failed ones are left out."""
         chosen = list(ours)
         if self.peers and kind is not None:
             chosen += [

@@ -200,6 +200,17 @@ def test_a_reducer_registered_later_counts(queue, registered):
     assert [queue.get()[0].value, queue.get().value] == [2, 3]
 
 
+def test_a_reducer_that_replaces_another_counts(queue, registered):
+    registered(Late, _reduce_late)
+    queue.put(Late(1))
+    registered(Late, lambda late: (_rebuild_late, (late.value + 10,)))
+    queue.put(Late(1))
+    del ForkingPickler._extra_reducers[Late]
+    with pytest.raises(EncodeError, match="not by the registered"):
+        queue.put(Late(1))
+    assert [queue.get().value, queue.get().value] == [2, 12]
+
+
 def test_copyregs_reducers_count_and_multiprocessings_go_first(queue, registered):
     copyreg.pickle(Late, lambda late: (_rebuild_late, (late.value + 100,)))
     try:
@@ -219,6 +230,22 @@ def test_a_reducer_for_arrays_goes_before_ours(queue):
         assert queue.get() == [1, 2]
     finally:
         del ForkingPickler._extra_reducers[np.ndarray]
+
+
+def test_arrays_travel_out_of_band_though_numpy_came_after_the_queue():
+    code = """if True:
+        import sys
+        from shmring import Queue
+        queue = Queue()
+        queue.put({1})
+        assert "numpy" not in sys.modules
+        import numpy
+        queue.put(numpy.zeros(1000))
+        queue.get()
+        print(type(queue.get().base).__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("bytearray\n", "")
 
 
 def _answer(queue: Queue[object], answers: Queue[object]) -> None:

@@ -36,6 +36,7 @@ FLOORS = [
         "_inspect",
         "_tree",
         "_take",
+        "_watch",
         "_ring",
         "_queue",
         "_memory",

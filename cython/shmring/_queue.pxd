@@ -4,6 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core cimport Item, Segment
 from shmring._take cimport TakingRing
+from shmring._watch cimport Watched
 
 cdef class ObjectRing(TakingRing):
     cdef object encoder  # obj -> (kind, segments); never called under a lock
@@ -20,9 +21,11 @@ cdef class ObjectRing(TakingRing):
     cdef object clear_memo
     cdef list chunks
     cdef list buffers
+    cdef Watched watched
     cdef uint32_t pickler_free
 
     cdef int renew_pickler(self) except -1
+    cdef int make_pickler(self) except -1
     cdef object encode(self, object obj)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)

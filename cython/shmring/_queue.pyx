@@ -124,7 +124,7 @@ cdef class ObjectRing(TakingRing):
         the object.  With `raw`, exact bytes travel past both, and with `trees`
         what is made of exact builtins alone.  `pickler_type`
         makes a pickler that is used again and again (dump, clear_memo, chunks,
-        buffers) in place of the encoder, `loader(head)` stands in for the
+        buffers), until what is `watched` has changed, in place of the encoder, `loader(head)` stands in for the
         decoder where there are no buffers; `explain_encode(obj, error)` and
         `explain_decode(head, buffers, error)` make the exceptions of these two.
         """
@@ -142,12 +142,17 @@ cdef class ObjectRing(TakingRing):
         if self.pickler_type is None:
             self.pickler_free = 0
             return 0
+        self.make_pickler()
+        store_release32(&self.pickler_free, 1)
+        return 0
+
+    cdef int make_pickler(self) except -1:
         pickler = self.pickler_type()
         self.dump = pickler.dump
         self.clear_memo = pickler.clear_memo
         self.chunks = pickler.chunks
         self.buffers = pickler.buffers
-        store_release32(&self.pickler_free, 1)
+        self.watched = pickler.watched
         return 0
 
     cdef object encode(self, object obj):
@@ -157,6 +162,8 @@ cdef class ObjectRing(TakingRing):
         if not compare_exchange32(&self.pickler_free, 1, 0):
             return self.encoder(obj)
         try:
+            if self.watched.changed():
+                self.make_pickler()
             self.dump(obj)
         except Exception as error:
             self.renew_pickler()  # this one is in an unknown state

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pickle import PickleBuffer
 from typing import Any
 
-__all__ = ["IN_BAND_BYTES", "array_reducer"]
+__all__ = ["IN_BAND_BYTES", "array_reducers"]
 
 IN_BAND_BYTES = 512  # a buffer smaller than this costs less inside the pickle
 
@@ -21,12 +21,11 @@ _BUILT_IN_TYPES = 24  # dtype.num from here on: types that others brought
 _SIMPLE = frozenset("?bBhHiIlLqQefdgFDG")  # one character says it all
 
 
-def array_reducer(kind: type) -> Callable[[Any], Any] | None:
-    """The reducer for exactly `numpy.ndarray`; None for any other class."""
+def array_reducers() -> dict[type, Callable[[Any], Any]]:
+    """The reducer for exactly `numpy.ndarray`; nothing as long as nobody imported numpy."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and kind is getattr(numpy, "ndarray", None):
-        return reduce_array
-    return None
+    kind = getattr(numpy, "ndarray", None)  # None while it is being imported
+    return {} if kind is None else {kind: reduce_array}
 
 
 def reduce_array(array: Any) -> Any:

@@ -14,14 +14,15 @@ from multiprocessing.reduction import ForkingPickler
 from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
-from shmring.arrays import IN_BAND_BYTES, array_reducer
+from shmring.arrays import IN_BAND_BYTES, array_reducers
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 
 _tree: ModuleType | None
+_watch: ModuleType | None
 try:
-    from shmring import _tree
+    from shmring import _tree, _watch
 except ImportError:
-    _tree = None  # the fallback, where pickle carries everything
+    _tree = _watch = None  # the fallback, where pickle carries everything
 
 
 __all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
@@ -50,36 +51,27 @@ class Codec(Protocol):
         ...
 
 
-class _Reducers(dict[type, Reducer]):
-    """What multiprocessing and copyreg have registered by now, and ours for arrays.
-
-    Empty itself, so that nothing registered later is missed; a ChainMap does
-    the same at four times the price.
-    """
-
-    def __missing__(self, kind: type) -> Reducer:
-        reducer = _registered.get(kind) or copyreg.dispatch_table.get(kind) or array_reducer(kind)
-        if reducer is None:
-            raise KeyError(kind)
-        return reducer
-
-
 _registered: dict[type, Reducer] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-_reducers = _Reducers()
+
+
+def reducers() -> dict[type, Reducer]:
+    """What multiprocessing and copyreg have registered by now, and ours for arrays."""
+    return {**array_reducers(), **copyreg.dispatch_table, **_registered}
 
 
 class ReusedPickler:
     """One C pickler, used again and again: a fresh one costs three times as much.
 
-    It knows the reducers that multiprocessing registers (ForkingPickler), also
-    those registered later.  Not for two users at a time.
+    It knows the reducers that multiprocessing had registered (ForkingPickler) when it
+    was made.  Not for two users at a time.
 
     Attributes:
+        watched: tells whether it knows them no longer; None on the fallback.
         chunks: what `dump` wrote, usually one piece; the caller takes it.
         buffers: what travels out of band; the caller takes it.
     """
 
-    __slots__ = ("buffers", "chunks", "clear_memo", "dump")
+    __slots__ = ("buffers", "chunks", "clear_memo", "dump", "watched")
 
     def __init__(self) -> None:
         chunks: list[bytes] = []
@@ -99,7 +91,11 @@ class ReusedPickler:
         pickler = pickle.Pickler(
             SimpleNamespace(write=chunks.append), protocol=5, buffer_callback=keep_in_band
         )
-        pickler.dispatch_table = _reducers
+        self.watched = None
+        if _watch is not None:  # before they are copied: what is registered meanwhile is noticed
+            awaited = None if array_reducers() else "numpy"
+            self.watched = _watch.Watched((copyreg.dispatch_table, _registered), awaited)
+        pickler.dispatch_table = reducers()
         self.chunks = chunks
         self.buffers = buffers
         self.dump: Callable[[Any], None] = pickler.dump
@@ -255,7 +251,7 @@ def encode_error(obj: Any, error: BaseException) -> EncodeError:
     """Say which object could not be pickled and, if it can be found, which part."""
     from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
 
-    culprit = culprit_of(obj, _reducers)
+    culprit = culprit_of(obj, reducers())
     where = f": {culprit} is the part that cannot travel" if culprit else ""
     return EncodeError(f"{_a(obj)} cannot be put ({error}){where}")
 
