@@ -20,9 +20,8 @@ from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel
 from shmring._sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64,
-    handle_enter, handle_leave,
-    load_acquire32, load_acquire64, load_relaxed64, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce,
-    wait_sleep_many,
+    handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed64, monotonic_ns,
+    sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
 )
 from shmring._witness cimport CALL_AIO, CALL_WAIT, FOR_MESSAGE, FOR_ROOM, Wait, witness_enter, witness_leave
 
