@@ -22,7 +22,7 @@ SHARED := -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers results limits scaling budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: help demo test test-fallback bench bench-peers results limits scaling targets budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,6 +68,9 @@ results: build $(VENV)/.with-bench  ## curves with the peers that are installed,
 
 limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
 	$(BIN)/python -m benchmarks.limits --results $(RESULTS) $(LIMITS_ARGS)
+
+targets: build $(VENV)/.with-bench  ## what is to be reached, line by line, with the peers that are installed
+	$(BIN)/python -m benchmarks.targets --peers $(TARGETS_ARGS)
 
 scaling: build $(VENV)/.with-bench  ## rates, switches and system calls of many processes
 	$(BIN)/python -m benchmarks.scaling --results $(RESULTS) $(SCALING_ARGS)

@@ -173,24 +173,25 @@ def batches(run: Measuring) -> Line:
     )
 
 
-def _pickle_alone(work: Work) -> float:
+def _pickle_alone(work: Work, scale: float) -> float:
     """Messages a second: the slower of dumps and loads, which two processes share."""
     dumped = [pickle.dumps(one, -1) for one in work.pool]
+    turns = max(1, int(200 * scale))
     slower = []
     for _ in range(5):
         for call, arguments in ((pickle.dumps, work.pool), (pickle.loads, dumped)):
             start = time.perf_counter()
-            for _ in range(200):
+            for _ in range(turns):
                 for one in arguments:
                     call(one)  # type: ignore[operator]
-            slower.append((time.perf_counter() - start) / (200 * len(arguments)))
+            slower.append((time.perf_counter() - start) / (turns * len(arguments)))
     return 1 / max(statistics.median(slower[::2]), statistics.median(slower[1::2]))
 
 
 def _object(run: Measuring, name: str, work: Work, share: float, times: float | None) -> Line:
-    before = _pickle_alone(work)
+    before = _pickle_alone(work, run.scale)
     found = run.turns(OneWay, work, [ShmringQueue], kind="object" if times is not None else None)
-    allowed = statistics.mean((before, _pickle_alone(work)))
+    allowed = statistics.mean((before, _pickle_alone(work, run.scale)))
     ours = found[QUEUE].median
     aims = [Aim(f"{{}} of what pickle alone allows ({per_second(allowed)})", share, ours / allowed)]
     return Line(name, per_second(ours), aims if times is None else [*aims, beside(found, times)])
