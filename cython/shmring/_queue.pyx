@@ -412,12 +412,8 @@ cdef class ObjectRing(TakingRing):
             if result != PARTIAL:
                 raise Empty
             if not take.kind & MULTI:
-                head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
-                target.data = PyBytes_AS_STRING(head)
-                target.length = take.length
-                take.targets = &target
-                take.target_count = 1
-                if self.take_into(&take) == DONE:
+                head = self.take_whole(&take)
+                if head is not None:
                     return self.decode(take.kind, head, None)
                 continue
             memcpy(&count, room, 8)

@@ -11,5 +11,6 @@ cdef enum:
 cdef class TakingRing(RingHandle):
     cdef object next_object(self, bint block, object timeout)
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
-    # the second half of a large take; DONE or CHANGED (begin again)
+    # the second half of a large take: None, or CHANGED instead of DONE, means to begin again
+    cdef object take_whole(self, Take *take)
     cdef int take_into(self, Take *take) except -1

@@ -34,7 +34,6 @@ cdef class TakingRing(RingHandle):
         """The message in front, or Empty."""
         cdef char room[SMALL]
         cdef Take take
-        cdef Segment target
         cdef int result
         take.room = room
         take.room_bytes = SMALL
@@ -45,13 +44,19 @@ cdef class TakingRing(RingHandle):
                 return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
             if result != PARTIAL:
                 raise Empty
-            message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
-            target.data = PyBytes_AS_STRING(message)
-            target.length = take.length
-            take.targets = &target
-            take.target_count = 1
-            if self.take_into(&take) == DONE:
+            message = self.take_whole(&take)
+            if message is not None:
                 return message
+
+    cdef object take_whole(self, Take *take):
+        """A message that was measured, as bytes; None if it is not in front any more."""
+        cdef Segment target
+        message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
+        target.data = PyBytes_AS_STRING(message)
+        target.length = take.length
+        take.targets = &target
+        take.target_count = 1
+        return message if self.take_into(take) == DONE else None
 
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length):
         """What a payload means, which lies in private memory."""

@@ -33,14 +33,6 @@ class ObjectRing(TakingRing):
         peers: Iterable[Any] | None = None,
     ) -> Any: ...
     def get_nowait(self) -> Any: ...
-    def get_many(
-        self,
-        max_items: int | None = None,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
-    ) -> list[Any]: ...
     def _set_codec(
         self,
         encoder: Callable[[Any], tuple[int, list[Any]]],
