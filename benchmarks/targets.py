@@ -173,19 +173,38 @@ def batches(run: Measuring) -> Line:
     )
 
 
-def _pickle_alone(work: Work, scale: float) -> float:
-    """Messages a second: the slower of dumps and loads, which two processes share."""
+def _pickle_alone(work: Work, seconds: float) -> float:
+    """Messages a second, one process with nothing but dumps and another with nothing but loads.
+
+    Both at the same time, because that is how they run: two CPUs of one core are slower then.
+    """
     dumped = [pickle.dumps(one, -1) for one in work.pool]
-    turns = max(1, int(200 * scale))
-    slower = []
-    for _ in range(5):
-        for call, arguments in ((pickle.dumps, work.pool), (pickle.loads, dumped)):
-            start = time.perf_counter()
-            for _ in range(turns):
-                for one in arguments:
-                    call(one)  # type: ignore[operator]
-            slower.append((time.perf_counter() - start) / (turns * len(arguments)))
-    return 1 / max(statistics.median(slower[::2]), statistics.median(slower[1::2]))
+    context = multiprocessing.get_context("fork")
+    rates = context.SimpleQueue()
+    dump = functools.partial(pickle.dumps, protocol=-1)
+    sides = [
+        context.Process(target=_repeat, args=(rates, call, arguments, seconds))
+        for call, arguments in ((dump, work.pool), (pickle.loads, dumped))
+    ]
+    for side in sides:
+        side.start()
+    found = [rates.get() for _ in sides]
+    for side in sides:
+        side.join()
+    return min(found)
+
+
+def _repeat(
+    rates: Any, call: Callable[[Any], Any], arguments: Sequence[Any], seconds: float
+) -> None:
+    start = now = time.perf_counter()
+    count = 0
+    while now - start < seconds:
+        for one in arguments:
+            call(one)
+        count += len(arguments)
+        now = time.perf_counter()
+    rates.put(count / (now - start))
 
 
 def _object(run: Measuring, name: str, work: Work, share: float, times: float | None) -> Line:
