@@ -100,7 +100,7 @@ lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs agains
 	  --ignore-unused-allowlist --ignore-disjoint-bases $(STUBS))
 
 # Of the tree, and not of the package: not run again over the wheel.
-OF_THE_TREE := $(patsubst %,--ignore=test_%.py,house model fault_table leaks benchmarks budgets curves limits scaling)
+OF_THE_TREE := $(patsubst %,--ignore=test_%.py,house model fault_table leaks benchmarks budgets curves limits scaling targets)
 
 # From the sdist, as a user without our tree would get it; then away from src.
 wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the wheel

@@ -33,6 +33,7 @@ from benchmarks.adapters import (
     ThreadQueue,
     Transport,
 )
+from benchmarks.peers import PEERS
 from benchmarks.sessions import ManyToMany, OneProcess, OneWay, RoundTrips, Session, two_cpus
 from benchmarks.transports import able
 from benchmarks.turns import Runs, per_second, progress, take_turns
@@ -128,8 +129,7 @@ class Measuring:
 
 def best_peer(found: dict[str, Runs]) -> tuple[str, float] | None:
     """The fastest of those that are not ours nor the standard library's."""
-    peers = {one.label for one in able("bytes") + able("object") + able("array") if one.peer}
-    peers |= {one.label for one in able("in place") if one.peer}
+    peers = {one.label for one in PEERS}
     rates = {label: one.median for label, one in found.items() if label in peers}
     if not rates:
         return None

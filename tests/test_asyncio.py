@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -446,10 +447,8 @@ def test_a_loop_that_does_not_run_holds_nobody_up(queue):
     stopped, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
     pending = stopped.create_task(queue.aget())
     lost = closed.create_task(queue.aget())
-    for loop in (stopped, closed):
-        loop.run_until_complete(asyncio.wait_for(until(lambda: waiting(queue) > 0), 10))
-        loop.run_until_complete(asyncio.sleep(0))
-    assert waiting(queue) == 2
+    for count, loop in enumerate((stopped, closed), 1):
+        loop.run_until_complete(until(lambda count=count: waiting(queue) == count))
     lost._log_destroy_pending = False
     closed.close()
 
@@ -492,6 +491,7 @@ def test_a_forked_child_begins_afresh(queue):
 END = """
 import asyncio, sys, threading
 from shmring import Queue
+from support import until
 
 queue = Queue()
 bounded = Queue(1)
@@ -501,9 +501,7 @@ async def main():
     global tasks
     tasks = [asyncio.create_task(queue.aget()) for _ in range(10)]
     tasks += [asyncio.create_task(bounded.aput(i)) for i in range(10)]
-    async with asyncio.timeout(10):
-        while threading.active_count() != 3:  # this thread and a helper a queue
-            await asyncio.sleep(0.001)
+    await until(lambda: threading.active_count() == 3)  # this thread and a helper a queue
 
 if sys.argv[1] == "run":
     asyncio.run(main())
@@ -520,7 +518,12 @@ print("end")
 @pytest.mark.parametrize("how", ["run", "stop", "close"])
 def test_a_process_ends_with_calls_pending(how):
     done = subprocess.run(
-        [sys.executable, "-c", END, how], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", END, how],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
     assert "Traceback" not in done.stderr

@@ -17,16 +17,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-if sys.platform != "linux":
-    pytest.skip("the benchmarks fork, and read /proc", allow_module_level=True)
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("tests without their benchmarks", allow_module_level=True)
-pytest.importorskip("numpy")
-sys.path.insert(0, str(ROOT))
-
-# ruff: noqa: E402  (the path first)
+from benched import ROOT  # isort: skip  (it adds the path)
 from benchmarks import costs, dropin, figures, recovery
 from benchmarks.adapters import (
     MultiprocessingPipe,

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-if sys.platform != "linux":
-    pytest.skip("futexes", allow_module_level=True)
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("tests without their benchmarks", allow_module_level=True)
-pytest.importorskip("numpy")
-sys.path.insert(0, str(ROOT))
-
-# ruff: noqa: E402  (the path first)
+from benched import ROOT  # isort: skip  (it adds the path)
 from benchmarks import limits
 
 

@@ -12,16 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-if sys.platform != "linux":
-    pytest.skip("the benchmarks fork, and read /proc", allow_module_level=True)
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("tests without their benchmarks", allow_module_level=True)
-pytest.importorskip("numpy")
-sys.path.insert(0, str(ROOT))
-
-# ruff: noqa: E402  (the path first)
+import benched  # noqa: F401  # isort: skip  (it adds the path)
 from benchmarks import scaling
 from benchmarks.adapters import ShmringQueue
 from benchmarks.work import bytes_of

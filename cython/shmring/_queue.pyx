@@ -26,9 +26,7 @@ from libc.string cimport memcpy
 from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
 from shmring._count cimport count_read
 from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
-from shmring._layout cimport (
-    SHMRING_CLAIM_COUNT, Claim, Header,
-)
+from shmring._layout cimport SHMRING_CLAIM_COUNT, Claim, Header
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
     compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
@@ -122,11 +120,12 @@ cdef class ObjectRing(TakingRing):
 
         `encoder(obj)` returns (kind, segments) and `decoder(kind, head, buffers)`
         the object.  With `raw`, exact bytes travel past both, and with `trees`
-        what is made of exact builtins alone.  `pickler_type`
-        makes a pickler that is used again and again (dump, clear_memo, chunks,
-        buffers), until what is `watched` has changed, in place of the encoder, `loader(head)` stands in for the
-        decoder where there are no buffers; `explain_encode(obj, error)` and
-        `explain_decode(head, buffers, error)` make the exceptions of these two.
+        what is made of exact builtins alone.  `pickler_type` makes a pickler
+        (dump, clear_memo, chunks, buffers, watched) that is used in place of the
+        encoder, again and again until what it has `watched` changes;
+        `loader(head)` stands in for the decoder where there are no buffers;
+        `explain_encode(obj, error)` and `explain_decode(head, buffers, error)`
+        make the exceptions of these two.
         """
         self.encoder = encoder
         self.decoder = decoder
