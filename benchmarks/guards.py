@@ -15,7 +15,7 @@ if not __package__:  # run as a file: this folder's parent is where `benchmarks`
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "torture"))
 
 from benchmarks.counting import instructions
-from builds import CORE, SYNC, Build, Patch  # type: ignore[import-not-found, unused-ignore]
+from builds import DIRECT, SYNC, Build, Patch  # type: ignore[import-not-found, unused-ignore]
 
 __all__ = ["GUARDS", "main", "messages_cost"]
 
@@ -61,69 +61,31 @@ GUARDS: dict[str, list[Patch]] = {
     ],
     "a frame is checked before it is believed": [
         Patch(
-            CORE,
-            "            if (load_relaxed64(&frame.position) != pos or length > m.capacity"
-            " - SHMRING_FRAME_BYTES\n"
-            "                    or shmring_frame_span(length) > self.known_limit - pos):\n"
-            "                return self.poison(POISON_FRAME)\n",
-            "",
+            DIRECT,
+            " and frame_is_possible(frame, length, pos, m.capacity, limit):\n",
+            ":\n",
         )
     ],
     "positions are checked before they are believed": [
-        Patch(
-            CORE,
-            "        start = pos = h.write_position\n"
-            "        if pos & 7:\n            return self.poison(POISON_POSITIONS)\n",
-            "        start = pos = h.write_position\n",
-        ),
-        Patch(CORE, "pos >= self.known_limit or pos & 7:\n", "pos >= self.known_limit:\n"),
-        Patch(
-            CORE,
-            "            elif pos & 7:  # went back: look_further was not asked\n"
-            "                return self.poison(POISON_POSITIONS)\n",
-            "",
-        ),
-        Patch(
-            CORE,
-            "        if written < pos or pos & 7 or last < generation"
-            " or last - generation >= SHMRING_AREA_COUNT:\n"
-            "            return self.poison(POISON_POSITIONS)\n",
-            "",
-        ),
-        Patch(
-            CORE,
-            "        if limit - pos > m.capacity:\n"
-            "            return self.poison(POISON_POSITIONS)\n",
-            "",
-        ),
+        Patch(DIRECT, "h.write_generation and pos & 7 == 0\n", "h.write_generation\n"),
+        Patch(DIRECT, "h.read_generation and pos & 7 == 0):\n", "h.read_generation):\n"),
+        Patch(DIRECT, " or limit - pos > m.capacity:\n", ":\n"),
     ],
     "a poisoned ring is left alone": [
         Patch(
-            CORE,
-            "        if load_relaxed32(&h.poisoned) != 0:\n            return CORRUPT\n"
-            "        if load_relaxed32(&h.shutdown) != 0:\n            return SHUT\n"
-            "        if m.gen",
-            "        if load_relaxed32(&h.shutdown) != 0:\n            return SHUT\n"
-            "        if m.gen",
+            DIRECT,
+            "    if (load_relaxed32(&h.poisoned) == 0 and load_relaxed32(&h.shutdown) == 0\n"
+            "            and m.generation",
+            "    if (load_relaxed32(&h.shutdown) == 0\n            and m.generation",
         ),
         Patch(
-            CORE,
-            "        if load_relaxed32(&h.poisoned) != 0:\n            return CORRUPT\n"
-            "        if load_relaxed32(&h.shutdown) == 2:\n",
-            "        if load_relaxed32(&h.shutdown) == 2:\n",
+            DIRECT,
+            "    if (load_relaxed32(&h.poisoned) == 0 and load_relaxed32(&h.shutdown) == 0\n"
+            "            and load",
+            "    if (load_relaxed32(&h.shutdown) == 0\n            and load",
         ),
     ],
-    "a peek is in nobody's way": [
-        Patch(
-            CORE,
-            "        if load_relaxed64(&h.lease_owner) != 0:\n"
-            "            take.owner = load_relaxed64(&h.lease_owner)\n"
-            "            take.position = h.lease_low\n"
-            "            if take.owner != 0:\n"
-            "                return BEHIND_LEASE\n",
-            "",
-        )
-    ],
+    "a peek is in nobody's way": [Patch(DIRECT, "load_relaxed64(&h.lease_owner) == 0 and ", "")],
 }
 
 

@@ -27,6 +27,9 @@ cdef enum Flag:
     IS_WAITING = 4  # announce what this producer needs
     BRIEFLY = 8  # wait for the lock, a millisecond at most
 
+cdef enum:
+    CPU_BYTES = 1024  # written between two looks at the CPU: a look costs a tenth of a put
+
 cdef enum Poison:
     POISON_POSITIONS = 1
     POISON_FRAME = 2
@@ -100,6 +103,7 @@ cdef class RingCore:
     cdef void wake_producers(self) noexcept nogil
     cdef void step_back(self) noexcept nogil
     cdef void pass_baton(self) noexcept nogil
+    cdef void note_empty(self, uint64_t pos) noexcept nogil
     cdef void clear_the_way(self, Take *found, int outcome) noexcept nogil
     cdef void settle(self, uint64_t capacity) noexcept nogil
     cdef uint64_t myself(self) noexcept nogil
@@ -126,8 +130,6 @@ cdef class RingCore:
     cdef void commit_read(self, uint64_t pos, uint64_t count) noexcept nogil
     @final
     cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil
-    @final
-    cdef void note_empty(self, uint64_t pos) noexcept nogil
     @final
     cdef void wake_consumers(self) noexcept nogil
     @final

@@ -24,6 +24,7 @@ from shmring._area cimport (
     area_release, area_tidy,
 )
 from shmring._count cimport count_at, count_on, count_read
+from shmring._frame cimport frame_begin, frame_is_possible
 from shmring._layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
     SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE, Frame, Header, shmring_area_of, shmring_frame_span,
@@ -47,7 +48,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
 
 cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
-cdef enum: CPU_BYTES = 1024  # written between two looks at the CPU: a look costs a tenth of a put
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
 
 _started = sync_start()
@@ -263,16 +263,10 @@ cdef class RingCore:
                 if result != DONE:
                     break
             frame = <Frame *>(m.data + (pos & m.mask))
-            frame.position = pos
-            frame.length = items[at].length
-            frame.kind = items[at].kind
+            frame_begin(frame, pos, items[at].length, items[at].kind,
+                        SHMRING_WHOLE if items[at].owner == 0 else SHMRING_RESERVED, items[at].owner)
             out = <char *>frame + SHMRING_FRAME_BYTES
-            if items[at].owner == 0:
-                frame.state = SHMRING_WHOLE
-                frame.owner = 0
-            else:  # written in place, after the lock is released
-                frame.state = SHMRING_RESERVED
-                frame.owner = items[at].owner
+            if items[at].owner != 0:  # written in place, after the lock is released
                 fetch_add64(&m.references, 1)
                 items[at].mapping = m
                 items[at].payload = out
@@ -455,8 +449,7 @@ cdef class RingCore:
             take.position = pos
             take.length = length
             take.kind = load_relaxed32(&frame.kind)
-            if (load_relaxed64(&frame.position) != pos or length > m.capacity - SHMRING_FRAME_BYTES
-                    or shmring_frame_span(length) > self.known_limit - pos):
+            if not frame_is_possible(frame, length, pos, m.capacity, self.known_limit):
                 return self.poison(POISON_FRAME)
             if state == SHMRING_WHOLE:
                 return DONE
@@ -483,7 +476,7 @@ cdef class RingCore:
             store_release64(&self.claim.high, following)
         self.commit_read(following, count)
         if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
-            self.note_empty(following)
+            RingCore.note_empty(self, following)
 
     cdef int take(self, Take *take, int flags) noexcept nogil:
         """Take the message in front into `take.room` (PARTIAL, and nothing is
@@ -563,7 +556,6 @@ cdef class RingCore:
         self.wake_consumers()
         return result
 
-    @cython.final
     cdef void note_empty(self, uint64_t pos) noexcept nogil:
         """The ring may be empty, and its area is larger than the first one.  Much
         larger than all that passed since it was last empty: give memory back.
@@ -608,9 +600,8 @@ cdef class RingCore:
             while count < most and end < self.known_limit and (end < stop or count == 0):
                 frame = <Frame *>(m.data + (end & m.mask))
                 length = load_relaxed64(&frame.length)
-                if (load_acquire32(&frame.state) != SHMRING_WHOLE or load_relaxed64(&frame.position) != end
-                        or length > m.capacity - SHMRING_FRAME_BYTES
-                        or shmring_frame_span(length) > self.known_limit - end):
+                if (load_acquire32(&frame.state) != SHMRING_WHOLE
+                        or not frame_is_possible(frame, length, end, m.capacity, self.known_limit)):
                     break  # left to front(), which knows what to do with it
                 if end + shmring_frame_span(length) - pos > (room_bytes if room_bytes < m.capacity else m.capacity):
                     break

@@ -26,6 +26,7 @@ from libc.string cimport memcpy
 from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
 from shmring._count cimport count_read
 from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
+from shmring._direct cimport put_one, take_one
 from shmring._layout cimport SHMRING_CLAIM_COUNT, Claim, Header
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
@@ -208,38 +209,23 @@ cdef class ObjectRing(TakingRing):
             raise Full
 
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1:
-        cdef Segment segment
-        cdef Item item
         cdef Parcel parcel
         cdef Writer writer
         cdef char room[SMALL]
         if self.raw and PyBytes_CheckExact(obj):
-            encoded = obj
-            item.kind = RAW
-        elif self.trees and tree_write(&writer, room, SMALL, obj):
-            segment.data = writer.start
-            item.length = segment.length = <uint64_t>(writer.at - writer.start)
-            item.segments = &segment
-            item.count = 1
-            item.kind = TREE
-            item.owner = 0
+            return put_one(self, RAW, PyBytes_AS_STRING(obj), PyBytes_GET_SIZE(obj), position, block, timeout)
+        if self.trees and tree_write(&writer, room, SMALL, obj):
             try:
-                return self.put_or_wait(&item, 1, position, block, timeout)
+                return put_one(self, TREE, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 tree_free(&writer)
-        else:
-            encoded = self.encode(obj)
-            if not PyBytes_CheckExact(encoded):
-                parcel = Parcel.__new__(Parcel)
-                parcel.pack(encoded)
-                return self.put_or_wait(&parcel.item, 1, position, block, timeout)
-            item.kind = PLAIN
-        segment.data = PyBytes_AS_STRING(encoded)
-        item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(encoded)
-        item.segments = &segment
-        item.count = 1
-        item.owner = 0
-        return self.put_or_wait(&item, 1, position, block, timeout)
+        encoded = self.encode(obj)
+        if PyBytes_CheckExact(encoded):
+            return put_one(
+                self, PLAIN, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
+        parcel = Parcel.__new__(Parcel)
+        parcel.pack(encoded)
+        return self.put_or_wait(&parcel.item, 1, position, block, timeout)
 
     def put_nowait(self, obj):
         """put(obj, block=False)."""
@@ -405,8 +391,10 @@ cdef class ObjectRing(TakingRing):
         take.room_bytes = SMALL
         take.leaser = 0
         while True:
-            result = self.take_or_wait(&take, block, timeout)
+            result = take_one(self, &take, block, timeout)
             if result == DONE:
+                if take.kind == RAW and self.raw:
+                    return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
                 return self.decode_at(take.kind, room, take.length)
             if result != PARTIAL:
                 raise Empty

@@ -19,6 +19,7 @@ from libc.stdint cimport uint64_t
 from shmring._area cimport area_release
 from shmring._core cimport BUSY, CHANGED, DONE, Item, Segment, Take
 from shmring._deadline cimport watching
+from shmring._direct cimport put_one
 from shmring._sync cimport fetch_add64, sync_epoch, sync_start
 from shmring._take cimport TakingRing
 
@@ -63,27 +64,17 @@ cdef class BytesRing(TakingRing):
             ShutDown: the ring was shut down.
             RingClosed: this handle was closed.
         """
-        cdef Segment segment
-        cdef Item item
         cdef Py_buffer buffer
         cdef Py_ssize_t done
         if peers is not None:
             return BytesRing.put(self, data, block, watching(peers, timeout))
-        item.segments = &segment
-        item.count = 1
-        item.kind = 0
-        item.owner = 0
         if PyBytes_CheckExact(data):
-            segment.data = PyBytes_AS_STRING(data)
-            item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(data)
-            done = self.put_or_wait(&item, 1, NULL, block, timeout)
+            done = put_one(self, 0, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), NULL, block, timeout)
         else:
             check_bytes_like(data)
             PyObject_GetBuffer(data, &buffer, PyBUF_CONTIG_RO)
             try:
-                segment.data = <char *>buffer.buf
-                item.length = segment.length = <uint64_t>buffer.len
-                done = self.put_or_wait(&item, 1, NULL, block, timeout)
+                done = put_one(self, 0, <char *>buffer.buf, buffer.len, NULL, block, timeout)
             finally:
                 PyBuffer_Release(&buffer)
         if done == 0:

@@ -295,6 +295,19 @@ static inline int lock_try(uint32_t *word)
     return lock_try_slow(self, word, 0);
 }
 
+/* Takes a word that is free and has no history; leaves any other as it is. */
+static inline int lock_try_free(uint32_t *word)
+{
+    sync_thread *self = sync_current();
+    if (SYNC_UNLIKELY(load_relaxed32(word) != 0 || self->head == NULL))
+        return 0;
+    lock_set_pending(self, word);
+    if (__builtin_expect(compare_exchange32(word, 0, self->tid), 1))
+        return 1;
+    lock_set_pending(self, NULL);
+    return 0;
+}
+
 static inline void lock_release(uint32_t *word)
 {
     /* a full fence as well: see fence_after_unlock */

@@ -35,6 +35,7 @@ cdef extern from "_sync.h" nogil:
     const int LOCK_BUSY
     const int LOCK_GARBAGE
     int lock_try(uint32_t *word) noexcept
+    bint lock_try_free(uint32_t *word) noexcept
     int lock_wait(uint32_t *word, int64_t nanoseconds) noexcept
     void lock_release(uint32_t *word) noexcept
     uint32_t lock_owner(uint32_t seen) noexcept

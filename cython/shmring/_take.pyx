@@ -13,6 +13,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core cimport CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Segment, Take
 from shmring._deadline cimport watching
+from shmring._direct cimport take_one
 from shmring._handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._sync cimport fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_start
@@ -39,7 +40,7 @@ cdef class TakingRing(RingHandle):
         take.room_bytes = SMALL
         take.leaser = 0
         while True:
-            result = self.take_or_wait(&take, block, timeout)
+            result = take_one(self, &take, block, timeout)
             if result == DONE:
                 return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
             if result != PARTIAL:

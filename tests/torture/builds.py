@@ -85,6 +85,8 @@ class Build:
 
 
 CORE, HANDLE = "cython/shmring/_core.pyx", "cython/shmring/_handle.pyx"
+DIRECT = "cython/shmring/_direct.pxd"
+WITH_DIRECT = ("_core", "_take", "_ring", "_queue")  # the general way, and what has this one
 SYNC, AREA = "cython/shmring/_sync.h", "cython/shmring/_area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
@@ -100,8 +102,28 @@ BUILDS = {
                 "            count_on(&h.put_count, start, pos + span, at + 1 - done[0])\n"
                 "            store_release64(&h.write_position, pos + span)\n"
                 "            for i in range(items[at].count):\n                memcpy(out,",
-            )
-        ]
+            ),
+            Patch(
+                DIRECT,
+                "        memcpy(<char *>frame + SHMRING_FRAME_BYTES, data, length)\n",
+                "        count_on(&h.put_count, pos, pos + span, 1)\n"
+                "        store_release64(&h.write_position, pos + span)\n"
+                "        memcpy(<char *>frame + SHMRING_FRAME_BYTES, data, length)\n",
+            ),
+        ],
+        WITH_DIRECT,
+    ),
+    "commit before the count": Build(
+        [
+            Patch(
+                DIRECT,
+                "                count_on(&h.get_count, pos, following, 1)\n"
+                "                store_release64(&h.read_position, following)  # the commit\n",
+                "                store_release64(&h.read_position, following)\n"
+                "                count_on(&h.get_count, pos, following, 1)\n",
+            ),
+        ],
+        WITH_DIRECT,
     ),
     "lock not robust": Build(
         [
@@ -111,7 +133,8 @@ BUILDS = {
                 " : (struct robust_list *)((char *)word - self->head->futex_offset);\n",
                 "    (void)pending, (void)word;\n",
             )
-        ]
+        ],
+        WITH_DIRECT,
     ),
     "claim after the commit": Build(
         [

@@ -307,6 +307,9 @@ def idle(name: str, prepare: Callable[[], RingStage], act: Callable[[Ring], obje
 
 PUTS = [
     putting("put", lambda: ring_with(3), lambda r: r.put(SHORT), SHORT),
+    putting(
+        "put, the general way", lambda: ring_with(3), lambda r: r.put(SHORT, timeout=10), SHORT
+    ),
     putting("put over the end", wrapped, lambda r: r.put(message(99, 300)), message(99, 300)),
     putting("put_nowait", lambda: ring_with(3), lambda r: r.put_nowait(SHORT), SHORT),
     putting("put_many", lambda: ring_with(3), lambda r: r.put_many(BATCH), *BATCH, batch=True),
@@ -315,6 +318,7 @@ PUTS = [
 
 GETS = [
     getting("get", lambda: ring_with(3)),
+    getting("get, the general way", lambda: ring_with(3), lambda r: r.get(timeout=10)),
     getting("get over the end", lambda: wrapped().fill(1, 300).take(3)),
     getting("get of 9000 bytes", lambda: ring_with(2, 9000, capacity=1 << 16)),
     getting("get_many", lambda: ring_with(8), Ring.get_many, 8),

@@ -161,6 +161,8 @@ def test_stepped_against_each_other_nothing_is_lost(
     ("build", "name", "kind"),
     [
         ("commit before the payload", "put", TORN),
+        ("commit before the payload", "put, the general way", TORN),
+        ("commit before the count", "get", CORRUPTED),
         ("lock not robust", "put", CORRUPTED),
         ("lock not robust", "get", CORRUPTED),
         ("claim after the commit", "claim", LOST),
