@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
+#include <malloc.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -172,6 +173,70 @@ static void copies(const char *name, size_t bytes, uint64_t turns) {
     munmap(shared, sizeof(struct shared) + SLOTS * bytes);
 }
 
+/* ---- the same with what a reader does: fresh memory, and every word read -------------------- */
+
+#define SOURCES 4 /* what is sent is not in the cache */
+
+static size_t window, piece; /* bytes in the shared memory, and of one copy */
+
+static uint64_t message_word(uint64_t turn) { return turn % SOURCES + 1; }
+
+static void stream_in(struct shared *shared, uint64_t turns, size_t bytes) {
+    uint64_t *own[SOURCES], written = 0;
+    for (uint64_t i = 0; i < SOURCES; i++) {
+        own[i] = malloc(bytes);
+        if (own[i] == NULL)
+            fail("malloc");
+        for (size_t word = 0; word < bytes / 8; word++)
+            own[i][word] = message_word(i);
+    }
+    for (uint64_t turn = 0; turn < turns; turn++)
+        for (size_t at = 0; at < bytes; at += piece) {
+            unsigned spins = 0;
+            while (written + piece - atomic_load_explicit(&shared->taken, memory_order_acquire)
+                   > window)
+                pause_briefly(&spins);
+            memcpy(shared->bytes + written % window, (char *)own[turn % SOURCES] + at, piece);
+            written += piece;
+            atomic_store_explicit(&shared->written, written, memory_order_release);
+        }
+}
+
+static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
+    uint64_t taken = 0;
+    mallopt(M_MMAP_THRESHOLD, 256 << 20); /* freed memory is used again, as after some time in */
+    mallopt(M_TRIM_THRESHOLD, 512 << 20); /* a process that receives such messages */
+    for (uint64_t turn = 0; turn < turns; turn++) {
+        uint64_t *message = malloc(bytes), sum = 0;
+        if (message == NULL)
+            fail("malloc");
+        for (size_t at = 0; at < bytes; at += piece) {
+            unsigned spins = 0;
+            while (atomic_load_explicit(&shared->written, memory_order_acquire) <= taken)
+                pause_briefly(&spins);
+            memcpy((char *)message + at, shared->bytes + taken % window, piece);
+            taken += piece;
+            atomic_store_explicit(&shared->taken, taken, memory_order_release);
+        }
+        for (size_t word = 0; word < bytes / 8; word++)
+            sum += message[word];
+        if (sum != message_word(turn) * (bytes / 8)) {
+            fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
+            exit(1);
+        }
+        free(message);
+    }
+}
+
+static void streams(const char *name, size_t bytes, size_t through, size_t each, uint64_t turns) {
+    struct shared *shared = map_shared(through);
+    window = through;
+    piece = each;
+    uint64_t elapsed = both(shared, stream_in, stream_out, turns, bytes, 1);
+    printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
+    munmap(shared, sizeof(struct shared) + through);
+}
+
 /* ---- round trips ---------------------------------------------------------------------------- */
 
 static uint64_t gap_ns;  /* between two round trips */
@@ -311,11 +376,23 @@ int main(int argc, char **argv) {
     find_cpus();
     printf("cpus_apart %d\n", cpus[1] >= 0);
 
+    uint64_t turns;
     copies("memcpy_1_mib_bytes_per_second", 1u << 20, at_least(8, 4000 * scale));
     copies("memcpy_8_mib_bytes_per_second", 8u << 20, at_least(8, 400 * scale));
 
+    for (size_t mib = 1; mib <= 8; mib *= 8) {
+        size_t bytes = mib << 20;
+        char name[64];
+        turns = at_least(8, 3200 * scale / (double)mib);
+        snprintf(name, sizeof name, "whole_%zu_mib_bytes_per_second", mib);
+        streams(name, bytes, 4 * bytes, bytes, turns);
+        snprintf(name, sizeof name, "pieces_%zu_mib_bytes_per_second", mib);
+        streams(name, bytes, 1u << 20, 128u << 10, turns);
+    }
+
     round_trips("cache_line", line_answer, line_ask, at_least(100, 1000000 * scale), 1);
-    uint64_t turns = at_least(100, 50000 * scale), rare = at_least(20, 2000 * scale);
+    turns = at_least(100, 50000 * scale);
+    uint64_t rare = at_least(20, 2000 * scale);
     round_trips("futex_apart", futex_answer, futex_ask, turns, 1);
     round_trips("futex_free", futex_answer, futex_ask, turns, 0);
     gap_ns = 1000000;

@@ -34,6 +34,10 @@ PATIENCE_S = 300.0
 LIMITS = {
     "memcpy_1_mib_bytes_per_second": "memcpy between processes, 1 MiB blocks, 4 slots",
     "memcpy_8_mib_bytes_per_second": "memcpy between processes, 8 MiB blocks, 4 slots",
+    "whole_1_mib_bytes_per_second": "1 MiB copied in, out, and read, whole, in 4 MiB",
+    "pieces_1_mib_bytes_per_second": "1 MiB copied in, out, and read, by 128 KiB through 1 MiB",
+    "whole_8_mib_bytes_per_second": "8 MiB copied in, out, and read, whole, in 32 MiB",
+    "pieces_8_mib_bytes_per_second": "8 MiB copied in, out, and read, by 128 KiB through 1 MiB",
     "ring_64_b_messages_per_second": "C ring of 64 B messages, one to one, no guard",
     "cache_line_median_ns": "round trip of a cache line, a CPU each",
     "futex_apart_median_ns": "futex round trip, a CPU each",

@@ -19,6 +19,11 @@ SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
 
 
+def own_name(what: str) -> str:
+    """A name in /dev/shm that no other worker, nor another run of the suite, takes."""
+    return f"test-{what}-{os.getpid()}"
+
+
 def wait_for(
     condition: Callable[[], object],
     timeout: float = 10,

@@ -26,11 +26,11 @@ from shmring import (
     cleanup_stale,
 )
 from shmring.board import open_segment
-from support import run_in_process
+from support import own_name, run_in_process
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
-NAME = f"test-access-{os.getpid()}"
+NAME = own_name("access")
 PATH = Path("/dev/shm", NAME)
 NOBODY = 65534
 

@@ -15,7 +15,7 @@ import pytest
 
 from header import LAYOUT
 from shmring import Queue, Ring, RingClosed
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
 CONSUMERS = LAYOUT["CONSUMERS_OFFSET"]
 PRODUCERS = LAYOUT["PRODUCERS_OFFSET"]
@@ -200,8 +200,8 @@ def _flood(ring: Ring) -> None:
 
 
 def test_growing_twice_in_one_call_leaves_no_mapping():
-    with Ring.create(4096, max_capacity=1 << 24, name="test-closing-maps") as ring:
-        other = Ring.attach("test-closing-maps")
+    with Ring.create(4096, max_capacity=1 << 24, name=own_name("closing")) as ring:
+        other = Ring.attach(ring.name)
         before = _mappings()
         for _ in range(10):
             ring.put_many([bytes(1000)] * 8)  # grows

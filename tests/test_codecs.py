@@ -22,7 +22,9 @@ import shmring
 from shmring import DecodeError, EncodeError, Queue
 from shmring.blame import culprit_of
 from shmring.codec import PickleCodec
-from support import run_in_process
+from support import own_name, run_in_process
+
+NAME = own_name("codecs")
 
 # ---- arrays --------------------------------------------------------------------------------
 
@@ -316,11 +318,11 @@ class Strict:
 
 
 def test_an_own_codec_that_fails_fails_by_name_and_alone():
-    with Queue(codec=Strict(), name="test-codecs-own") as queue:
+    with Queue(codec=Strict(), name=NAME) as queue:
         with pytest.raises(EncodeError, match=r"a str cannot be put .*invalid literal"):
             queue.put("no number")
         assert queue.empty()
-        with Queue.attach("test-codecs-own", codec=Nonsense()) as wrong:
+        with Queue.attach(NAME, codec=Nonsense()) as wrong:
             wrong.put(None)
         queue.put(7)
         with pytest.raises(DecodeError, match=r"8 bytes was taken.*ValueError"):
@@ -346,8 +348,8 @@ def test_an_own_codec_that_returns_no_bytes(returned):
 def test_msgpack_says_how_long_what_it_cannot_read_was():
     pytest.importorskip("msgspec")
     with (
-        Queue(codec="msgpack", name="test-codecs-msgpack") as queue,
-        Queue.attach("test-codecs-msgpack", codec="bytes") as wrong,
+        Queue(codec="msgpack", name=NAME) as queue,
+        Queue.attach(NAME, codec="bytes") as wrong,
     ):
         wrong.put(b"\xc1")
         with pytest.raises(DecodeError, match="1 bytes"):
@@ -492,7 +494,7 @@ def test_a_type_that_this_process_does_not_have():
         "class OnlyHere: pass\n"
         "shmring.Queue.attach(sys.argv[1]).put([OnlyHere()])"
     )
-    with Queue(name="test-codecs-foreign") as queue:
+    with Queue(name=NAME) as queue:
         command = [sys.executable, "-c", program, queue.name]
         subprocess.run(command, check=True, timeout=60)
         with pytest.raises(DecodeError, match=r"__main__\.OnlyHere"):

@@ -14,8 +14,9 @@ import pytest
 
 from header import first_frame, word
 from shmring import DecodeError, Queue, RingCorrupted
+from support import own_name
 
-NAME = f"test-hostile-{os.getpid()}"
+NAME = own_name("hostile")
 LOADED = Path("/dev/shm", NAME + "-was-loaded")
 MULTI = 1 << 31  # a frame that carries a table of segments
 KINDS = [*range(8), 255, 1 << 16, MULTI - 1, *range(MULTI, MULTI + 8), 0xFFFFFFFF]

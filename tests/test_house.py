@@ -232,6 +232,18 @@ def test_python_has_the_layout_of_the_header() -> None:
     assert layout["VERSION"] == segment.LAYOUT_VERSION
 
 
+def test_no_test_takes_a_name_that_another_worker_would_take() -> None:
+    """Two tests of one file run at once in two workers: what is named comes from own_name."""
+    fixed = [
+        f"{path.name}:{node.lineno} {node.value}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.search(r"(?:^|['\"]|/dev/shm/)test-[\w-]*\w(?:$|['\"])", node.value)
+    ]
+    assert not fixed
+
+
 def test_the_top_level_is_bare() -> None:
     generated = [".gitignore", "PKG-INFO", "setup.cfg"]  # the last two in an sdist
     if (ROOT / ".gitignore").exists():

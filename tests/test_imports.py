@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import shmring
+from support import own_name
 
 ring_only = pytest.mark.skipif(shmring.backend != "ring", reason="the fallback is not in a hurry")
 
@@ -90,7 +91,8 @@ def test_a_queue_imports_what_it_stands_on(name: str) -> None:
 def test_to_use_a_queue_imports_no_more() -> None:
     found = imported_by(
         "import shmring, pickle\n"
-        "with shmring.Queue(name='test-imports') as a, pickle.loads(pickle.dumps(a)) as it:\n"
+        f"a = shmring.Queue(name={own_name('imports')!r})\n"
+        "with a, pickle.loads(pickle.dumps(a)) as it:\n"
         "    it.put({'a': [1]}); a.get(timeout=1); it.put_many([bytes(5000)] * 2)\n"
         "    a.get_many(); a.qsize(); a.shutdown()"
     )

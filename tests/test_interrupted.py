@@ -17,7 +17,7 @@ import shmring
 from header import MEMORY_LOCK, WAITERS, lock_word, stopped_under_lock, word
 from shmring import JoinableQueue, Queue, Ring, SharedMemoryManager
 from shmring.errors import Empty, Full
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
 SOON = 1.0  # seconds: 100 ms are meant, a busy machine gets ten times that
 LARGE = bytes(1000)
@@ -188,7 +188,7 @@ def test_ctrl_c_while_blocked(what, with_threads):
 
 @pytest.mark.fault(31)
 def test_ctrl_c_while_plain_memory_is_locked():
-    name = "test-interrupted"
+    name = own_name("interrupted")
     with SharedMemoryManager(name, 100) as memory, Queue() as ready, Queue() as interrupted:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from shmring import Queue, Ring, SharedMemoryManager, cleanup_stale
-from support import run_in_process, shared_memory_names, wait_for
+from support import own_name, run_in_process, shared_memory_names, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
-NAME = f"test-leftovers-{os.getpid()}"
+NAME = own_name("leftovers")
 SHM = Path("/dev/shm")
 NOBODY = 65534
 

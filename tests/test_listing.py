@@ -17,11 +17,11 @@ from header import word
 from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager, segment
 from shmring.board import Role
 from shmring.listing import listing
-from support import SHARED_MEMORY, run_in_process, wait_for
+from support import SHARED_MEMORY, own_name, run_in_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
-NAME = f"test-listing-{os.getpid()}"
+NAME = own_name("listing")
 
 
 def ls(*options: str) -> str:
@@ -84,7 +84,7 @@ def _hold_for_ever(ring: Ring) -> None:
 
 
 def test_a_board_and_what_its_processes_do() -> None:
-    namespace = f"listing-{os.getpid()}"
+    namespace = own_name("listing-board")
     with HighPerformanceIPC("boss", namespace=namespace) as ipc:
         ipc.create_message_queue("jobs")
         ipc.join_board(Role.COORDINATOR)

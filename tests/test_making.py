@@ -28,11 +28,11 @@ from shmring import (
     segment,
 )
 from shmring.board import open_segment
-from support import run_in_process, shared_memory_names, wait_for
+from support import own_name, run_in_process, shared_memory_names, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
-NAME = f"test-making-{os.getpid()}"
+NAME = own_name("making")
 PATH = Path("/dev/shm", NAME)
 
 

@@ -20,9 +20,9 @@ from shmring import (
     RingClosed,
     SharedMemoryManager,
 )
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
-NAME = "test-memory"
+NAME = own_name("memory")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_creators_cleanup_removes_the_name(memory):
 
 def test_create_says_false_when_the_name_is_taken(memory):
     assert not SharedMemoryManager(NAME, 1000).create()
-    assert not SharedMemoryManager("test-memory-nothing", 10).connect()
+    assert not SharedMemoryManager(NAME + "-nothing", 10).connect()
 
 
 @pytest.mark.parametrize(("length", "offset"), [(1, 1000), (1001, 0), (10, 995), (-1, 0), (1, -1)])
@@ -141,8 +141,8 @@ def test_who_created_once_is_no_creator_of_what_it_connects_to(memory):
 
 @pytest.mark.fault(35)
 def test_attach_to_what_is_not_a_block_or_too_small(memory):
-    with Ring.create(name="test-memory-ring"), pytest.raises(LayoutMismatch):
-        SharedMemoryManager("test-memory-ring", 10).connect()
+    with Ring.create(name=NAME + "-ring"), pytest.raises(LayoutMismatch):
+        SharedMemoryManager(NAME + "-ring", 10).connect()
     with pytest.raises(InvalidArgument, match="1000 bytes"):
         SharedMemoryManager(NAME, 2000).connect()
 
@@ -163,7 +163,7 @@ def test_reads_and_writes_exclude_each_other_in_all_processes(memory, start_meth
 
 
 def test_a_writer_killed_under_the_lock_blocks_nobody():
-    with SharedMemoryManager("test-memory-large", 8_000_000) as memory:
+    with SharedMemoryManager(NAME + "-large", 8_000_000) as memory:
         assert memory.create()
         for _ in range(20):  # most of the victim's time passes under the lock
             with run_in_process(_write_large, memory):

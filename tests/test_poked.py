@@ -31,7 +31,7 @@ from header import (
 )
 from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, SharedMemoryManager, ShmringError
 from shmring.errors import Empty, Full, ShutDown
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
 FRAME = LAYOUT["FRAME_BYTES"]
 AREAS = LAYOUT["AREAS_OFFSET"]
@@ -120,7 +120,7 @@ def test_a_lock_word_that_names_somebody_else(side):
 
 @pytest.mark.fault(24)
 def test_the_lock_word_of_plain_memory_names_nobody():
-    name = "test-poked-memory"
+    name = own_name("poked-memory")
     with SharedMemoryManager(name, 100) as memory:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:
@@ -314,7 +314,7 @@ def test_every_process_that_waits_is_told():
 @pytest.mark.parametrize("version", [0, LAYOUT["VERSION"] - 1, LAYOUT["VERSION"] + 1, 0xFFFFFFFF])
 @pytest.mark.parametrize("kind", [Ring, Queue])
 def test_another_version_is_named_beside_ours(kind, version):
-    name = "test-poked-version"
+    name = own_name("poked-version")
     with kind(name=name) if kind is Queue else kind.create(name=name) as ring:
         word(ring, 8, version, size=4)
         ours = LAYOUT["VERSION"]

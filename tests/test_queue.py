@@ -34,7 +34,9 @@ from shmring import (
 )
 from shmring.codec import PickleCodec
 from shmring.errors import Empty, Full
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
+
+NAME = own_name("queue")
 
 
 @pytest.fixture
@@ -239,14 +241,14 @@ def _start_grandchild(queue: Queue[str]) -> None:
 
 
 def test_attach_by_name_from_an_unrelated_program():
-    with Queue(name="test-queue-by-name") as queue:
-        program = "import shmring; shmring.Queue.attach('test-queue-by-name').put({'a': 1})"
+    with Queue(name=NAME) as queue:
+        program = f"import shmring; shmring.Queue.attach({NAME!r}).put({{'a': 1}})"
         done = subprocess.run(
             [sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=True
         )
         assert "leaked" not in done.stderr  # the resource tracker has nothing to say
         assert queue.get(timeout=10) == {"a": 1}
-        assert queue.name == "test-queue-by-name"
+        assert queue.name == NAME
         with Queue.attach(queue.name) as other:
             other.put(2)
         assert queue.get() == 2
@@ -326,24 +328,24 @@ class Hostile:
     """Unpickling this would be seen."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, ("/dev/shm/test-queue-was-unpickled",)
+        return os.mkdir, (f"/dev/shm/{NAME}-was-unpickled",)
 
 
 @pytest.mark.fault(38)
 def test_bytes_codec_carries_bytes_and_never_unpickles():
-    with Queue(codec="bytes", name="test-queue-bytes") as queue:
+    with Queue(codec="bytes", name=NAME) as queue:
         for data in (b"x", bytearray(b"y"), memoryview(b"z"), np.arange(1000)):
             queue.put(data)
         assert queue.get_many() == [b"x", b"y", b"z", np.arange(1000).tobytes()]
         with pytest.raises(EncodeError, match="dict"):
             queue.put({})
-        with Queue.attach("test-queue-bytes") as wrong:  # a sender that pickles
+        with Queue.attach(NAME) as wrong:  # a sender that pickles
             wrong.put(Hostile())
             wrong.put(b"fine")
         with pytest.raises(DecodeError, match="kind"):
             queue.get()
         assert queue.get() == b"fine"
-    assert not os.path.exists("/dev/shm/test-queue-was-unpickled")
+    assert not os.path.exists(f"/dev/shm/{NAME}-was-unpickled")
 
 
 def test_msgpack_codec():
@@ -492,9 +494,9 @@ def test_a_message_larger_than_max_capacity():
 
 def test_attach_to_what_is_not_a_queue():
     with pytest.raises(RingNotFound):
-        Queue.attach("test-queue-nothing")
-    with Ring.create(name="test-queue-a-ring"), pytest.raises(LayoutMismatch, match="class"):
-        Queue.attach("test-queue-a-ring")
+        Queue.attach(NAME)
+    with Ring.create(name=NAME), pytest.raises(LayoutMismatch, match="class"):
+        Queue.attach(NAME)
 
 
 def test_a_descriptor_that_was_closed_behind_its_back():

@@ -15,9 +15,9 @@ import pytest
 
 from header import READ_POSITION, WRITE_POSITION, word
 from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, RingNotFound, wait
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
-NAME = "test-removed"
+NAME = own_name("removed")
 PATH = f"/dev/shm/{NAME}"
 
 

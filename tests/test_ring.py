@@ -24,7 +24,9 @@ from shmring import (
     cleanup_stale,
 )
 from shmring.errors import Empty, Full
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
+
+NAME = own_name("ring")
 
 
 @pytest.fixture
@@ -360,20 +362,20 @@ def _echo(name: str) -> None:
 
 
 def test_attach_by_name(start_method):
-    with Ring.create(name="test-ring-by-name") as ring:
-        with run_in_process(_echo, "test-ring-by-name", method=start_method) as child:
+    with Ring.create(name=NAME) as ring:
+        with run_in_process(_echo, NAME, method=start_method) as child:
             assert ring.get(timeout=60) == b"from the child"
             child.join(60)
         assert child.exitcode == 0
-    assert not os.path.exists("/dev/shm/test-ring-by-name")
+    assert not os.path.exists(f"/dev/shm/{NAME}")
 
 
 @pytest.mark.fault(27)
 def test_attach_waits_for_the_creator():
     made: list[Ring] = []
-    timer = threading.Timer(0.05, lambda: made.append(Ring.create(name="test-ring-late")))
+    timer = threading.Timer(0.05, lambda: made.append(Ring.create(name=NAME)))
     timer.start()
-    with Ring.attach("test-ring-late", timeout=30) as ring:
+    with Ring.attach(NAME, timeout=30) as ring:
         wait_for(lambda: made)
         made[0].put(b"x")
         assert ring.get(timeout=10) == b"x"
@@ -381,19 +383,19 @@ def test_attach_waits_for_the_creator():
 
 
 def test_the_last_one_out_removes_the_name():
-    ring = Ring.create(name="test-ring-last")
-    other = Ring.attach("test-ring-last")
+    ring = Ring.create(name=NAME)
+    other = Ring.attach(NAME)
     ring.close()
-    assert os.path.exists("/dev/shm/test-ring-last")
+    assert os.path.exists(f"/dev/shm/{NAME}")
     other.close()
-    assert not os.path.exists("/dev/shm/test-ring-last")
+    assert not os.path.exists(f"/dev/shm/{NAME}")
 
 
 def test_unlink_removes_the_name_and_leaves_the_ring():
-    with Ring.create(name="test-ring-unlink") as ring:
+    with Ring.create(name=NAME) as ring:
         ring.unlink()
         with pytest.raises(RingNotFound):
-            Ring.attach("test-ring-unlink")
+            Ring.attach(NAME)
         ring.put(b"x")
         assert ring.get() == b"x"
         with pytest.raises(RingNotFound):
@@ -401,8 +403,8 @@ def test_unlink_removes_the_name_and_leaves_the_ring():
 
 
 def test_shared_memory_opens_a_named_ring():
-    with Ring.create(name="test-ring-block") as ring:
-        block = shared_memory.SharedMemory("test-ring-block")
+    with Ring.create(name=NAME) as ring:
+        block = shared_memory.SharedMemory(NAME)
         from multiprocessing import resource_tracker
 
         resource_tracker.unregister(block._name, "shared_memory")
@@ -499,25 +501,25 @@ def test_a_message_that_can_never_fit(ring):
 
 
 def test_names_in_use_and_names_of_nothing():
-    with Ring.create(name="test-ring-taken"), pytest.raises(RingExists, match="in use"):
-        Ring.create(name="test-ring-taken")
+    with Ring.create(name=NAME), pytest.raises(RingExists, match="in use"):
+        Ring.create(name=NAME)
     begun = time.monotonic()
     with pytest.raises(RingNotFound, match="does not exist"):
-        Ring.attach("test-ring-nothing", timeout=0.05)
+        Ring.attach(NAME, timeout=0.05)
     assert 0.05 <= time.monotonic() - begun < 5
 
 
 @pytest.mark.fault(30, 35)
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(20_000), b"x" * 20_000])
 def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
-    path = "/dev/shm/test-ring-foreign"
+    path = f"/dev/shm/{NAME}"
     with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as file:
         file.write(content)
     try:
         with pytest.raises(LayoutMismatch, match="not a ring"):
-            Ring.attach("test-ring-foreign")
+            Ring.attach(NAME)
         with pytest.raises(RingExists):  # and it is not ours to remove
-            Ring.create(name="test-ring-foreign")
+            Ring.create(name=NAME)
         assert os.path.exists(path)
     finally:
         os.unlink(path)

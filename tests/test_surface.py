@@ -14,7 +14,7 @@ import pytest
 
 from shmring import DecodeError, InvalidArgument, JoinableQueue, Queue, ShutDown, SimpleQueue
 from shmring.errors import Empty, Full
-from support import run_in_process, wait_for
+from support import own_name, run_in_process, wait_for
 
 # ---- types ---------------------------------------------------------------------------------
 
@@ -161,8 +161,9 @@ def test_a_subclass_may_use_names_of_ours(start_method: str) -> None:
         assert "anonymous" not in repr(queue)
     with pytest.raises(ValueError, match="is closed"):
         queue.put(1)
-    with Queue[int](name="test-surface-name") as plain:
-        assert plain.name == "test-surface-name"
+    name = own_name("surface")
+    with Queue[int](name=name) as plain:
+        assert plain.name == name
         assert plain.capacity <= plain.max_capacity
         assert not plain.closed
     assert plain.closed

@@ -34,7 +34,14 @@ __all__ = [
 ]
 
 LIFETIME = 600  # seconds, longer than anybody watches a kill
-EXTENSION = ("_core", "_handle", "_ring", "_queue", "_wait")  # what touches the shared file
+EXTENSION = (
+    "_core",
+    "_handle",
+    "_take",
+    "_ring",
+    "_queue",
+    "_wait",
+)  # what touches the shared file
 
 
 def build_stepper(folder: Path) -> Path:
