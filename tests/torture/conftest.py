@@ -17,6 +17,7 @@ from tally import CAUGHT, Tally
 
 HERE = Path(__file__).parent
 STRIDE = int(os.environ.get("SHMRING_STRIDE", "1"))
+LONGEST = 3600  # seconds for a part of one trial: most take one or two, none ten minutes
 
 # What the summary tells, by heading, in the order in which it came.
 TOLD = pytest.StashKey[dict[str, list[str]]]()
@@ -89,7 +90,7 @@ def run_trial(stepper: Path, other_build: Callable[[str], Path]) -> Run:
         tally = Tally(name)
         try:
             for process in processes:
-                said, errors = process.communicate()
+                said, errors = process.communicate(timeout=LONGEST)
                 if process.returncode in (1, 32) and ("unshare:" in errors or "mount:" in errors):
                     pytest.skip(f"no mount namespace to be had here: {errors.strip()}")
                 if process.returncode != 0:

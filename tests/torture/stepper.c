@@ -23,6 +23,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/user.h>
@@ -194,7 +195,9 @@ static PyObject *set_text(PyObject *self, PyObject *args)
 static PyObject *traceme(PyObject *self, PyObject *nothing)
 {
     (void)self, (void)nothing;
-    if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) != 0)
+    /* From here on no alarm ends it: one that is stopped, by a tracer who died before he
+     * asked for PTRACE_O_EXITKILL, would stand for ever, and hold his pipes open. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ptrace(PTRACE_TRACEME, 0, NULL, NULL) != 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     raise(SIGSTOP);
     Py_RETURN_NONE;

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shmring import Ring
+from shmring import Queue, Ring
 
 __all__ = [
     "Arrival",
@@ -101,9 +101,11 @@ class Walker:
         self._stepper = _load(built)
         self._stepper.set_text(*_text())
         self._spare = Ring.create(4096)
+        self._spare_queue: Queue[bytes] = Queue()
 
     def close(self) -> None:
         self._spare.close()
+        self._spare_queue.close()
 
     def victim(
         self, act: Callable[[], object], warm: Callable[[], object] | None = None, status: int = 0
@@ -121,8 +123,10 @@ class Walker:
         code = 3
         try:
             die_some_day()
-            self._spare.put_nowait(b"")  # the thread finds out who it is
-            self._spare.get_nowait()
+            for spare in (self._spare, self._spare_queue):
+                for timeout in (None, 10):  # the direct way, and the general one
+                    spare.put(b"", timeout=timeout)  # each module finds out whose thread it is
+                    spare.get(timeout=timeout)
             if warm is not None:
                 warm()
             self._stepper.traceme()
