@@ -130,6 +130,10 @@ static uint64_t both(struct shared *shared, side *other, side *own, uint64_t tur
     return elapsed;
 }
 
+static const char *asked_for = ""; /* only what has a name that begins with this is measured */
+
+static int is_wanted(const char *name) { return strncmp(name, asked_for, strlen(asked_for)) == 0; }
+
 /* ---- memcpy: private memory -> slot -> private memory --------------------------------------- */
 
 static void copy_in(struct shared *shared, uint64_t turns, size_t bytes) {
@@ -167,6 +171,8 @@ static void copy_out(struct shared *shared, uint64_t turns, size_t bytes) {
 }
 
 static void copies(const char *name, size_t bytes, uint64_t turns) {
+    if (!is_wanted(name))
+        return;
     struct shared *shared = map_shared(SLOTS * bytes);
     uint64_t elapsed = both(shared, copy_in, copy_out, turns, bytes, 1);
     printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
@@ -229,6 +235,8 @@ static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
 }
 
 static void streams(const char *name, size_t bytes, size_t through, size_t each, uint64_t turns) {
+    if (!is_wanted(name))
+        return;
     struct shared *shared = map_shared(through);
     window = through;
     piece = each;
@@ -307,6 +315,8 @@ static int by_value(const void *left, const void *right) {
 }
 
 static void round_trips(const char *name, side *answer, side *ask, uint64_t turns, int apart) {
+    if (!is_wanted(name))
+        return;
     struct shared *shared = map_shared(0);
     trips = calloc(turns, sizeof *trips);
     if (trips == NULL)
@@ -362,16 +372,27 @@ static void ring_get(struct shared *shared, uint64_t turns, size_t bytes) {
     }
 }
 
+static void rings(const char *name, uint64_t turns) {
+    if (!is_wanted(name))
+        return;
+    struct shared *shared = map_shared((size_t)FRAMES * FRAME_BYTES);
+    uint64_t elapsed = both(shared, ring_put, ring_get, turns, 0, 1);
+    printf("%s %.6g\n", name, (double)turns / ((double)elapsed / 1e9));
+    munmap(shared, sizeof(struct shared) + (size_t)FRAMES * FRAME_BYTES);
+}
+
 static uint64_t at_least(uint64_t least, double turns) {
     return turns > (double)least ? (uint64_t)turns : least;
 }
 
 int main(int argc, char **argv) {
     double scale = argc > 1 ? strtod(argv[1], NULL) : 1.0;
-    if (argc > 2 || !(scale > 0) || scale > 100) {
-        fprintf(stderr, "usage: limits [SCALE]\n");
+    if (argc > 3 || !(scale > 0) || scale > 100) {
+        fprintf(stderr, "usage: limits [SCALE [START OF A NAME]]\n");
         return 2;
     }
+    if (argc > 2)
+        asked_for = argv[2];
     alarm(DEADLINE_SECONDS);
     find_cpus();
     printf("cpus_apart %d\n", cpus[1] >= 0);
@@ -399,9 +420,6 @@ int main(int argc, char **argv) {
     round_trips("futex_apart_idle_1_ms", futex_answer, futex_ask, rare, 1);
     round_trips("futex_free_idle_1_ms", futex_answer, futex_ask, rare, 0);
 
-    struct shared *shared = map_shared((size_t)FRAMES * FRAME_BYTES);
-    turns = at_least(10000, 20000000 * scale);
-    uint64_t elapsed = both(shared, ring_put, ring_get, turns, 0, 1);
-    printf("ring_64_b_messages_per_second %.6g\n", (double)turns / ((double)elapsed / 1e9));
+    rings("ring_64_b_messages_per_second", at_least(10000, 20000000 * scale));
     return 0;
 }

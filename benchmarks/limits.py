@@ -103,10 +103,17 @@ def compiled(folder: Path) -> Path:
     return program
 
 
-def measured(program: Path, scale: float = 1.0) -> dict[str, float]:
-    """Run the program; the values by name, in the units that the names say."""
+def measured(program: Path, scale: float = 1.0, start: str = "") -> dict[str, float]:
+    """Run the program; the values by name, in the units that the names say.
+
+    Only what has a name that begins with `start` is measured.
+    """
     done = subprocess.run(
-        [program, str(scale)], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        [program, str(scale), start],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
     )
     if done.returncode != 0:
         raise SystemExit(f"{program} ended with {done.returncode}: {done.stderr}")
