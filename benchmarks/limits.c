@@ -179,11 +179,25 @@ static void copies(const char *name, size_t bytes, uint64_t turns) {
     munmap(shared, sizeof(struct shared) + SLOTS * bytes);
 }
 
-/* ---- the same with what a reader does: fresh memory, and every word read -------------------- */
+/* ---- the same with what a reader does: every word read, in fresh memory or in place -------------------- */
 
 #define SOURCES 4 /* what is sent is not in the cache */
 
 static size_t window, piece; /* bytes in the shared memory, and of one copy */
+
+static uint64_t sum_of(const uint64_t *words, size_t bytes) {
+    uint64_t sum = 0;
+    for (size_t word = 0; word < bytes / 8; word++)
+        sum += words[word];
+    return sum;
+}
+
+static void check_sum(uint64_t turn, uint64_t sum, uint64_t expected) {
+    if (sum != expected) {
+        fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
+        exit(1);
+    }
+}
 
 static uint64_t message_word(uint64_t turn) { return turn % SOURCES + 1; }
 
@@ -213,7 +227,7 @@ static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
     mallopt(M_MMAP_THRESHOLD, 256 << 20); /* freed memory is used again, as after some time in */
     mallopt(M_TRIM_THRESHOLD, 512 << 20); /* a process that receives such messages */
     for (uint64_t turn = 0; turn < turns; turn++) {
-        uint64_t *message = malloc(bytes), sum = 0;
+        uint64_t *message = malloc(bytes);
         if (message == NULL)
             fail("malloc");
         for (size_t at = 0; at < bytes; at += piece) {
@@ -224,23 +238,32 @@ static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
             taken += piece;
             atomic_store_explicit(&shared->taken, taken, memory_order_release);
         }
-        for (size_t word = 0; word < bytes / 8; word++)
-            sum += message[word];
-        if (sum != message_word(turn) * (bytes / 8)) {
-            fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
-            exit(1);
-        }
+        check_sum(turn, sum_of(message, bytes), message_word(turn) * (bytes / 8));
         free(message);
     }
 }
 
-static void streams(const char *name, size_t bytes, size_t through, size_t each, uint64_t turns) {
+static void stream_in_place(struct shared *shared, uint64_t turns, size_t bytes) {
+    uint64_t taken = 0;
+    for (uint64_t turn = 0; turn < turns; turn++) {
+        unsigned spins = 0;
+        while (atomic_load_explicit(&shared->written, memory_order_acquire) <= taken)
+            pause_briefly(&spins);
+        uint64_t sum = sum_of((uint64_t *)(shared->bytes + taken % window), bytes);
+        check_sum(turn, sum, message_word(turn) * (bytes / 8));
+        taken += bytes;
+        atomic_store_explicit(&shared->taken, taken, memory_order_release);
+    }
+}
+
+static void streams(const char *name, side *read, size_t bytes, size_t through, size_t each,
+                    uint64_t turns) {
     if (!is_wanted(name))
         return;
     struct shared *shared = map_shared(through);
     window = through;
     piece = each;
-    uint64_t elapsed = both(shared, stream_in, stream_out, turns, bytes, 1);
+    uint64_t elapsed = both(shared, stream_in, read, turns, bytes, 1);
     printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
     munmap(shared, sizeof(struct shared) + through);
 }
@@ -406,9 +429,11 @@ int main(int argc, char **argv) {
         char name[64];
         turns = at_least(8, 3200 * scale / (double)mib);
         snprintf(name, sizeof name, "whole_%zu_mib_bytes_per_second", mib);
-        streams(name, bytes, 4 * bytes, bytes, turns);
+        streams(name, stream_out, bytes, 4 * bytes, bytes, turns);
         snprintf(name, sizeof name, "pieces_%zu_mib_bytes_per_second", mib);
-        streams(name, bytes, 1u << 20, 128u << 10, turns);
+        streams(name, stream_out, bytes, 1u << 20, 128u << 10, turns);
+        snprintf(name, sizeof name, "in_place_%zu_mib_bytes_per_second", mib);
+        streams(name, stream_in_place, bytes, 4 * bytes, bytes, turns);
     }
 
     round_trips("cache_line", line_answer, line_ask, at_least(100, 1000000 * scale), 1);
