@@ -17,7 +17,7 @@ import numpy as np
 import shmring
 from benchmarks.work import Work, WrongContent
 
-__all__ = ["TRANSPORTS", "Transport"]
+__all__ = ["TRANSPORTS", "BareWake", "Transport"]
 
 
 class Transport:
@@ -230,6 +230,23 @@ class ThreadQueue(Transport):
     def __init__(self, work: Work) -> None:
         threads: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.put, self.get = threads.put, threads.get
+
+
+class BareWake(Transport):
+    """The wake-up and no message: as near to a bare futex as Python comes.  Not in `TRANSPORTS`."""
+
+    label = "multiprocessing.Semaphore"
+    share = 1.0
+
+    def __init__(self, work: Work) -> None:
+        semaphore = multiprocessing.get_context("fork").Semaphore(0)
+        wake, wait, message = semaphore.release, semaphore.acquire, work.pool[0]
+
+        def get() -> Any:
+            wait()
+            return message
+
+        self.put, self.get = lambda message: wake(), get
 
 
 TRANSPORTS: tuple[type[Transport], ...] = (

@@ -27,6 +27,7 @@ if not __package__:  # run as a file: this folder's parent is where `benchmarks`
 
 from benchmarks import limits, machine, scaling
 from benchmarks.adapters import (
+    BareWake,
     MultiprocessingQueue,
     ShmringInPlace,
     ShmringQueue,
@@ -273,16 +274,17 @@ def eight_mib_in_place(run: Measuring) -> Line:
     return _in_place(run, 8, 300, 1.0)
 
 
-def _trips(run: Measuring, count: int, **options: Any) -> tuple[float, float]:
-    """Median and 99th percentile, in us."""
-    work = bytes_of(64, count=count)
-    found = run.turns(RoundTrips, work, [ShmringQueue], **options)
-    ordered = sorted(found[QUEUE].trips_ns)
-    return ordered[len(ordered) // 2] / 1000, ordered[len(ordered) * 99 // 100] / 1000
+def _trips(
+    run: Measuring, count: int, of: Sequence[type[Transport]] = (ShmringQueue,), **options: Any
+) -> list[tuple[float, float]]:
+    """Median and 99th percentile of each, in us."""
+    found = run.turns(RoundTrips, bytes_of(64, count=count), of, **options)
+    ordered = [sorted(found[one.label].trips_ns) for one in of]
+    return [(one[len(one) // 2] / 1000, one[len(one) * 99 // 100] / 1000) for one in ordered]
 
 
 def _trips_line(run: Measuring, name: str, median: float, p99: float, **options: Any) -> Line:
-    middle, tail = _trips(run, 20_000, **options)
+    ((middle, tail),) = _trips(run, 20_000, **options)
     aims = [
         Aim("median {} us", median, middle, most=True),
         Aim("p99 {} us", p99, tail, most=True),
@@ -303,12 +305,13 @@ def trips_idle(run: Measuring) -> Line:
     for placement in ("apart", "free"):
         limit = f"futex_{placement}_idle_1_ms_median_ns"
         before = run.bound(limit)
-        middle, _ = _trips(run, 1000, idle_s=0.001, apart=placement == "apart")
+        both = (ShmringQueue, BareWake)
+        ours, bare_python = _trips(run, 1000, both, idle_s=0.001, apart=placement == "apart")
         bare = statistics.mean((before, run.bound(limit))) / 1000
         aims.append(
-            Aim(f"{{}} times a bare futex pair, {placement}", 1.25, middle / bare, most=True)
+            Aim(f"{{}} times a bare futex pair, {placement}", 1.25, ours[0] / bare, most=True)
         )
-        told.append(f"{middle:.1f} us {placement}")
+        told.append(f"{ours[0]:.1f} us {placement} (two {BareWake.label}: {bare_python[0]:.1f})")
     return Line("round trip of 64 B, 1 ms idle between", ", ".join(told), aims)
 
 
