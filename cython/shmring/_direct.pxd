@@ -4,7 +4,8 @@
 case that nearly every call is: the lock is free, there is room, the message in front
 is whole and small.  Their stores are the same, in the same order.  Anything else they
 leave as it is, and the general way, which knows what to do about it, begins anew.
-All of it is compiled into the callers: one C call leads from the object to the frame.
+All of it is compiled into the callers, which call `sync_start` when they are imported:
+one C call leads from the object to the frame.
 """
 
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact

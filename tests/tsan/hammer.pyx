@@ -18,8 +18,10 @@ from shmring._area cimport area_release
 from shmring._direct cimport put_direct, take_direct
 from shmring._handle cimport RingHandle
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, monotonic_ns
+from shmring._sync cimport fetch_add64, monotonic_ns, sync_start
 from shmring._witness cimport CALL_GET, CALL_PUT, Wait, witness_leave
+
+sync_start()  # the direct way is compiled into this module, and locks from here
 
 cdef enum: HEAD = 24  # producer, number, and the byte that fills the rest
 
