@@ -11,7 +11,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,6 +23,19 @@ LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the
 def own_name(what: str) -> str:
     """A name in /dev/shm that no other worker, nor another run of the suite, takes."""
     return f"test-{what}-{os.getpid()}"
+
+
+def _looks(
+    condition: Callable[[], object], timeout: float, what: str, dump: bool
+) -> Iterator[None]:
+    """Until the condition is true: one turn for each look at it, in which to pause."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            if dump:
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            raise TimeoutError(f"waited {timeout} s in vain for {what or condition}")
+        yield
 
 
 def wait_for(
@@ -37,21 +51,27 @@ def wait_for(
     After ``timeout`` seconds, print the traceback of every thread and raise
     TimeoutError: a test that waits in vain shows where, instead of hanging.
     """
-    deadline = time.monotonic() + timeout
     pause = threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            if dump:
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-            raise TimeoutError(f"waited {timeout} s in vain for {what or condition}")
+    for _ in _looks(condition, timeout, what, dump):
         pause.wait(every)
 
 
 async def until(condition: Callable[[], object], timeout: float = 10) -> None:
-    """As ``wait_for``, in an asyncio program."""
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.001)
+    """As ``wait_for``, in an asyncio program, whose other tasks go on."""
+    pause = asyncio.Event()
+    for _ in _looks(condition, timeout, what="", dump=True):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await pause.wait()
+
+
+@types.coroutine
+def turns(count: int) -> Generator[None, None, None]:
+    """``await turns(n)``: after n turns of the event loop.  A place among the steps of the
+    other tasks, whatever time they take; the deadline is that of the whole program.
+    """
+    for _ in range(count):
+        yield
 
 
 @contextlib.contextmanager

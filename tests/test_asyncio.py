@@ -20,7 +20,7 @@ import pytest
 import shmring
 from shmring import DecodeError, EncodeError, JoinableQueue, Queue, RingClosed, ShutDown
 from shmring.errors import Full
-from support import run_in_process, until, wait_for
+from support import run_in_process, turns, until, wait_for
 
 if shmring.backend == "ring":
     from shmring import _wait, aio
@@ -220,8 +220,7 @@ def test_a_storm_of_cancellations_loses_and_doubles_nothing(queue):
                     live.add(asyncio.create_task(take()))
                 for task in rng.sample(sorted(live, key=id), 15):
                     task.cancel()
-                for _ in range(rng.choice((1, 1, 30))):
-                    await asyncio.sleep(0)
+                await turns(rng.choice((1, 1, 30)))
             for task in live:
                 task.cancel()
             await asyncio.gather(*live, return_exceptions=True)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_labels_are_distinct() -> None:
 # ---- what a transport can do wrong is noticed -----------------------------------------------
 
 
-class Faulty(MultiprocessingPipe):
+class Faulty(MultiprocessingPipe, ABC):
     """Does something to the 100th message it delivers."""
 
     label = "faulty"
@@ -124,8 +125,9 @@ class Faulty(MultiprocessingPipe):
         message = self._deliver()
         return self.harm(message) if self._delivered == 100 else message
 
+    @abstractmethod
     def harm(self, message: Any) -> Any:
-        raise NotImplementedError
+        """What goes wrong with it."""
 
 
 class Losing(Faulty):
@@ -145,7 +147,9 @@ class Doubling(Faulty):
         return message
 
 
-class Silent(Faulty):
+class Silent(MultiprocessingPipe):
+    label = "silent"
+
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self.put = lambda message: None

@@ -144,14 +144,14 @@ def block(
         if with_threads:
             other = stack.enter_context(Queue[object]())
 
-            def sleep() -> None:
-                other.get()
+            def wait() -> None:
+                other.get(timeout=60)
 
             def work() -> None:
                 while not stop.is_set():
                     sum(range(1000))
 
-            threads = [threading.Thread(target=each) for each in (sleep, sleep, work)]
+            threads = [threading.Thread(target=each) for each in (wait, wait, work)]
             for thread in threads:
                 thread.start()
             wait_for(lambda: other.statistics().consumers_waiting)

@@ -33,7 +33,7 @@ from shmring import (
 from shmring.errors import Empty, Full
 from shmring.liveness import process_start_ticks
 from shmring.peers import PeerWatch
-from support import run_in_process, until, wait_for
+from support import run_in_process, turns, until, wait_for
 
 if shmring.backend == "ring":
     from shmring import Ring
@@ -604,8 +604,7 @@ def test_a_cancelled_aget_beside_peers_has_taken_nothing() -> None:
     async def main() -> None:
         for number in range(30):
             waiter = asyncio.create_task(queue.aget(peers=[peer]))
-            for _ in range(number):  # turns of the loop
-                await asyncio.sleep(0)
+            await turns(number)
             queue.put(number)
             waiter.cancel()
             taken = await asyncio.gather(waiter, return_exceptions=True)

@@ -22,6 +22,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where `support` is, run as a file
@@ -94,9 +95,12 @@ class Soak:
             due = min(until, fault, look, *(each[0] for each in self._later[:1]))
             now = time.monotonic()
             if now < due:
-                time.sleep(due - now)
+                ended = connection.wait(self._sentinels(), due - now)
                 now = time.monotonic()
-                self._late = max(self._late, now - due)
+                if ended:
+                    look = now
+                else:
+                    self._late = max(self._late, now - due)
             while self._later and self._later[0][0] <= now:
                 heapq.heappop(self._later)[2]()
             if now >= until:
@@ -112,6 +116,11 @@ class Soak:
             undo()
         self._later.clear()
         wait_for(self._are_replaced, ENDING_S, "the killed to be replaced", every=TICK_S)
+
+    def _sentinels(self) -> list[int]:
+        """Ready when one ends whom nobody killed."""
+        members = (member for crew in self.crews for member in crew.members)
+        return [member.process.sentinel for member in members if not member.killed]
 
     def _are_replaced(self) -> bool:
         """Look after the crews: whether none of the killed is left in them."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -79,13 +80,13 @@ class Duel(Trial):
 
     build = ENDLESS
 
+    @abstractmethod
     def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
         """Walk the ways, then name the stops at which the two are held."""
-        raise NotImplementedError
 
+    @abstractmethod
     def meet(self, walker: Walker, n: int, m: int) -> str:
         """Hold one before its n-th stop, the other before its m-th; the outcome."""
-        raise NotImplementedError
 
     def run(self, walker: Walker, selection: Selection) -> Tally:
         began = time.monotonic()
@@ -116,7 +117,7 @@ class SleeperAndWaker(Duel):
 
     Args:
         prepare: makes the ring.
-        sleep: goes to sleep, unless the other was there before.
+        block: goes to sleep, unless the other was there before.
         wake: ends that.
         warm: what the sleeper does before, for what happens once a process.
         apart: how far the stops of the two are apart where both are held.
@@ -124,7 +125,7 @@ class SleeperAndWaker(Duel):
 
     name: str
     prepare: Callable[[], RingStage]
-    sleep: Callable[[Ring], object]
+    block: Callable[[Ring], object]
     wake: Callable[[Ring], object]
     warm: Callable[[Ring], object] = lambda ring: None
     apart: tuple[int, int] = (5, 61)
@@ -145,7 +146,7 @@ class SleeperAndWaker(Duel):
                     yield n, m
 
     def sleeper(self, walker: Walker, stage: RingStage) -> int:
-        return walker.victim(lambda: self.sleep(stage.ring), lambda: self.warm(stage.ring))
+        return walker.victim(lambda: self.block(stage.ring), lambda: self.warm(stage.ring))
 
     def trace_sleeper(self, walker: Walker) -> Way:
         stage = self.prepare()

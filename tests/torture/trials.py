@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Selection:
         return stops[self.part * self.stride :: self.stride * self.parts]
 
 
-class Trial:
+class Trial(ABC):
     """Something that is tried at many stops.
 
     Attributes:
@@ -47,31 +48,35 @@ class Trial:
     shared_memory: int | None = None
     build: str | None = None
 
+    @abstractmethod
     def run(self, walker: Walker, selection: Selection) -> Tally:
-        raise NotImplementedError
+        """Try the stops that are selected, and tell what came of them."""
 
 
-class Stage:
+class Stage(ABC):
     """What one kill happens on, and the account of it."""
 
     died = 0.0  # when the victim was dead, on the monotonic clock
 
     def beside(self, victim: int) -> None:
         """Start what goes on beside the victim, which does not run yet."""
+        return  # by default there is nothing
 
     def afresh(self) -> None:
         """In the process that looks: look by handles that never saw anything."""
+        return  # by default there is nothing
 
+    @abstractmethod
     def settle(self, thorough: bool) -> Finding:
         """In the process that looks.
 
         Raises:
             Harm: something is not as it must be.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         """End what was started, leave the rings."""
+        return  # by default there is nothing
 
 
 @dataclass
