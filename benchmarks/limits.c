@@ -179,7 +179,7 @@ static void copies(const char *name, size_t bytes, uint64_t turns) {
     munmap(shared, sizeof(struct shared) + SLOTS * bytes);
 }
 
-/* ---- the same with what a reader does: every word read, in fresh memory or in place -------------------- */
+/* ---- the same, and every word read, in fresh memory or in place ----------------------------- */
 
 #define SOURCES 4 /* what is sent is not in the cache */
 
@@ -220,6 +220,8 @@ static void stream_in(struct shared *shared, uint64_t turns, size_t bytes) {
             written += piece;
             atomic_store_explicit(&shared->written, written, memory_order_release);
         }
+    for (uint64_t i = 0; i < SOURCES; i++)
+        free(own[i]);
 }
 
 static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {

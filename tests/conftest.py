@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from shmring import HighPerformanceIPC
-from support import SHARED_MEMORY, left_since, remove_if_ours, shared_memory_names, wait_for
+from support import (
+    SHARED_MEMORY,
+    left_since,
+    own_name,
+    remove_if_ours,
+    shared_memory_names,
+    wait_for,
+)
 
 USER = os.getuid() if hasattr(os, "getuid") else "user"
 CLEANERS_LOCK = Path(tempfile.gettempdir()) / f"shmring-tests-{USER}.lock"
@@ -97,7 +104,7 @@ def start_method(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def namespace() -> str:
     """One that no other run has."""
-    return f"test-{os.getpid()}-{secrets.token_hex(4)}"
+    return own_name(secrets.token_hex(4))
 
 
 @pytest.fixture

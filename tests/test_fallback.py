@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import queue
-import secrets
 import signal
 import sys
 import threading
@@ -42,10 +41,9 @@ pytestmark = pytest.mark.both_backends
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    chosen = f"test-{os.getpid()}-{secrets.token_hex(4)}"
-    yield chosen
-    assert [each for each in os.listdir(fallback_folder()) if chosen in each] == []
+def name(namespace: str) -> Iterator[str]:
+    yield namespace
+    assert [each for each in os.listdir(fallback_folder()) if namespace in each] == []
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import secrets
 import signal
 import sys
 import time
@@ -43,8 +42,7 @@ ring_only = pytest.mark.skipif(backend != "ring", reason="a pipe does not surviv
 
 
 @pytest.fixture
-def ipc() -> Iterator[HighPerformanceIPC]:
-    namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+def ipc(namespace: str) -> Iterator[HighPerformanceIPC]:
     with HighPerformanceIPC("coordinator", namespace=namespace) as opened:
         yield opened
     # The coordinator ends with every worker joined.
@@ -291,8 +289,7 @@ def test_without_workers_it_does_not_wait_for_ever(ipc: HighPerformanceIPC) -> N
 
 
 @both_backends
-def test_without_a_coordinator_a_worker_gives_up() -> None:
-    namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+def test_without_a_coordinator_a_worker_gives_up(namespace: str) -> None:
     with pytest.raises(NameUnknown, match="'task_queue'"):
         worker_process(0, "task_queue", namespace=namespace, connect_timeout=0.1)
 

@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import resource
-import secrets
 import signal
 import threading
 import time
@@ -33,8 +32,7 @@ TASKS = 30
 
 
 @pytest.fixture
-def ipc() -> Iterator[HighPerformanceIPC]:
-    namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+def ipc(namespace: str) -> Iterator[HighPerformanceIPC]:
     with HighPerformanceIPC("coordinator", namespace=namespace) as opened:
         yield opened
     assert multiprocessing.active_children() == []

@@ -14,7 +14,7 @@ from fuzz.drivers import ALLOWED, Broken, Tally, patience
 from fuzz.mutations import Image, spots_of
 from fuzz.scenes import messages
 from shmring import JoinableQueue, Queue, Ring
-from support import SHARED_MEMORY
+from support import SHARED_MEMORY, own_name
 
 BATCH = 16
 
@@ -104,7 +104,7 @@ class HandleDriver:
         """Some reads, each of a file of its own.  Returns how many."""
         for _ in range(BATCH):
             self.made += 1
-            name = f"test-fuzz-{os.getpid()}-{self.made}"
+            name = own_name(f"fuzz-{self.made}")
             handle = rng.choice(MAKERS)(name)
             fd = os.dup(handle.fileno())
             handle.put_many(messages(5))

@@ -34,14 +34,8 @@ __all__ = [
 ]
 
 LIFETIME = 600  # seconds, longer than anybody watches a kill
-EXTENSION = (
-    "_core",
-    "_handle",
-    "_take",
-    "_ring",
-    "_queue",
-    "_wait",
-)  # what touches the shared file
+# What touches the shared file.
+EXTENSION = ("_core", "_handle", "_take", "_ring", "_queue", "_wait")
 
 
 def build_stepper(folder: Path) -> Path:
