@@ -125,12 +125,12 @@ $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 $(VENV)/.editable: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade 'setuptools>=77' 'cython>=3.1'
-	SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e .
+	SHMRING_REQUIRE_EXTENSION= SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e .
 	touch $@
 
 # An extra of pyproject.toml.
 $(VENV)/.with-%: $(VENV)/.editable
-	SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	SHMRING_REQUIRE_EXTENSION= SHMRING_NO_EXTENSION=1 $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
 	touch $@
 
 .PRECIOUS: $(VENV)/.with-%

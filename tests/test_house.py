@@ -297,3 +297,15 @@ def test_types_travel_with_the_package() -> None:
     assert "py.typed" in installed
     stubs = {f"{path.stem}.pyi" for path in CYTHON.glob("*.pyx")}
     assert stubs <= installed, "each compiled module has a stub"
+
+
+def test_the_floor_calls_no_function_that_newer_c_libraries_rename():
+    """glibc 2.38 gives these another symbol, which no older one has."""
+    renamed = re.compile(r"\b(strto[a-z]+|v?f?sscanf|v?fscanf|v?scanf|ato[fil]+)\s*\(")
+    found = [
+        f"{path.name}: {call.group(1)}"
+        for path in sorted(CYTHON.iterdir())
+        if path.suffix in (".h", ".pyx", ".pxd")
+        for call in renamed.finditer(path.read_text())
+    ]
+    assert not found

@@ -15,7 +15,6 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -51,7 +50,12 @@ static inline uint64_t owner_start_time(uint32_t pid)
     char *field = owner_stat(pid, text);
     for (int skipped = 0; field != NULL && skipped < 20; skipped++)
         field = strchr(field + 1, ' ');
-    return field == NULL ? 0 : strtoull(field + 1, NULL, 10);
+    /* by hand: strtoull becomes a symbol of glibc 2.38 where that compiles it */
+    uint64_t ticks = 0;
+    if (field != NULL)
+        for (field++; *field >= '0' && *field <= '9'; field++)
+            ticks = ticks * 10 + (uint64_t)(*field - '0');
+    return ticks;
 }
 
 /* Field 3: whether a thread runs, would if it had a CPU, or is inside the kernel; not if it is

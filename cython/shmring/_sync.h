@@ -208,6 +208,8 @@ static void sync_register_robust_list(void)
     pthread_mutex_t throwaway;
     pthread_mutexattr_init(&attributes);
     pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    /* musl registers the list for those that are shared between processes only */
+    pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
     pthread_mutex_init(&throwaway, &attributes);
     pthread_mutex_lock(&throwaway);
     pthread_mutex_unlock(&throwaway);
