@@ -21,6 +21,7 @@ cdef extern from "_area.h" nogil:
     const uint64_t AREA_GARBAGE  # what area_next_capacity returns when the records are none
 
     int area_stat(int fd, File *file) noexcept
+    int area_is_ours(int fd, const File *own, File *file) noexcept
     uint64_t area_page() noexcept
     uint64_t area_power_of_two(uint64_t value) noexcept
     void area_release(Mapping *mapping) noexcept

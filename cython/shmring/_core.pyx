@@ -20,8 +20,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from shmring._area cimport (
-    AREA_GARBAGE, Mapping, area_grow, area_may_shrink, area_next_capacity, area_open, area_power_of_two, area_reap,
-    area_release, area_tidy,
+    AREA_GARBAGE, File, Mapping, area_grow, area_is_ours, area_may_shrink, area_next_capacity, area_open,
+    area_power_of_two, area_reap, area_release, area_tidy,
 )
 from shmring._count cimport count_at, count_on, count_read
 from shmring._frame cimport frame_begin, frame_is_possible
@@ -77,6 +77,7 @@ cdef class RingCore:
 
     cdef void unmap(self):
         cdef int fd
+        cdef File found
         area_release(self.producer_mapping)
         area_release(self.consumer_mapping)
         self.producer_mapping = self.consumer_mapping = NULL
@@ -86,7 +87,8 @@ cdef class RingCore:
         if self.fd >= 0:
             fd = self.fd
             self.fd = -1
-            close(fd)
+            if area_is_ours(fd, &self.file, &found) == 0:  # the number may be another file's by now
+                close(fd)
 
     # ---- locks ----------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
         handle_enter(&ring.inside)
         if not ring.closed:
             done = put_direct(ring, kind, data, <uint64_t>length)
-        handle_leave(&ring.inside)
+        if handle_leave(&ring.inside):
+            ring.last_out()
         if done:
             return 1
     segment.data = data
@@ -143,7 +144,8 @@ cdef inline int take_one(RingHandle ring, Take *take, bint block, object timeout
             done = take_direct(ring, take)
             if done and load_relaxed64(&ring.oversized) != 0:
                 ring.give_back()
-        handle_leave(&ring.inside)
+        if handle_leave(&ring.inside):
+            ring.last_out()
         if done:
             return DONE
     return ring.take_or_wait(take, block, timeout)

@@ -18,6 +18,7 @@ cdef class RingHandle(RingCore):
     cdef readonly uint64_t largest  # payload bytes of one message
     cdef int64_t inside  # calls that go on without the GIL
     cdef int64_t views  # views that live
+    cdef uint32_t ending  # 1 close began, 2 the last call that leaves unmaps, 3 one does; an atomic
     # advice for the next put; atomics, since puts wait without the GIL
     cdef uint32_t full_seen  # why a put could not grow, and whether the log says so
     cdef uint64_t full_read  # where consumers stood when a put last met a full ring
@@ -36,6 +37,8 @@ cdef class RingHandle(RingCore):
     cdef int give_back(self) except -1
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
+    cdef void last_out(self) noexcept
+    cdef tuple identity(self)
     cdef int check_open(self) except -1
     cdef int raise_outcome(self, int outcome) except -1
     cdef int refuse(self, int side, uint32_t state) except -1

@@ -30,7 +30,7 @@ from shmring._layout cimport (
 )
 from shmring._spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._sync cimport (
-    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
+    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
@@ -66,7 +66,7 @@ cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers 
 cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
 cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
 cdef int64_t LATELY_NS = 200000000
-cdef int64_t CLOSE_NS = 5000000000  # what close waits for other threads to leave
+cdef int64_t CLOSE_NS = 50000000  # what close waits for calls to leave; then the last of them unmaps
 cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
 
 sync_start()  # _core has checked that the kernel can do it
@@ -338,7 +338,7 @@ cdef class RingHandle(RingCore):
                         self.say_full()
             finally:
                 witness_leave(self.header, &wait, self.myself())
-                fetch_add64(&self.inside, -1)
+                self.leave()
             if result == DONE:
                 return done
             if ends_wait(result):
@@ -349,7 +349,8 @@ cdef class RingHandle(RingCore):
                 self.step_back()
             return done
         finally:
-            handle_leave(&self.inside)
+            if handle_leave(&self.inside):
+                self.last_out()
 
     cdef int say_full(self) except -1:
         """Once a handle: what was meant to grow waits."""
@@ -477,7 +478,7 @@ cdef class RingHandle(RingCore):
                         self.look_for_name()
             finally:
                 witness_leave(self.header, &wait, self.myself())
-                fetch_add64(&self.inside, -1)
+                self.leave()
             if result == DONE or result == PARTIAL:
                 return result
             if ends_wait(result):
@@ -486,7 +487,8 @@ cdef class RingHandle(RingCore):
                 self.check_open()
             return result
         finally:
-            handle_leave(&self.inside)
+            if handle_leave(&self.inside):
+                self.last_out()
 
     cdef int look_for_name(self) except -1:
         """Once a slice of a wait for messages.  When two found no name, the log says so, once a
@@ -504,11 +506,13 @@ cdef class RingHandle(RingCore):
 
     cdef int give_back(self) except -1:
         cdef uint64_t capacity = load_relaxed64(&self.oversized)
+        if self.closed:
+            return 0
         store_relaxed64(&self.oversized, 0)
         fetch_add64(&self.inside, 1)
         with nogil:
             self.settle(capacity)
-        fetch_add64(&self.inside, -1)
+        self.leave()
         return 0
 
     cdef int enter(self) except -1:
@@ -516,12 +520,25 @@ cdef class RingHandle(RingCore):
         fetch_add64(&self.inside, 1)
         fence_full()
         if self.closed:
-            fetch_add64(&self.inside, -1)
+            self.leave()
             self.check_open()
         return 0
 
     cdef void leave(self) noexcept:
-        fetch_add64(&self.inside, -1)
+        if fetch_add64(&self.inside, -1) <= 1:
+            self.last_out()
+
+    cdef void last_out(self) noexcept:
+        """No call is inside at this moment: where a close left it to us, unmap."""
+        fence_full()
+        if load_acquire32(&self.ending) == 2 and compare_exchange32(&self.ending, 2, 3):
+            named, token, name = self.identity()
+            identity = (self.file.device, self.file.inode)
+            self.unmap()
+            self._left(named, token, name, identity)
+
+    def _left(self, named, token, name, identity):
+        """The mapping is gone; what is to follow that."""
 
     # ---- errors ------------------------------------------------------------------------------
 
@@ -535,6 +552,8 @@ cdef class RingHandle(RingCore):
             raise ShutDown(f"{type(self).__name__} is shut down")
         if outcome == CLAIM_HELD:
             raise RuntimeError("the claim of the previous message was not released: answer it first")
+        if outcome == CORRUPT and self.header == NULL:
+            self.check_open()
         if outcome == CORRUPT:
             raise trouble.corrupted({
                 0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
@@ -548,25 +567,37 @@ cdef class RingHandle(RingCore):
     @property
     def capacity(self):
         """Bytes of the area that producers write to now."""
-        self.check_open()
-        return shmring_area_of(self.header, load_acquire64(&self.header.write_generation)).capacity
+        self.enter()
+        try:
+            return shmring_area_of(self.header, load_acquire64(&self.header.write_generation)).capacity
+        finally:
+            self.leave()
 
     @property
     def max_capacity(self):
         """Bytes to which the ring may grow."""
-        self.check_open()
-        return self.header.max_capacity
+        self.enter()
+        try:
+            return self.header.max_capacity
+        finally:
+            self.leave()
 
     def _identity(self):
         """(named, token, name given at creation): what the file is called."""
-        cdef Header *h
-        self.check_open()
-        h = self.header
+        self.enter()
+        try:
+            return self.identity()
+        finally:
+            self.leave()
+
+    cdef tuple identity(self):
+        cdef Header *h = self.header
         return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
 
     def _set_named(self, bint named):
-        self.check_open()
+        self.enter()
         store_release32(&self.header.named, named)
+        self.leave()
 
     def fileno(self):
         """The file descriptor of the ring's file."""
@@ -578,26 +609,35 @@ cdef class RingHandle(RingCore):
         cdef Header *h
         cdef uint64_t written, puts, gets
         cdef int _turn
-        self.check_open()
-        h = self.header
-        if load_acquire32(&h.shutdown) == 2:
-            return 0  # nobody gets what is left
-        for _turn in range(1000):
-            written = load_acquire64(&h.write_position)
-            puts = count_read(&h.put_count, &h.write_position)
-            gets = count_read(&h.get_count, &h.read_position)
-            fence_full()
-            if load_acquire64(&h.write_position) == written:
-                break
-        return puts - gets if puts > gets else 0
+        self.enter()
+        try:
+            h = self.header
+            if load_acquire32(&h.shutdown) == 2:
+                return 0  # nobody gets what is left
+            for _turn in range(1000):
+                written = load_acquire64(&h.write_position)
+                puts = count_read(&h.put_count, &h.write_position)
+                gets = count_read(&h.get_count, &h.read_position)
+                fence_full()
+                if load_acquire64(&h.write_position) == written:
+                    break
+            return puts - gets if puts > gets else 0
+        finally:
+            self.leave()
 
     def _put_count(self):
-        self.check_open()
-        return count_read(&self.header.put_count, &self.header.write_position)
+        self.enter()
+        try:
+            return count_read(&self.header.put_count, &self.header.write_position)
+        finally:
+            self.leave()
 
     def _max_messages(self):
-        self.check_open()
-        return self.header.max_messages
+        self.enter()
+        try:
+            return self.header.max_messages
+        finally:
+            self.leave()
 
     # ---- ended -----------------------------------------------------------------------------------
 
@@ -645,30 +685,41 @@ cdef class RingHandle(RingCore):
         """In a child right after fork: threads that were inside, and views, stayed behind."""
         self.inside = 0
         self.views = 0
+        if self.closed:
+            self.last_out()
 
     def _close(self):
         """Leave the ring: unmap, and close the descriptor.  Others go on.
 
         BufferError while a view lives; another call after its end succeeds.
-        Threads of this process that wait in the ring get RingClosed.
+        Calls of this process that wait in the ring get RingClosed.  One that
+        cannot leave meanwhile, because this call interrupted it, unmaps when it does.
         """
         cdef int64_t until
-        if self.header == NULL:
-            self.closed = True
-            return
         if self.views > 0:
             raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
+        if not compare_exchange32(&self.ending, 0, 1):
+            return  # another thread closes it, or did
+        if self.header == NULL:
+            self.closed = True
+            self.unmap()
+            return
         self.closed = True
         fence_full()  # pairs with handle_enter: who is not counted yet will see that it is closed
+        if self.views > 0:  # a reserve() or peek() succeeded meanwhile
+            self.closed = False
+            store_release32(&self.ending, 0)
+            raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
         until = monotonic_ns() + CLOSE_NS
-        while load_acquire64(<uint64_t *>&self.inside) != 0 and monotonic_ns() < until:
+        while <int64_t>load_acquire64(<uint64_t *>&self.inside) > 0:
             wait_wake_all(&self.header.data_wait)
             wait_wake_all(&self.header.space_wait)
             wait_wake_all(&self.header.done_wait)
+            if monotonic_ns() >= until:
+                break
             with nogil:
                 nap_ns(200000)
-        if self.views > 0:  # a reserve() or peek() that was waiting has succeeded meanwhile
-            self.closed = False
-            raise BufferError(f"{self.views} view(s) into the ring are alive: release them, then close")
-        if load_acquire64(<uint64_t *>&self.inside) == 0:
-            self.unmap()
+        store_release32(&self.ending, 2)
+        fence_full()  # pairs with the count of who leaves: one of us sees the other
+        if <int64_t>load_acquire64(<uint64_t *>&self.inside) <= 0:
+            self.last_out()

@@ -512,7 +512,7 @@ cdef class ObjectRing(TakingRing):
                 PyErr_CheckSignals()
         finally:
             witness_leave(h, &wait, self.myself())
-            fetch_add64(&self.inside, -1)
+            self.leave()
 
     # ---- claims ---------------------------------------------------------------------------------
     #

@@ -20,7 +20,7 @@ from shmring._area cimport area_release
 from shmring._core cimport BUSY, CHANGED, DONE, Item, Segment, Take
 from shmring._deadline cimport watching
 from shmring._direct cimport put_one
-from shmring._sync cimport fetch_add64, sync_epoch, sync_start
+from shmring._sync cimport fence_full, fetch_add64, sync_epoch, sync_start
 from shmring._take cimport TakingRing
 
 import operator
@@ -232,14 +232,25 @@ cdef class FrameView:
 
     def __enter__(self):
         cdef BytesRing ring = self.ring
-        cdef Take take
-        cdef Item item
-        cdef int result
         if self.entered is not None:
             raise RuntimeError("this block has been entered already: call reserve() or peek() anew")
         entered = ring.check_reentry(
             self.writable, "reserve() inside reserve()" if self.writable else "peek() inside peek()"
         )
+        ring.enter()  # to the end, so that no close unmaps between the taking and the counting of the view
+        try:
+            self.take_up(entered)
+        finally:
+            ring.leave()
+        self.window = memoryview(self)
+        return self.window
+
+    cdef int take_up(self, object entered) except -1:
+        """Reserve or lease the frame, and count the view."""
+        cdef BytesRing ring = self.ring
+        cdef Take take
+        cdef Item item
+        cdef int result
         if self.writable:
             item.segments = NULL
             item.count = 0
@@ -264,10 +275,13 @@ cdef class FrameView:
         self.epoch = sync_epoch()
         self.live = True
         fetch_add64(&ring.views, 1)
+        fence_full()  # either close() sees the view, or we see that it closed
+        if ring.closed:
+            self.finish(False)
+            ring.check_open()
         self.entered = entered
         blocks.add(entered)
-        self.window = memoryview(self)
-        return self.window
+        return 0
 
     def __exit__(self, kind, error, traceback):
         window, self.window = self.window, None

@@ -122,14 +122,15 @@ static inline void nap_ns(int64_t nanoseconds)
     nanosleep(&t, NULL);
 }
 
-/* How many calls are inside a handle, so that close() unmaps after the last.
+/* How many calls are inside a handle: the last one that leaves a closed one unmaps;
+ * handle_leave() says whether it was the last.
  * With a GIL only the calls that release it need to be counted. */
 #ifdef Py_GIL_DISABLED
 static inline void handle_enter(int64_t *inside) { __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST); }
-static inline void handle_leave(int64_t *inside) { __atomic_fetch_sub(inside, 1, __ATOMIC_SEQ_CST); }
+static inline int handle_leave(int64_t *inside) { return __atomic_fetch_sub(inside, 1, __ATOMIC_SEQ_CST) <= 1; }
 #else
 static inline void handle_enter(int64_t *inside) { (void)inside; }
-static inline void handle_leave(int64_t *inside) { (void)inside; }
+static inline int handle_leave(int64_t *inside) { (void)inside; return 0; }
 #endif
 
 /* ---- futex: never PRIVATE, the words are shared --------------------------- */

@@ -23,7 +23,7 @@ cdef extern from "_sync.h" nogil:
 
     void nap_ns(int64_t nanoseconds) noexcept
     void handle_enter(int64_t *inside) noexcept
-    void handle_leave(int64_t *inside) noexcept
+    bint handle_leave(int64_t *inside) noexcept
 
     # the process
     int sync_start() noexcept

@@ -74,7 +74,7 @@ cdef class TakingRing(RingHandle):
                 fetch_add64(&self.inside, 1)
                 with nogil:
                     result = self.take(take, MAY_WAIT)
-                fetch_add64(&self.inside, -1)
+                self.leave()
             else:
                 result = self.take(take, 0)
             take.target_count = 0
@@ -86,7 +86,8 @@ cdef class TakingRing(RingHandle):
                 self.give_back()
             return result
         finally:
-            handle_leave(&self.inside)
+            if handle_leave(&self.inside):
+                self.last_out()
 
     def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
         """Wait for one message, then take what is there, in order.

@@ -119,7 +119,7 @@ cdef int leave(list rings, bint slept) except -1:
         ring = each
         if slept and ring.header != NULL:  # closed perhaps, but mapped as long as we count
             ring.pass_baton()
-        fetch_add64(&ring.inside, -1)
+        ring.leave()
     return 0
 
 
@@ -310,7 +310,8 @@ def ready_now(RingHandle ring):
     handle_enter(&ring.inside)
     if not ring.closed:
         result = look(ring, 0)
-    handle_leave(&ring.inside)
+    if handle_leave(&ring.inside):
+        ring.last_out()
     return result != EMPTY and not in_the_way(result)
 
 
@@ -320,7 +321,8 @@ def exhausted(RingHandle ring):
     handle_enter(&ring.inside)
     if not ring.closed:
         result = look(ring, BRIEFLY)
-    handle_leave(&ring.inside)
+    if handle_leave(&ring.inside):
+        ring.last_out()
     return result == EMPTY
 
 
@@ -329,7 +331,8 @@ def pass_on(RingHandle ring):
     handle_enter(&ring.inside)
     if not ring.closed:
         ring.pass_baton()
-    handle_leave(&ring.inside)
+    if handle_leave(&ring.inside):
+        ring.last_out()
 
 
 cdef class Outgoing:
@@ -368,4 +371,5 @@ cdef class Outgoing:
             # once more, so that smaller messages of others do not take the room for ever
             return ring.put_items(item, 1, &done, NULL, IS_WAITING) == DONE
         finally:
-            handle_leave(&ring.inside)
+            if handle_leave(&ring.inside):
+                ring.last_out()

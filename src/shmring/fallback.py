@@ -113,11 +113,12 @@ class _Handle:
     def __del__(self) -> None:
         if self._closed or sys.is_finalizing() or self._pid != os.getpid():
             return
-        warnings.warn(
-            f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
-        )
+        dropped = repr(self)
         with contextlib.suppress(OSError):
-            self.close()
+            self.close()  # first: where warnings are errors the next line raises
+        warnings.warn(
+            f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
+        )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -52,6 +52,10 @@ def rounded_capacity(name: str, value: object) -> int:
     return max(1 << (capacity - 1).bit_length(), LAYOUT["MIN_CAPACITY"])
 
 
+def _name_of(token: int, given: bytes) -> str:
+    return os.fsdecode(given) if given else f"shmring-{token:016x}"
+
+
 class SharedHandle(RingHandle):
     """A compiled ring in a block of shared memory; base of Ring and Queue."""
 
@@ -151,7 +155,7 @@ class SharedHandle(RingHandle):
     def _own_name(self) -> str:
         """The name this ring has, or would get on demand."""
         _, token, given = self._identity()
-        return os.fsdecode(given) if given else f"shmring-{token:016x}"
+        return _name_of(token, given)
 
     @property
     def name(self) -> str:
@@ -240,13 +244,16 @@ class SharedHandle(RingHandle):
         """
         if self._ended:
             return
-        named = self._identity()[0]
-        name = self._own_name()
-        found = os.fstat(RingHandle.fileno(self))
         self._close()
-        self._exit.cancel()
+
+    def _left(self, named: bool, token: int, given: bytes, identity: tuple[int, int]) -> None:
+        # Where a call could not leave before close() returned, this runs when it does.
+        leaving = getattr(self, "_exit", None)
+        if leaving is None:
+            return  # never opened to the end
+        leaving.cancel()
         if named:
-            segment.release(name, (found.st_dev, found.st_ino))
+            segment.release(_name_of(token, given), identity)
 
     def __enter__(self) -> Self:
         return self
@@ -257,10 +264,11 @@ class SharedHandle(RingHandle):
     def __del__(self) -> None:
         if self._ended or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
             return
+        dropped = repr(self)
+        self._leave()  # first: where warnings are errors the next line raises
         warnings.warn(
-            f"{self!r} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
+            f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
         )
-        self._leave()
 
     def __repr__(self) -> str:
         if self._ended:

@@ -512,15 +512,16 @@ class HighPerformanceIPC:
         mine = self._pid == os.getpid()
         if self._presence is None and not (mine and (self.message_queues or self.shared_memories)):
             return
-        if mine:  # a forked child merely lets go
+        dropped = repr(self)
+        with contextlib.suppress(BufferError, OSError, ShmringError):  # views may live on
+            self.cleanup()
+        if mine:  # a forked child merely lets go; last, since it raises where warnings are errors
             warnings.warn(
-                f"{self!r} was dropped open: call cleanup()",
+                f"{dropped} was dropped open: call cleanup()",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
-        with contextlib.suppress(BufferError, OSError, ShmringError):  # views may live on
-            self.cleanup()
 
     def __repr__(self) -> str:
         return f"<shmring.HighPerformanceIPC {self.process_id!r} of {self.namespace!r}>"

@@ -17,6 +17,7 @@ always exit; a timeout below 0 raises, as in :mod:`queue`.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.queues
 import operator
 import pickle
@@ -34,7 +35,7 @@ from shmring.codec import (
     encode_error,
     find_codec,
 )
-from shmring.errors import InvalidArgument
+from shmring.errors import InvalidArgument, RingClosed
 from shmring.handle import SharedHandle, rounded_capacity
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
@@ -208,7 +209,8 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
         removes its name.  Threads that wait in this handle get RingClosed.
         """
         if not self._ended:
-            self._closed_unused = self._put_count() == 0
+            with contextlib.suppress(RingClosed):  # another thread closes it too
+                self._closed_unused = self._put_count() == 0
         super().close()
 
     def join_thread(self) -> None:
