@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
@@ -63,6 +64,34 @@ async def until(condition: Callable[[], object], timeout: float = 10) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.001):
                 await pause.wait()
+
+
+def asleep(thread: threading.Thread) -> Callable[[], bool]:
+    """For `wait_for`: whether a thread of this process waits inside a call.
+
+    It sleeps at two looks, and has not run between them: who waits for the GIL would have.
+    Where there is no /proc, it lives.
+    """
+    before = ""
+
+    def look() -> bool:
+        nonlocal before
+        status = Path(f"/proc/self/task/{thread.native_id}/status")
+        if not status.exists():
+            return thread.is_alive()
+        shown, last = status.read_text(), before
+        before = "".join(re.findall(r"State:.*|voluntary_ctxt_switches:.*", shown))
+        return before == last and "(sleeping)" in before
+
+    return look
+
+
+def taken_from(queue: Any, count: int) -> list[Any]:
+    """So many messages, by ``get_many``, which takes what has come and no more."""
+    taken: list[Any] = []
+    while len(taken) < count:
+        taken += queue.get_many(count - len(taken), timeout=30)
+    return taken
 
 
 @types.coroutine

@@ -86,12 +86,6 @@ class Labelled(np.ndarray):
     """What a library might derive."""
 
 
-@pytest.fixture(scope="module")
-def queue():
-    with Queue() as made:
-        yield made
-
-
 def assert_same(taken: np.ndarray, array: np.ndarray) -> None:
     assert type(taken) is type(array)
     assert taken.dtype == array.dtype
@@ -102,51 +96,6 @@ def assert_same(taken: np.ndarray, array: np.ndarray) -> None:
     assert taken.flags.aligned
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("what", MAKERS)
-def test_an_array_arrives_equal_writable_and_on_its_own(queue, what, size):
-    array = MAKERS[what](size)
-    for carried in (array, {"a": [array, array], "view": array[..., :1] if array.ndim else array}):
-        queue.put(carried)
-        taken = queue.get(timeout=10)
-        if isinstance(carried, dict):
-            assert_same(taken["view"], carried["view"])
-            assert taken["a"][0] is taken["a"][1]
-            taken = taken["a"][0]
-        assert_same(taken, array)
-        stock = ForkingPickler.loads(ForkingPickler.dumps(array))
-        for flag in ("c_contiguous", "f_contiguous"):
-            assert getattr(taken.flags, flag) == getattr(stock.flags, flag)
-        before = np.ma.getdata(array).copy()
-        taken[...] = np.zeros(1, taken.dtype)[0]  # and the source does not see it
-        assert np.array_equal(np.ma.getdata(array), before)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_mapped_file_arrives_as_memory(queue, tmp_path, size):
-    np.save(tmp_path / "mapped.npy", np.arange(size))
-    for mode in ("r", "r+", "c"):
-        mapped = np.load(tmp_path / "mapped.npy", mmap_mode=mode)
-        for carried in (mapped, np.asarray(mapped)):
-            queue.put(carried)
-            taken = queue.get(timeout=10)
-            assert_same(taken, carried)
-            taken[:] = 0
-            del taken
-        assert np.array_equal(mapped, np.arange(size))
-
-
-@pytest.mark.parametrize(
-    "scalar", [np.float64(1.5), np.int8(3), np.str_("x"), np.datetime64(1, "s")]
-)
-def test_a_scalar_stays_one(queue, scalar):
-    queue.put(scalar)
-    taken = queue.get(timeout=10)
-    assert taken == scalar
-    assert type(taken) is type(scalar)
-    assert taken.dtype == scalar.dtype
-
-
 def test_a_buffer_around_larger_memory_is_cut_out():
     """A codec may hand over views into one block, also where the source was read-only."""
     array = _read_only(np.arange(1000))
@@ -154,16 +103,6 @@ def test_a_buffer_around_larger_memory_is_cut_out():
     block = bytearray(b"x" * 8 + bytes(buffer) + b"x" * 8)
     taken = PickleCodec().decode(kind, bytes(head), [memoryview(block)[8:-8]])
     assert_same(taken, array)
-
-
-def test_numpy_is_not_imported_by_us():
-    program = (
-        "import sys, shmring; queue = shmring.Queue()\n"
-        "class Own: pass\n"
-        "queue.put([Own(), {1: 2}]); queue.get(); queue.close()\n"
-        "assert 'numpy' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 # ---- reducers ------------------------------------------------------------------------------
@@ -193,63 +132,6 @@ def _rebuild_late(value: int) -> Late:
     return Late(value + 1)
 
 
-def test_a_reducer_registered_later_counts(queue, registered):
-    with pytest.raises(EncodeError, match="not by the registered"):
-        queue.put(Late(1))
-    registered(Late, _reduce_late)
-    queue.put([Late(1)])
-    queue.put_many([Late(2)])
-    assert [queue.get()[0].value, queue.get().value] == [2, 3]
-
-
-def test_a_reducer_that_replaces_another_counts(queue, registered):
-    registered(Late, _reduce_late)
-    queue.put(Late(1))
-    registered(Late, lambda late: (_rebuild_late, (late.value + 10,)))
-    queue.put(Late(1))
-    del ForkingPickler._extra_reducers[Late]
-    with pytest.raises(EncodeError, match="not by the registered"):
-        queue.put(Late(1))
-    assert [queue.get().value, queue.get().value] == [2, 12]
-
-
-def test_copyregs_reducers_count_and_multiprocessings_go_first(queue, registered):
-    copyreg.pickle(Late, lambda late: (_rebuild_late, (late.value + 100,)))
-    try:
-        queue.put(Late(1))
-        assert queue.get().value == 102
-        registered(Late, _reduce_late)
-        queue.put(Late(1))
-        assert queue.get().value == 2
-    finally:
-        del copyreg.dispatch_table[Late]
-
-
-def test_a_reducer_for_arrays_goes_before_ours(queue):
-    ForkingPickler.register(np.ndarray, lambda array: (list, ((1, 2),)))
-    try:
-        queue.put(np.zeros(3))
-        assert queue.get() == [1, 2]
-    finally:
-        del ForkingPickler._extra_reducers[np.ndarray]
-
-
-def test_arrays_travel_out_of_band_though_numpy_came_after_the_queue():
-    code = """if True:
-        import sys
-        from shmring import Queue
-        queue = Queue()
-        queue.put({1})
-        assert "numpy" not in sys.modules
-        import numpy
-        queue.put(numpy.zeros(1000))
-        queue.get()
-        print(type(queue.get().base).__name__)
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("bytearray\n", "")
-
-
 def _answer(queue: Queue[object], answers: Queue[object]) -> None:
     connection, server = queue.get(timeout=60)
     connection.send("over a connection")
@@ -259,24 +141,6 @@ def _answer(queue: Queue[object], answers: Queue[object]) -> None:
     client.close()
     server.close()
     answers.put("done")
-
-
-def test_connections_and_sockets_travel(start_method):
-    with (
-        Queue() as queue,
-        Queue() as answers,
-        socket.create_server(("127.0.0.1", 0)) as server,
-        run_in_process(_answer, queue, answers, method=start_method),
-    ):
-        mine, theirs = multiprocessing.Pipe()
-        queue.put((theirs, server))
-        assert mine.poll(60)
-        assert mine.recv() == "over a connection"
-        with socket.create_connection(server.getsockname(), timeout=60) as client:
-            assert client.recv(100) == b"over a socket"
-        assert answers.get(timeout=60) == "done"
-        mine.close()
-        theirs.close()
 
 
 REFUSED = {
@@ -291,19 +155,6 @@ REFUSED = {
     "a file": lambda: open(os.devnull),  # noqa: SIM115
     "a module": lambda: sys,
 }
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_the_standard_library_refuses_is_refused_in_put(queue, what):
-    obj = REFUSED[what]()
-    with pytest.raises(Exception) as stock:  # noqa: PT011
-        ForkingPickler.dumps(obj)
-    with pytest.raises(EncodeError, match=type(obj).__qualname__) as ours:
-        queue.put(obj)
-    assert type(ours.value.__cause__) is type(stock.value)
-    assert queue.empty()
-    if hasattr(obj, "close"):
-        obj.close()
 
 
 # ---- the other codecs ----------------------------------------------------------------------
@@ -333,16 +184,6 @@ def test_an_own_codec_that_fails_fails_by_name_and_alone():
 class Nonsense(Strict):
     def dumps(self, obj: object) -> bytes:
         return b"nonsense"
-
-
-@pytest.mark.parametrize("returned", [None, "text", 5, [b"x"]])
-def test_an_own_codec_that_returns_no_bytes(returned):
-    codec = Strict()
-    codec.dumps = lambda obj: returned
-    with Queue(codec=codec) as queue:
-        with pytest.raises((EncodeError, TypeError), match="bytes"):
-            queue.put(1)
-        assert queue.empty()
 
 
 def test_msgpack_says_how_long_what_it_cannot_read_was():
@@ -394,49 +235,6 @@ def _nested(depth: int) -> object:
     return made
 
 
-@pytest.mark.parametrize(
-    ("obj", "said"),
-    [
-        (Carrier(threading.Lock()), r"a Carrier .*\.part \(a lock\)"),
-        (Carrier(Carrier(threading.Lock())), r"\.part\.part \(a lock\)"),
-        ({"a": [1, (2, {"b": threading.Lock()})]}, r"a dict .*\['a'\]\[1\]\[1\]\['b'\] \(a lock\)"),
-        ({(1, _cyclic): 1, Slotted(threading.Lock()): 2}, r"\.key\.inner \(a lock\)"),
-        (_cyclic(), r"\.part\[1\]\['deep'\]\[1\]\.inner \(a lock\)"),
-        (Carrier(lambda: 1), r"\.part \(a function .*<lambda>\)"),
-        ([functools.partial(print, threading.Lock())], r"\[0\]\.args\[0\] \(a lock\)"),
-        ([Carrier(threading.Lock()).__init__], r"\[0\]\.__self__\.part \(a lock\)"),
-        (collections.deque([1, threading.Lock()]), r"a deque .*\[1\] \(a lock\)"),
-        (collections.OrderedDict(a=threading.Lock()), r"\['a'\] \(a lock\)"),
-        (Chosen(1), r"a Chosen .*a lock inside it"),
-        (Carrier(multiprocessing.Lock()), r"through inheritance.*\.part \(a Lock\)"),
-        ([*range(500_000), threading.Lock()], r"\[500000\] \(a lock\)"),
-        (_nested(50), r"a list .*\(a lock\)"),
-        (_nested(100_000), r"a list cannot be put"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_put_names_the_part_that_cannot_travel(queue, obj, said):
-    with pytest.raises(EncodeError, match=said):
-        queue.put(obj)
-    assert queue.empty()
-    queue.put("goes on")
-    assert queue.get() == "goes on"
-
-
-def test_a_part_that_only_multiprocessing_can_pickle_is_not_blamed(queue):
-    mine, theirs = multiprocessing.Pipe()
-    with mine, theirs, pytest.raises(EncodeError, match=r"\[1\] \(a lock\)"):
-        queue.put([theirs, threading.Lock()])
-
-
-def test_a_local_class_is_named(queue):
-    class Local:
-        pass
-
-    with pytest.raises(EncodeError, match=r"\[0\]\.__class__ \(a type .*Local\)"):
-        queue.put([Local()])
-
-
 def test_naming_costs_no_more_than_the_attempt():
     """Twenty million bytes, half a million parts: looked at once, and not copied."""
     obj = {"large": [np.zeros(10**7), b"x" * 10**7], "many": list(range(500_000))}
@@ -459,33 +257,12 @@ class Unruly:
         raise RuntimeError("no")
 
 
-def test_an_object_that_refuses_every_question(queue):
-    with pytest.raises(EncodeError, match="a Unruly"):
-        queue.put(Unruly())
-    with pytest.raises(EncodeError, match=r"\(a lock\)|Unruly"):
-        queue.put([{"u": Unruly()}, threading.Lock()])
-    assert queue.empty()
-
-
 class Grudging:
     def __init__(self) -> None:
         self.state = b"x" * 100
 
     def __setstate__(self, state: object) -> None:
         raise KeyError("not here")
-
-
-@pytest.mark.parametrize("size", [0, 100_000])
-def test_get_says_how_large_and_of_which_type(queue, size):
-    queue.put_many([1, {"n": Grudging(), "data": np.zeros(size, "u1")}, 2])
-    assert queue.get() == 1
-    with pytest.raises(DecodeError, match=r"test_codecs\.Grudging") as caught:
-        queue.get()
-    assert isinstance(caught.value.__cause__, KeyError)
-    told = int(str(caught.value).split("a message of ")[1].split()[0])
-    assert size + 100 < told < size + 1000
-    assert queue.get() == 2
-    assert queue.empty()
 
 
 def test_a_type_that_this_process_does_not_have():
@@ -501,7 +278,7 @@ def test_a_type_that_this_process_does_not_have():
             queue.get(timeout=10)
 
 
-def test_bytes_that_are_no_pickle_at_all(queue):
+def test_bytes_that_are_no_pickle_at_all():
     assert isinstance(PickleCodec().decode(0, b"plain", ()), bytes)
     for head in (b"", b"\x80", b"nonsense", pickle.dumps({"a": 1})[:-3], b"\x80\x05\x93."):
         with pytest.raises(DecodeError, match=rf"{len(head)} bytes"):
@@ -512,3 +289,227 @@ def test_the_types_of_failing_are_the_standard_librarys():
     assert issubclass(EncodeError, pickle.PicklingError)
     assert issubclass(DecodeError, pickle.UnpicklingError)
     assert issubclass(shmring.ShmringError, Exception)
+
+
+# ---- on either back end ---------------------------------------------------------------------
+
+
+class TestCodecs:
+    """What travels, on either back end."""
+
+    @pytest.fixture
+    def queue(self, backend):
+        with backend.Queue() as made:
+            yield made
+            made.cancel_join_thread()
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("what", MAKERS)
+    def test_an_array_arrives_equal_writable_and_on_its_own(self, queue, what, size):
+        array = MAKERS[what](size)
+        for carried in (
+            array,
+            {"a": [array, array], "view": array[..., :1] if array.ndim else array},
+        ):
+            queue.put(carried)
+            taken = queue.get(timeout=10)
+            if isinstance(carried, dict):
+                assert_same(taken["view"], carried["view"])
+                assert taken["a"][0] is taken["a"][1]
+                taken = taken["a"][0]
+            assert_same(taken, array)
+            stock = ForkingPickler.loads(ForkingPickler.dumps(array))
+            for flag in ("c_contiguous", "f_contiguous"):
+                assert getattr(taken.flags, flag) == getattr(stock.flags, flag)
+            before = np.ma.getdata(array).copy()
+            taken[...] = np.zeros(1, taken.dtype)[0]  # and the source does not see it
+            assert np.array_equal(np.ma.getdata(array), before)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_a_mapped_file_arrives_as_memory(self, queue, tmp_path, size):
+        np.save(tmp_path / "mapped.npy", np.arange(size))
+        for mode in ("r", "r+", "c"):
+            mapped = np.load(tmp_path / "mapped.npy", mmap_mode=mode)
+            for carried in (mapped, np.asarray(mapped)):
+                queue.put(carried)
+                taken = queue.get(timeout=10)
+                assert_same(taken, carried)
+                taken[:] = 0
+                del taken
+            assert np.array_equal(mapped, np.arange(size))
+
+    @pytest.mark.parametrize(
+        "scalar", [np.float64(1.5), np.int8(3), np.str_("x"), np.datetime64(1, "s")]
+    )
+    def test_a_scalar_stays_one(self, queue, scalar):
+        queue.put(scalar)
+        taken = queue.get(timeout=10)
+        assert taken == scalar
+        assert type(taken) is type(scalar)
+        assert taken.dtype == scalar.dtype
+
+    @pytest.mark.usefixtures("backend")
+    def test_numpy_is_not_imported_by_us(self):
+        program = (
+            "import sys, shmring; queue = shmring.Queue()\n"
+            "class Own: pass\n"
+            "queue.put([Own(), {1: 2}]); queue.get(); queue.close()\n"
+            "assert 'numpy' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+    def test_a_reducer_registered_later_counts(self, queue, registered):
+        with pytest.raises(EncodeError, match="not by the registered"):
+            queue.put(Late(1))
+        registered(Late, _reduce_late)
+        queue.put([Late(1)])
+        queue.put_many([Late(2)])
+        assert [queue.get(timeout=10)[0].value, queue.get(timeout=10).value] == [2, 3]
+
+    def test_a_reducer_that_replaces_another_counts(self, queue, registered):
+        registered(Late, _reduce_late)
+        queue.put(Late(1))
+        registered(Late, lambda late: (_rebuild_late, (late.value + 10,)))
+        queue.put(Late(1))
+        del ForkingPickler._extra_reducers[Late]
+        with pytest.raises(EncodeError, match="not by the registered"):
+            queue.put(Late(1))
+        assert [queue.get(timeout=10).value, queue.get(timeout=10).value] == [2, 12]
+
+    def test_copyregs_reducers_count_and_multiprocessings_go_first(self, queue, registered):
+        copyreg.pickle(Late, lambda late: (_rebuild_late, (late.value + 100,)))
+        try:
+            queue.put(Late(1))
+            assert queue.get(timeout=10).value == 102
+            registered(Late, _reduce_late)
+            queue.put(Late(1))
+            assert queue.get(timeout=10).value == 2
+        finally:
+            del copyreg.dispatch_table[Late]
+
+    def test_a_reducer_for_arrays_goes_before_ours(self, queue):
+        ForkingPickler.register(np.ndarray, lambda array: (list, ((1, 2),)))
+        try:
+            queue.put(np.zeros(3))
+            assert queue.get(timeout=10) == [1, 2]
+        finally:
+            del ForkingPickler._extra_reducers[np.ndarray]
+
+    @pytest.mark.usefixtures("backend")
+    def test_arrays_travel_out_of_band_though_numpy_came_after_the_queue(self):
+        code = """if True:
+            import sys
+            from shmring import Queue
+            queue = Queue()
+            queue.put({1})
+            assert "numpy" not in sys.modules
+            import numpy
+            queue.put(numpy.zeros(1000))
+            queue.get()
+            print(type(queue.get(timeout=10).base).__name__)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
+        assert (done.stdout, done.stderr) == ("bytearray\n", "")
+
+    def test_connections_and_sockets_travel(self, backend, start_method):
+        context = multiprocessing.get_context(start_method)
+        with (
+            backend.Queue(ctx=context) as queue,
+            backend.Queue(ctx=context) as answers,
+            socket.create_server(("127.0.0.1", 0)) as server,
+            run_in_process(_answer, queue, answers, method=start_method),
+        ):
+            mine, theirs = multiprocessing.Pipe()
+            queue.put((theirs, server))
+            assert mine.poll(60)
+            assert mine.recv() == "over a connection"
+            with socket.create_connection(server.getsockname(), timeout=60) as client:
+                assert client.recv(100) == b"over a socket"
+            assert answers.get(timeout=60) == "done"
+            mine.close()
+            theirs.close()
+
+    @pytest.mark.parametrize("what", REFUSED)
+    def test_what_the_standard_library_refuses_is_refused_in_put(self, queue, what):
+        obj = REFUSED[what]()
+        with pytest.raises(Exception) as stock:  # noqa: PT011
+            ForkingPickler.dumps(obj)
+        with pytest.raises(EncodeError, match=type(obj).__qualname__) as ours:
+            queue.put(obj)
+        assert type(ours.value.__cause__) is type(stock.value)
+        assert queue.empty()
+        if hasattr(obj, "close"):
+            obj.close()
+
+    @pytest.mark.parametrize("returned", [None, "text", 5, [b"x"]])
+    def test_an_own_codec_that_returns_no_bytes(self, backend, returned):
+        codec = Strict()
+        codec.dumps = lambda obj: returned
+        with backend.Queue(codec=codec) as queue:
+            with pytest.raises((EncodeError, TypeError), match="bytes"):
+                queue.put(1)
+            assert queue.empty()
+
+    @pytest.mark.parametrize(
+        ("obj", "said"),
+        [
+            (Carrier(threading.Lock()), r"a Carrier .*\.part \(a lock\)"),
+            (Carrier(Carrier(threading.Lock())), r"\.part\.part \(a lock\)"),
+            (
+                {"a": [1, (2, {"b": threading.Lock()})]},
+                r"a dict .*\['a'\]\[1\]\[1\]\['b'\] \(a lock\)",
+            ),
+            ({(1, _cyclic): 1, Slotted(threading.Lock()): 2}, r"\.key\.inner \(a lock\)"),
+            (_cyclic(), r"\.part\[1\]\['deep'\]\[1\]\.inner \(a lock\)"),
+            (Carrier(lambda: 1), r"\.part \(a function .*<lambda>\)"),
+            ([functools.partial(print, threading.Lock())], r"\[0\]\.args\[0\] \(a lock\)"),
+            ([Carrier(threading.Lock()).__init__], r"\[0\]\.__self__\.part \(a lock\)"),
+            (collections.deque([1, threading.Lock()]), r"a deque .*\[1\] \(a lock\)"),
+            (collections.OrderedDict(a=threading.Lock()), r"\['a'\] \(a lock\)"),
+            (Chosen(1), r"a Chosen .*a lock inside it"),
+            (Carrier(multiprocessing.Lock()), r"through inheritance.*\.part \(a Lock\)"),
+            ([*range(500_000), threading.Lock()], r"\[500000\] \(a lock\)"),
+            (_nested(50), r"a list .*\(a lock\)"),
+            (_nested(100_000), r"a list cannot be put"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_put_names_the_part_that_cannot_travel(self, queue, obj, said):
+        with pytest.raises(EncodeError, match=said):
+            queue.put(obj)
+        assert queue.empty()
+        queue.put("goes on")
+        assert queue.get(timeout=10) == "goes on"
+
+    def test_a_part_that_only_multiprocessing_can_pickle_is_not_blamed(self, queue):
+        mine, theirs = multiprocessing.Pipe()
+        with mine, theirs, pytest.raises(EncodeError, match=r"\[1\] \(a lock\)"):
+            queue.put([theirs, threading.Lock()])
+
+    def test_a_local_class_is_named(self, queue):
+        class Local:
+            pass
+
+        with pytest.raises(EncodeError, match=r"\[0\]\.__class__ \(a type .*Local\)"):
+            queue.put([Local()])
+
+    def test_an_object_that_refuses_every_question(self, queue):
+        with pytest.raises(EncodeError, match="a Unruly"):
+            queue.put(Unruly())
+        with pytest.raises(EncodeError, match=r"\(a lock\)|Unruly"):
+            queue.put([{"u": Unruly()}, threading.Lock()])
+        assert queue.empty()
+
+    @pytest.mark.parametrize("size", [0, 100_000])
+    def test_get_says_how_large_and_of_which_type(self, queue, size):
+        queue.put_many([1, {"n": Grudging(), "data": np.zeros(size, "u1")}, 2])
+        assert queue.get(timeout=10) == 1
+        with pytest.raises(DecodeError, match=r"test_codecs\.Grudging") as caught:
+            queue.get()
+        assert isinstance(caught.value.__cause__, KeyError)
+        told = int(str(caught.value).split("a message of ")[1].split()[0])
+        assert size + 100 < told < size + 1000
+        assert queue.get(timeout=10) == 2
+        assert queue.empty()

@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
 from shmring.codec import Codec, find_codec
 from shmring.errors import (
+    DecodeError,
     Empty,
     Full,
     InvalidArgument,
@@ -241,6 +242,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             PeerDied: every one of ``peers`` is dead; it has the same ``count``.
             EncodeError: one cannot be encoded; nothing was put.
         """
+        self._check_open()
         check_timeout(timeout)
         watch = None if peers is None else PeerWatch(peers)
         encoded = [self._encode(item) for item in items]
@@ -351,6 +353,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         Raises:
             Empty: none until the deadline.
             PeerDied: every one of ``peers`` is dead, and the pipe is empty.
+            DecodeError: one was taken and cannot be decoded; ``items`` has those before it.
             InvalidArgument: ``max_items`` is below 1.
         """
         if max_items is not None and max_items < 1:
@@ -368,6 +371,9 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
                 items.append(self.get(block=False))
             except (Empty, ShutDown):
                 break
+            except DecodeError as error:
+                error.items = [*items]
+                raise
         return items
 
     def qsize(self) -> int:
