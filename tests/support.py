@@ -66,8 +66,8 @@ async def until(condition: Callable[[], object], timeout: float = 10) -> None:
                 await pause.wait()
 
 
-def asleep(thread: threading.Thread) -> Callable[[], bool]:
-    """For `wait_for`: whether a thread of this process waits inside a call.
+def asleep(who: threading.Thread | int) -> Callable[[], bool]:
+    """For `wait_for`: whether a thread of this process, or a child, waits inside a call.
 
     It sleeps at two looks, and has not run between them: who waits for the GIL would have.
     Where there is no /proc, it lives.
@@ -76,9 +76,12 @@ def asleep(thread: threading.Thread) -> Callable[[], bool]:
 
     def look() -> bool:
         nonlocal before
-        status = Path(f"/proc/self/task/{thread.native_id}/status")
+        if isinstance(who, int):
+            status = Path(f"/proc/{who}/status")
+        else:
+            status = Path(f"/proc/self/task/{who.native_id}/status")
         if not status.exists():
-            return thread.is_alive()
+            return isinstance(who, threading.Thread) and who.is_alive()
         shown, last = status.read_text(), before
         before = "".join(re.findall(r"State:.*|voluntary_ctxt_switches:.*", shown))
         return before == last and "(sleeping)" in before
@@ -92,6 +95,14 @@ def taken_from(queue: Any, count: int) -> list[Any]:
     while len(taken) < count:
         taken += queue.get_many(count - len(taken), timeout=30)
     return taken
+
+
+@contextlib.contextmanager
+def at_least(seconds: float) -> Iterator[None]:
+    """What waits inside the block does so for that long, which no busy machine can spoil."""
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun >= seconds, "it came back early"
 
 
 @types.coroutine
