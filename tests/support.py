@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
+from concurrent import futures
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ def taken_from(queue: Any, count: int) -> list[Any]:
     while len(taken) < count:
         taken += queue.get_many(count - len(taken), timeout=30)
     return taken
+
+
+def within(seconds: float, call: Callable[..., object], *args: Any, **named: Any) -> Any:
+    """What a call gives, or raises, that ends by itself: in a thread, and with a deadline."""
+    outcome: futures.Future[Any] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*args, **named))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_for(outcome.done, seconds, f"the end of {call}")
+    return outcome.result()
 
 
 @contextlib.contextmanager
