@@ -24,7 +24,7 @@ from shmring.errors import (
 )
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import Message, MessageType
-from support import run_in_process, wait_for
+from support import at_least, run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
 
@@ -68,9 +68,8 @@ def test_large_arrays_arrive_writable(ipc: HighPerformanceIPC) -> None:
 
 def test_none_means_time_out_only(ipc: HighPerformanceIPC, other: HighPerformanceIPC) -> None:
     ipc.create_message_queue("q")
-    started = time.monotonic()
-    assert ipc.receive_message("q", timeout=0.3) is None
-    assert 0.3 <= time.monotonic() - started < 5
+    with at_least(0.3):
+        assert ipc.receive_message("q", timeout=0.3) is None
     assert ipc.get_stats()["errors"] == 0
     ipc.message_queues["q"].close()
     with pytest.raises(RingClosed):
@@ -127,10 +126,11 @@ def test_connecting_waits_for_the_creator(
 
 
 def test_connecting_gives_up_at_the_deadline(ipc: HighPerformanceIPC) -> None:
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"):
+    with (
+        at_least(0.3),
+        pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"),
+    ):
         ipc.connect_message_queue("never", timeout=0.3)
-    assert 0.3 <= time.monotonic() - started < 5
     assert issubclass(NameUnknown, FileNotFoundError)
 
 

@@ -12,8 +12,8 @@ import queue as standard_queue
 import subprocess
 import sys
 import threading
-import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,18 +183,20 @@ def test_two_hundred_queues_fit_into_64_mib():
         each.close()
 
 
-def _wait_and_report(queue: Queue[object], report: Queue[float]) -> None:
-    begun = time.process_time()
-    assert queue.get() == "go"
-    report.put(time.process_time() - begun)
-
-
 def test_waiting_costs_next_to_nothing(queue):
-    with Queue() as report, run_in_process(_wait_and_report, queue, report):
+    """One wakes up to look, eleven times a second; one that spins would not sleep once."""
+
+    def slept_and_ticks() -> tuple[int, int]:
+        status = Path(f"/proc/{waiter.pid}/status").read_text()
+        fields = Path(f"/proc/{waiter.pid}/stat").read_text().rpartition(")")[2].split()
+        slept = int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        return slept, int(fields[11]) + int(fields[12])
+
+    with run_in_process(queue.get) as waiter:
         wait_for(lambda: queue.statistics().consumers_waiting)
-        threading.Event().wait(1)
-        queue.put("go")
-        assert report.get(timeout=30) < 0.05  # 2 ms in 10 s on a quiet machine
+        slept, ticks = slept_and_ticks()
+        wait_for(lambda: slept_and_ticks()[0] >= slept + 10)
+        assert slept_and_ticks()[1] - ticks < 10, "a tick is 10 ms, and ten slices are 90"
 
 
 # ---- codecs --------------------------------------------------------------------------------

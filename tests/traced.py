@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,10 @@ _TRACE_SYSCALLS = 1  # a stop at a system call says so in its signal
 _EXIT_OF_SYSCALL = 2
 _WALL = 0x40000000  # waits for a thread that is not ours, too
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-_libc.ptrace.restype = ctypes.c_long
+if sys.platform == "linux":  # elsewhere it can be imported, and does nothing
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    _libc.ptrace.restype = ctypes.c_long
 
 
 def _ptrace(request: int, pid: int, address: object = None, data: object = None) -> None:
