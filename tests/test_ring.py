@@ -85,13 +85,13 @@ def test_grows_without_a_reader_and_gives_memory_back():
             ring.put(message, timeout=10)
         assert allocated(ring) > 30_000_000
         assert [ring.get() for _ in messages] == messages
-        time_of_last_growth_passed = threading.Event()
-        time_of_last_growth_passed.wait(
-            0.3
-        )  # memory is given back 0.25 s after growing, not before
-        ring.put(b"x")
-        assert ring.get() == b"x"
-        assert allocated(ring) < 200_000
+
+        def gives_back() -> bool:
+            ring.put(b"x")
+            assert ring.get() == b"x"
+            return allocated(ring) < 200_000
+
+        wait_for(gives_back, what="the pause after the last growth to pass")
 
 
 def test_an_idle_consumer_gives_memory_back():
