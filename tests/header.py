@@ -103,14 +103,8 @@ def stopped_under_lock(ring: Ring, side: str, deep: int = 1000) -> Iterator[Base
     with run_in_process(_put_and_get_for_ever, ring, side) as holder:
         pid = holder.pid
         assert pid is not None
-        traced, left = Traced(pid), deep
-
-        def goes_on() -> bool:
-            nonlocal left
-            left -= lock_word(ring, side) & OWNER == pid
-            return left >= 0
-
-        traced.step_while(goes_on)
+        traced = Traced(pid)
+        traced.step_under(lambda: lock_word(ring, side) & OWNER == pid, deep)
         traced.let_go(signal.SIGSTOP)
         wait_for(lambda: is_stopped(pid))
         try:

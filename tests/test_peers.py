@@ -32,7 +32,7 @@ from shmring import (
 from shmring.errors import Empty, Full
 from shmring.liveness import process_start_ticks
 from shmring.peers import PeerWatch
-from support import run_in_process, turns, until, wait_for, within
+from support import asleep, run_in_process, turns, until, wait_for, within
 
 if shmring.backend == "ring":
     from shmring import Ring
@@ -437,12 +437,16 @@ def test_the_error_travels_and_names_no_crowd() -> None:
 @both_backends
 def test_ctrl_c_ends_a_wait_beside_peers() -> None:
     with Queue[int]() as queue, run_in_process(forever) as peer:
-        main = threading.main_thread().ident or 0
-        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
+        main = threading.main_thread()
+
+        def interrupt() -> None:
+            wait_for(asleep(main), what="the call to sleep")
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
         with pytest.raises(KeyboardInterrupt):
-            queue.get(timeout=20, peers=[peer])
-        timer.join(10)
+            (thread.start(), queue.get(timeout=20, peers=[peer]))
+        thread.join(10)
         queue.put(1)
         assert queue.get(timeout=10, peers=[peer]) == 1
 

@@ -71,6 +71,17 @@ class Traced:
             self._wait()
         raise AssertionError(f"{most} instructions, and not there")
 
+    def step_under(self, held: Callable[[], bool], deep: int) -> None:
+        """Until so many instructions have been executed while a lock was held; it is held then."""
+        left = deep
+
+        def goes_on() -> bool:
+            nonlocal left
+            left -= held()
+            return left >= 0
+
+        self.step_while(goes_on)
+
     def _to_system_call(self) -> tuple[bool, int]:
         """On to where a system call begins or ends: whether it ends, and with what."""
         _ptrace(_SYSCALL, self.task)
