@@ -107,15 +107,14 @@ def start_method(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(
     params=[
         *(["ring"] if shmring.backend == "ring" else []),
-        pytest.param("queue", marks=pytest.mark.both_backends),
+        pytest.param("fallback", marks=pytest.mark.both_backends),
     ]
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The queues of each back end in turn; programs that are started take the same one."""
-    monkeypatch.setenv("SHMRING_BACKEND", request.param)
-    return importlib.import_module(
-        "shmring.queues" if request.param == "ring" else "shmring.fallback"
-    )
+    chosen, module = {"ring": ("ring", "queues"), "fallback": ("queue", "fallback")}[request.param]
+    monkeypatch.setenv("SHMRING_BACKEND", chosen)
+    return importlib.import_module(f"shmring.{module}")
 
 
 @pytest.fixture
