@@ -180,7 +180,8 @@ cdef class BytesRing(TakingRing):
             another reservation of this ring.
         """
         self.check_open()
-        if operator.index(nbytes) < 0:
+        nbytes = operator.index(nbytes)
+        if nbytes < 0:
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
         if nbytes > self.largest:
             raise MessageTooLarge(f"nbytes={nbytes}: one message of this ring may take {self.largest} bytes")

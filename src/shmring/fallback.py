@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.queues
+import operator
 import os
 import sys
 import threading
@@ -151,7 +152,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
     ) -> None:
         if name is not None:
             _refuse(f"Queue(name={name!r})", "a pipe has no name")
-        if max_capacity is not None and max_capacity <= 0:
+        if max_capacity is not None and (max_capacity := operator.index(max_capacity)) <= 0:
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
         chosen = _stock(ctx)
         self._codec = find_codec(codec)
@@ -353,7 +354,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             PeerDied: every one of ``peers`` is dead, and the pipe is empty.
             InvalidArgument: ``max_items`` is below 1.
         """
-        if max_items is not None and max_items < 1:
+        if max_items is not None and (max_items := operator.index(max_items)) < 1:
             raise InvalidArgument(f"max_items={max_items}: None, or at least 1")
         named = {} if peers is None else {"peers": peers}  # a subclass's get may know of none
         items = [self.get(block, timeout, **named)]
