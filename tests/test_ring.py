@@ -465,12 +465,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_impossible_timeouts(ring, call, timeout):
+def test_a_timeout_that_is_no_number(ring, call):
     ring.put(b"here")
-    with pytest.raises(InvalidArgument, match="timeout"):
-        call(ring, timeout)
+    with pytest.raises(InvalidArgument, match="timeout=nan"):
+        call(ring, float("nan"))
     assert ring.get_many() == [b"here"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.queues
+import os
 import pickle
 import queue as standard_queue
 import threading
@@ -19,10 +20,12 @@ from shmring import (
     JoinableQueue,
     Queue,
     Ring,
+    RingNotFound,
     SharedMemoryManager,
     ShutDown,
     SimpleQueue,
     get_context,
+    wait,
 )
 from shmring.errors import Empty, Full
 from support import own_name, run_in_process, wait_for
@@ -188,20 +191,59 @@ def test_the_exceptions_are_those_of_the_queue_module() -> None:
     assert getattr(standard_queue, "ShutDown", ShutDown) is ShutDown
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
-def test_an_impossible_timeout_is_an_error_as_in_queue_dot_queue(timeout: float) -> None:
-    """multiprocessing.Queue takes what is below 0 for 0, which hides mistakes."""
-    with Queue[int]() as queue:
-        queue.put(1)
-        for call in (
-            lambda: queue.get(timeout=timeout),
-            lambda: queue.get_many(timeout=timeout),
-            lambda: queue.put(1, True, timeout),
-            lambda: queue.put_many([2], timeout=timeout),
-        ):
-            with pytest.raises(InvalidArgument, match="timeout"):
-                call()
-        assert queue.get_many() == [1]
+def _timed_calls(queue: Any, timeout: float) -> dict[str, Callable[[], object]]:
+    """Every way of waiting, on a queue that is full, or was and has a task unfinished."""
+    me = [os.getppid()]
+    return {
+        "get": lambda: queue.get(timeout=timeout),
+        "get, peers": lambda: queue.get(timeout=timeout, peers=me),
+        "get_many": lambda: queue.get_many(timeout=timeout),
+        "put": lambda: queue.put(1, True, timeout),
+        "put, peers": lambda: queue.put(1, True, timeout, peers=me),
+        "put_many": lambda: queue.put_many([2], timeout=timeout),
+        "join": lambda: queue.join(timeout),
+        "join, peers": lambda: queue.join(timeout, peers=me),
+        "wait": lambda: wait([queue], timeout),
+        "wait, pipe": lambda: wait([queue, *multiprocessing.Pipe()], timeout),
+    }
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("timeout", [-1, -0.001, float("-inf"), -(10**12)])
+def test_a_deadline_that_has_passed_is_a_timeout_of_0(timeout: float) -> None:
+    """As multiprocessing.Queue has it: ``get(timeout=deadline - time.monotonic())``."""
+    with JoinableQueue[int](1) as queue:
+        calls = _timed_calls(queue, timeout)
+        for name in ("get", "get, peers", "get_many"):
+            with pytest.raises(Empty):
+                calls[name]()
+        assert calls["wait"]() == calls["wait, pipe"]() == []
+        calls["put"]()
+        for name in ("put", "put, peers", "put_many"):
+            with pytest.raises(Full):
+                calls[name]()
+        assert calls["join"]() is calls["join, peers"]() is False
+        wait_for(lambda: calls["wait"]() == [queue])
+        assert calls["get"]() == 1
+        queue.task_done()
+        assert calls["join"]() is True
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("name", sorted(_timed_calls(None, 0)))
+def test_a_timeout_that_is_no_number_is_an_error(name: str) -> None:
+    with JoinableQueue[int]() as queue:
+        with pytest.raises(InvalidArgument, match="timeout=nan"):
+            _timed_calls(queue, float("nan"))[name]()
+        assert queue.empty()
+
+
+@pytest.mark.parametrize("kind", [Queue, Ring])
+def test_attaching_takes_a_deadline_that_has_passed(kind: Any) -> None:
+    with pytest.raises(RingNotFound):
+        kind.attach(own_name("nothing"), -1)
+    with pytest.raises(InvalidArgument, match="timeout=nan"):
+        kind.attach(own_name("nothing"), float("nan"))
 
 
 class Fickle:

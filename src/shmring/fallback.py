@@ -26,6 +26,7 @@ from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
 from shmring.codec import Codec, find_codec
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     Empty,
     Full,
@@ -35,7 +36,7 @@ from shmring.errors import (
     ShutDown,
 )
 from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
-from shmring.fallback_server import ServedQueue, check_timeout, checked_maxsize
+from shmring.fallback_server import ServedQueue, checked_maxsize
 from shmring.peers import PeerWatch
 
 __all__ = [
@@ -242,7 +243,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             PeerDied: every one of ``peers`` is dead; it has the same ``count``.
             EncodeError: one cannot be encoded; nothing was put.
         """
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         watch = None if peers is None else PeerWatch(peers)
         encoded = [self._encode(item) for item in items]
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -281,7 +282,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             RingClosed: this handle has been closed.
         """
         self._check_open()
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         watch = None if peers is None else PeerWatch(peers)
         longest = _SLICE if watch is None else watch.SLICE
@@ -436,7 +437,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         count: int = 0,
     ) -> None:
         self._check_open()
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         longest = _SLICE if watch is None else watch.SLICE
         while True:
@@ -508,7 +509,7 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
         Raises:
             PeerDied: every one of ``peers`` is dead, and tasks are unfinished.
         """
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         # The standard library's join(), which has no timeout, waits for the same condition.
         done, unfinished = self._inner._cond, self._inner._unfinished_tasks
         is_zero = unfinished._semlock._is_zero
@@ -619,6 +620,7 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
         InvalidArgument: nothing to wait for, and no time-out.
     """
     objects = list(object_list)
+    timeout = checked_timeout(timeout)
     if not objects and timeout is None:
         raise InvalidArgument("object_list is empty: this would wait for ever")
     queues = [each for each in objects if isinstance(each, Queue | SimpleQueue)]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shmring.board import wait_for_lock
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -185,6 +186,7 @@ class SharedFile:
             RingNotFound: there was none, or only what a crash left, until the deadline.
         """
         path = fallback_folder() / check_name(name)
+        timeout = checked_timeout(timeout)
         deadline = time.monotonic() + timeout
         while True:
             attached = cls._attach_once(path)

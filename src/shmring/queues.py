@@ -12,7 +12,7 @@ library: through ``__getstate__`` and ``__setstate__``.
 What differs on purpose: an object that cannot be pickled raises in ``put``;
 ``qsize``, ``empty`` and ``full`` are true at an instant during the call;
 ``close`` affects this handle only; there is no feeder thread, so a process can
-always exit; a timeout below 0 raises, as in :mod:`queue`.
+always exit.
 """
 
 from __future__ import annotations
