@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copyreg
 import functools
+import marshal
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 import shmring
-from shmring import DecodeError, EncodeError, Queue
+from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
 from shmring.blame import culprit_of
 from shmring.codec import PickleCodec
 from support import own_name, run_in_process
@@ -343,6 +344,22 @@ def test_an_own_codec_that_returns_no_bytes(returned):
         with pytest.raises((EncodeError, TypeError), match="bytes"):
             queue.put(1)
         assert queue.empty()
+
+
+def _take_one(there: Queue | SimpleQueue, back: Queue) -> None:
+    back.put([type(there).__name__, there.get()])
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("kind", [Queue, JoinableQueue, SimpleQueue])
+@pytest.mark.parametrize("codec", [marshal, pickle, Strict()], ids=["marshal", "pickle", "own"])
+def test_a_module_as_codec_goes_to_a_child(codec, kind, start_method):
+    sent = 7 if isinstance(codec, Strict) else {"a": [7]}
+    context = multiprocessing.get_context(start_method)
+    with kind(ctx=context, codec=codec) as there, Queue(ctx=context) as back:
+        there.put(sent)
+        with run_in_process(_take_one, there, back, method=start_method):
+            assert back.get(timeout=60) == [kind.__name__, sent]
 
 
 def test_msgpack_says_how_long_what_it_cannot_read_was():

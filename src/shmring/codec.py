@@ -8,6 +8,7 @@ out.  Kind 0 is plain bytes; 1 to 255 are the codecs' own.
 from __future__ import annotations
 
 import copyreg
+import importlib
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -25,7 +26,15 @@ except ImportError:
     _tree = _watch = None  # the fallback, where pickle carries everything
 
 
-__all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
+__all__ = [
+    "BytesCodec",
+    "Codec",
+    "MsgpackCodec",
+    "PickleCodec",
+    "UserCodec",
+    "find_codec",
+    "portable",
+]
 
 Segment = bytes | bytearray | memoryview
 
@@ -174,13 +183,31 @@ class BytesCodec:
         return head
 
 
+class _ByName:
+    """A module on its way to another process: modules do not pickle, their names do."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._name = module.__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self._name,)
+
+
+def portable(codec: Any) -> Any:
+    """What travels in the place of a ``codec=`` argument; it arrives as that argument."""
+    return _ByName(codec) if isinstance(codec, ModuleType) else codec
+
+
 class UserCodec:
-    """A user's object with ``dumps`` and ``loads``."""
+    """A user's object with ``dumps`` and ``loads``, or a module that has them."""
 
     kind = KIND_USER
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_codec": portable(self._codec)}
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
         """What ``dumps`` returns; what it raises is wrapped in EncodeError."""
@@ -224,8 +251,8 @@ def find_codec(codec: Any) -> Any:
     """The codec behind a ``codec=`` argument.
 
     Args:
-        codec: "pickle", "bytes", "msgpack", or an object with ``dumps`` and
-            ``loads`` (or with ``encode`` and ``decode``, as the classes here).
+        codec: "pickle", "bytes", "msgpack", or an object or module with ``dumps``
+            and ``loads`` (or with ``encode`` and ``decode``, as the classes here).
 
     Raises:
         InvalidArgument: it is none of these.

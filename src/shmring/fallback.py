@@ -554,6 +554,13 @@ class SimpleQueue(_Handle, Generic[T], multiprocessing.queues.SimpleQueue):  # t
         self._inner = chosen.SimpleQueue()
         self._opened()
 
+    def __getstate__(self) -> Any:
+        return {"_codec": self._codec, "_inner": self._inner}
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
+        self._opened()
+
     def put(self, obj: T, *, peers: Iterable[Any] | None = None) -> None:
         """Put one message; waits while the pipe is full.
 
