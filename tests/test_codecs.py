@@ -307,6 +307,77 @@ def test_what_the_standard_library_refuses_is_refused_in_put(queue, what):
         obj.close()
 
 
+WITHOUT_DESCRIPTORS = """
+import os, resource, sys, threading, time
+import shmring
+from shmring import DecodeError, EncodeError
+from shmring.errors import Full
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("seven",)
+
+queue, small = shmring.Queue(), shmring.Queue(8, max_capacity=1 << 17)
+queue.put(Unreadable())
+deadline = time.monotonic() + 30
+while queue.empty() and time.monotonic() < deadline:
+    threading.Event().wait(0.01)
+lowest = os.dup(0)
+os.close(lowest)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for call in (lambda: queue.put(threading.Lock()), lambda: queue.get(timeout=30)):
+    try:
+        call()
+    except (EncodeError, DecodeError) as error:
+        print(error)
+try:
+    while True:
+        small.put(bytes(30_000), timeout=0.3)
+except Full:
+    print("full")
+print("shmring.blame" in sys.modules)
+small.cancel_join_thread()
+"""
+
+
+@pytest.mark.both_backends
+def test_an_error_stands_where_its_explanation_fails():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    encode, decode, full, imported = done.stdout.splitlines()
+    assert encode == "a lock cannot be put (cannot pickle '_thread.lock' object)"
+    assert "was taken and cannot be decoded: ValueError: invalid literal" in decode
+    assert (full, imported) == ("full", "False"), done.stderr
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Mute:
+    def __reduce__(self):
+        raise Speechless
+
+    dumps = loads = lambda self, obj: self.__reduce__()
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("codec", ["pickle", Mute()], ids=["pickle", "own"])
+def test_an_error_without_words_is_named(codec):
+    with (
+        Queue(codec=codec) as queue,
+        pytest.raises(EncodeError, match=r"Mute cannot be put \(Speechless\)") as caught,
+    ):
+        queue.put(Mute())
+    assert type(caught.value.__cause__) is Speechless
+
+
 # ---- the other codecs ----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ out.  Kind 0 is plain bytes; 1 to 255 are the codecs' own.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import importlib
 import pickle
@@ -214,7 +215,7 @@ class UserCodec:
         try:
             encoded = self._codec.dumps(obj)
         except Exception as error:
-            raise EncodeError(f"{_a(obj)} cannot be put ({error})") from error
+            raise EncodeError(f"{_a(obj)} cannot be put ({_text(error)})") from error
         if not isinstance(encoded, bytes | bytearray | memoryview):
             raise EncodeError(
                 f"dumps of {self._codec!r} returned {_a(encoded)}: bytes, a bytearray or a"
@@ -276,18 +277,23 @@ def find_codec(codec: Any) -> Any:
 
 def encode_error(obj: Any, error: BaseException) -> EncodeError:
     """Say which object could not be pickled and, if it can be found, which part."""
-    from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
+    culprit = None
+    with contextlib.suppress(Exception):  # the import fails where descriptors have run out
+        from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
 
-    culprit = culprit_of(obj, reducers())
+        culprit = culprit_of(obj, reducers())
     where = f": {culprit} is the part that cannot travel" if culprit else ""
-    return EncodeError(f"{_a(obj)} cannot be put ({error}){where}")
+    return EncodeError(f"{_a(obj)} cannot be put ({_text(error)}){where}")
 
 
 def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
     """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
-    from shmring.blame import first_type_in
+    kind = None
+    with contextlib.suppress(Exception):
+        from shmring.blame import first_type_in
 
-    return _undecodable(head, buffers, error, first_type_in(head))
+        kind = first_type_in(head)
+    return _undecodable(head, buffers, error, kind)
 
 
 def _undecodable(
@@ -297,8 +303,16 @@ def _undecodable(
     what = f" (the first type in it is {kind})" if kind else ""
     return DecodeError(
         f"a message of {size} bytes was taken and cannot be decoded:"
-        f" {type(error).__name__}: {error}{what}"
+        f" {type(error).__name__}: {_text(error)}{what}"
     )
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; its class where it fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__qualname__
 
 
 def _a(obj: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -39,9 +40,11 @@ def corrupted(found: str | None, written: int, read: int) -> RingCorrupted:
 
 
 def _warn(text: str, *args: object) -> None:
-    import logging  # not at the top: a child pays for it before its first message
+    # A put or a get goes on without its warning, where descriptors have run out or a filter raises.
+    with contextlib.suppress(Exception):
+        import logging  # not at the top: a child pays for it before its first message
 
-    logging.getLogger("shmring").warning(text, *args)
+        logging.getLogger("shmring").warning(text, *args)
 
 
 def say_full(limit: int | None) -> None:
