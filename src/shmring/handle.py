@@ -162,7 +162,12 @@ class SharedHandle(RingHandle):
         name = self._own_name()
         if not named:
             self._set_named(True)  # before: so that whoever is last looks for it
-            segment.link(RingHandle.fileno(self), name)
+            try:
+                segment.link(RingHandle.fileno(self), name)
+            except BaseException:
+                if not segment.is_named(RingHandle.fileno(self), name):
+                    self._set_named(False)
+                raise
         return name
 
     def unlink(self) -> None:
