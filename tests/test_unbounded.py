@@ -8,6 +8,8 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -309,6 +311,60 @@ def test_two_hundred_queues_fit_into_64_mib():
         "for each in queues:\n    each.close()\n"
     )
     assert in_a_small_shared_memory(64, program) == ""
+
+
+TOO_LARGE = """
+import shmring
+with shmring.Queue() as queue:
+    try:
+        queue.put(bytes(40 << 20))
+    except shmring.MessageTooLarge as error:
+        print(error)
+with shmring.Queue(max_capacity=1 << 30) as queue:
+    try:
+        queue.put(bytes(80 << 20))
+    except shmring.SharedMemoryFull as error:
+        print(error)
+"""
+
+
+def test_a_message_too_large_for_a_small_shared_memory_names_the_remedy():
+    done = run_with_mounts("mount -t tmpfs -o size=64m none /dev/shm", TOO_LARGE)
+    assert done.returncode == 0, done.stderr
+    bound, room = done.stdout.splitlines()
+    assert bound.startswith("a message of 41943040 bytes can never fit: max_capacity is 33554432")
+    assert "max_capacity=" in bound
+    assert all("enlarge /dev/shm" in line and "--shm-size" in line for line in (bound, room))
+
+
+WAITS_UNREAD = """
+import shmring
+from queue import Full
+queue = shmring.Queue(max_capacity=1 << 17)
+for _ in range(3):
+    try:
+        while True:
+            queue.put(bytes(30_000), timeout=0.3)
+    except Full:
+        pass
+queue.close()
+"""
+
+
+def test_a_put_that_waits_unread_tells_the_user_once():
+    """With logging as Python sets it up: a warning goes to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS_UNREAD],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == (
+        "max_capacity=131072 (unless given, half of shared memory) is reached: put waits for a"
+        " reader; enlarge /dev/shm (for containers: --shm-size) or bound the queue with maxsize or"
+        " max_capacity\n"
+    )
 
 
 # ---- out of something else -----------------------------------------------------------------
