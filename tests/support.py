@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ from concurrent import futures
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
@@ -145,6 +148,28 @@ def run_in_process(
     finally:
         process.kill()
         process.join()
+
+
+def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program with mounts of its own, which a shell command makes."""
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'{mounts} && exec "$0" -c "$1"',
+            sys.executable,
+            program,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    return done
 
 
 def shared_memory_names() -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copyreg
 import functools
+import marshal
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 import shmring
-from shmring import DecodeError, EncodeError, Queue
+from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
 from shmring.blame import culprit_of
 from shmring.codec import PickleCodec
 from support import own_name, run_in_process
@@ -158,6 +159,77 @@ REFUSED = {
 }
 
 
+WITHOUT_DESCRIPTORS = """
+import os, resource, sys, threading, time
+import shmring
+from shmring import DecodeError, EncodeError
+from shmring.errors import Full
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("seven",)
+
+queue, small = shmring.Queue(), shmring.Queue(8, max_capacity=1 << 17)
+queue.put(Unreadable())
+deadline = time.monotonic() + 30
+while queue.empty() and time.monotonic() < deadline:
+    threading.Event().wait(0.01)
+lowest = os.dup(0)
+os.close(lowest)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for call in (lambda: queue.put(threading.Lock()), lambda: queue.get(timeout=30)):
+    try:
+        call()
+    except (EncodeError, DecodeError) as error:
+        print(error)
+try:
+    while True:
+        small.put(bytes(30_000), timeout=0.3)
+except Full:
+    print("full")
+print("shmring.blame" in sys.modules)
+small.cancel_join_thread()
+"""
+
+
+@pytest.mark.both_backends
+def test_an_error_stands_where_its_explanation_fails():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    encode, decode, full, imported = done.stdout.splitlines()
+    assert encode == "a lock cannot be put (cannot pickle '_thread.lock' object)"
+    assert "was taken and cannot be decoded: ValueError: invalid literal" in decode
+    assert (full, imported) == ("full", "False"), done.stderr
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Mute:
+    def __reduce__(self):
+        raise Speechless
+
+    dumps = loads = lambda self, obj: self.__reduce__()
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("codec", ["pickle", Mute()], ids=["pickle", "own"])
+def test_an_error_without_words_is_named(codec):
+    with (
+        Queue(codec=codec) as queue,
+        pytest.raises(EncodeError, match=r"Mute cannot be put \(Speechless\)") as caught,
+    ):
+        queue.put(Mute())
+    assert type(caught.value.__cause__) is Speechless
+
+
 # ---- the other codecs ----------------------------------------------------------------------
 
 
@@ -185,6 +257,22 @@ def test_an_own_codec_that_fails_fails_by_name_and_alone():
 class Nonsense(Strict):
     def dumps(self, obj: object) -> bytes:
         return b"nonsense"
+
+
+def _take_one(there: Queue | SimpleQueue, back: Queue) -> None:
+    back.put([type(there).__name__, there.get()])
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("kind", [Queue, JoinableQueue, SimpleQueue])
+@pytest.mark.parametrize("codec", [marshal, pickle, Strict()], ids=["marshal", "pickle", "own"])
+def test_a_module_as_codec_goes_to_a_child(codec, kind, start_method):
+    sent = 7 if isinstance(codec, Strict) else {"a": [7]}
+    context = multiprocessing.get_context(start_method)
+    with kind(ctx=context, codec=codec) as there, Queue(ctx=context) as back:
+        there.put(sent)
+        with run_in_process(_take_one, there, back, method=start_method):
+            assert back.get(timeout=60) == [kind.__name__, sent]
 
 
 def test_msgpack_says_how_long_what_it_cannot_read_was():

@@ -99,15 +99,12 @@ def test_the_codec_of_messages() -> None:
         assert messages.get(timeout=10).data == [1]
 
 
-@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
-def test_impossible_timeouts_are_refused(plain: Queue[int], timeout: float) -> None:
-    for call in (
-        lambda: plain.get(timeout=timeout),
-        lambda: plain.put(1, timeout=timeout),
-        lambda: plain.put_many([1], timeout=timeout),
-    ):
-        with pytest.raises(InvalidArgument, match="timeout"):
-            call()
+def test_attaching_takes_a_deadline_that_has_passed(name: str) -> None:
+    for attach in (SharedFile.attach, lambda *a: ServedQueue.attach(*a, MessageCodec())):
+        with pytest.raises(RingNotFound):
+            attach(name, -1)
+        with pytest.raises(InvalidArgument, match="timeout=nan"):
+            attach(name, float("nan"))
 
 
 def test_get_many_takes_what_was_there_and_no_more(

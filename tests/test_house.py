@@ -23,6 +23,7 @@ CYTHON = ROOT / "cython" / "shmring"
 # The compiled modules share a floor, and may import one another.
 FLOORS = [
     ["errors"],
+    ["deadline"],
     ["_lazy"],
     ["statistics"],
     ["trouble"],

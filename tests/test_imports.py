@@ -44,7 +44,10 @@ NEEDLESS = {
     "urllib",
 }
 # What a queue stands on, beside the compiled floor, whose modules cost little.
-FLOORS = {"_lazy", "errors", "trouble", "segment", "handle", "aio", "arrays", "codec", "queues"}
+FLOORS = {
+    *("_lazy", "errors", "trouble", "segment", "deadline"),
+    *("handle", "aio", "arrays", "codec", "queues"),
+}
 
 
 def run(*command: str) -> set[str]:

@@ -388,12 +388,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_impossible_timeouts(ring, call, timeout):
+def test_a_timeout_that_is_no_number(ring, call):
     ring.put(b"here")
-    with pytest.raises(InvalidArgument, match="timeout"):
-        call(ring, timeout)
+    with pytest.raises(InvalidArgument, match="timeout=nan"):
+        call(ring, float("nan"))
     assert ring.get_many() == [b"here"]
 
 
@@ -417,8 +416,13 @@ def test_what_is_not_bytes(ring):
 
 
 def test_a_message_that_can_never_fit(ring):
-    with pytest.raises(MessageTooLarge, match="65536"):
-        ring.put(bytes(65_536))
+    for call in (
+        lambda: ring.put(bytes(65_536)),
+        lambda: ring.put_many([bytes(65_536)]),
+        lambda: ring.reserve(65_536),
+    ):
+        with pytest.raises(MessageTooLarge, match=r"65536 bytes.* 65504; .*max_capacity="):
+            call()
     ring.put(bytes(65_536 - 32))
     assert len(ring.get()) == 65_536 - 32
 

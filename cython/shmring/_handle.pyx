@@ -47,7 +47,6 @@ from shmring.errors import (
     AccessRefused,
     InvalidArgument,
     LayoutMismatch,
-    MessageTooLarge,
     RingClosed,
     RingCorrupted,
     RingExists,
@@ -292,10 +291,7 @@ cdef class RingHandle(RingCore):
             for i in range(count):
                 bytes += items[i].length
                 if items[i].length > self.largest:
-                    raise MessageTooLarge(
-                        f"a message of {items[i].length} bytes can never fit: max_capacity is"
-                        f" {self.header.max_capacity} bytes, of which one message may take {self.largest}"
-                    )
+                    raise trouble.too_large(items[i].length, self.header.max_capacity, self.largest)
             if bytes <= GIL_BYTES:
                 result = self.put_items(items, count, &done, position, 0)
                 if result == DONE:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from shmring import segment
 from shmring._handle import RingHandle
 from shmring._layout import LAYOUT
+from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 
 if TYPE_CHECKING:
@@ -100,9 +101,7 @@ class SharedHandle(RingHandle):
 
     def _join(self, name: str | None, timeout: float | None, buffer: object = None) -> None:
         """Open the ring of that name, or in that block, when it is ready."""
-        limit = float("inf") if timeout is None else timeout
-        if not limit >= 0:
-            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, 0 or more, or None")
+        limit = float("inf") if timeout is None else checked_timeout(timeout)
         deadline = time.monotonic() + limit
         if buffer is not None:
             fd, what = segment.open_block(buffer), "the SharedMemory block"
@@ -163,7 +162,12 @@ class SharedHandle(RingHandle):
         name = self._own_name()
         if not named:
             self._set_named(True)  # before: so that whoever is last looks for it
-            segment.link(RingHandle.fileno(self), name)
+            try:
+                segment.link(RingHandle.fileno(self), name)
+            except BaseException:
+                if not segment.is_named(RingHandle.fileno(self), name):
+                    self._set_named(False)
+                raise
         return name
 
     def unlink(self) -> None:
