@@ -275,6 +275,21 @@ def test_a_module_as_codec_goes_to_a_child(codec, kind, start_method):
             assert back.get(timeout=60) == [kind.__name__, sent]
 
 
+def test_the_codec_bytes_refuses_a_buffer_that_is_not_c_contiguous():
+    with Queue(codec="bytes") as queue:
+        for array in (np.zeros((2, 3), order="F"), np.zeros(6)[::2]):
+            with pytest.raises(EncodeError, match=r"this ndarray is not one: .*bytes"):
+                queue.put(array)
+        assert queue.empty()
+
+
+@pytest.mark.parametrize("array", [np.zeros((0, 3)), np.arange(3, dtype=">i4")])
+def test_the_codec_bytes_carries_any_shape_and_format(array):
+    with Queue(codec="bytes") as queue:
+        queue.put(array)
+        assert queue.get(timeout=5) == array.tobytes()
+
+
 def test_msgpack_says_how_long_what_it_cannot_read_was():
     pytest.importorskip("msgspec")
     with (
@@ -545,7 +560,9 @@ class TestCodecs:
         if hasattr(obj, "close"):
             obj.close()
 
-    @pytest.mark.parametrize("returned", [None, "text", 5, [b"x"]])
+    @pytest.mark.parametrize(
+        "returned", [None, "text", 5, [b"x"], np.arange(6.0).reshape(2, 3).T.data]
+    )
     def test_an_own_codec_that_returns_no_bytes(self, backend, returned):
         codec = Strict()
         codec.dumps = lambda obj: returned

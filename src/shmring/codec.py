@@ -164,18 +164,24 @@ class BytesCodec:
     """Bytes-like objects only; nothing is ever unpickled.  They arrive as bytes."""
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """Check that `obj` is bytes-like and contiguous; EncodeError otherwise."""
+        """Check that `obj` is bytes-like and C-contiguous; EncodeError otherwise."""
         try:
             view = memoryview(obj)
         except TypeError:
             raise EncodeError(
                 f'codec="bytes" carries bytes-like objects, not {type(obj).__name__}'
             ) from None
-        if not view.contiguous:
+        if not view.c_contiguous:
             raise EncodeError(
-                'codec="bytes" carries contiguous buffers: make a copy with bytes(...)'
+                f'codec="bytes" carries C-contiguous buffers, and this {type(obj).__name__} is'
+                " not one: make a copy with bytes(...)"
             )
-        return KIND_BYTES, [view.cast("B") if view.ndim != 1 or view.format != "B" else view]
+        if view.ndim == 1 and view.format == "B":
+            return KIND_BYTES, [view]
+        try:
+            return KIND_BYTES, [view.cast("B")]
+        except TypeError:  # a shape with a zero cannot be cast
+            return KIND_BYTES, [view.tobytes()]
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> bytes:
         """The bytes themselves; DecodeError for a frame of another codec."""
@@ -220,6 +226,11 @@ class UserCodec:
             raise EncodeError(
                 f"dumps of {self._codec!r} returned {_a(encoded)}: bytes, a bytearray or a"
                 " memoryview can travel"
+            )
+        if isinstance(encoded, memoryview) and not encoded.c_contiguous:
+            raise EncodeError(
+                f"dumps of {self._codec!r} returned a memoryview that is not C-contiguous:"
+                " make a copy with bytes(...)"
             )
         return self.kind, [encoded]
 
