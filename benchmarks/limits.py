@@ -22,8 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: this folder's parent is where `benchmarks` is found
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import machine
-from benchmarks.curves import RESULTS
+from benchmarks import RESULTS, machine
 
 __all__ = ["LIMITS", "SHARES", "compiled", "main", "measured", "shares"]
 
@@ -176,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"default: {RESULTS}"
     )
     options = parser.parse_args(arguments)
-    described = machine.describe()
+    described = machine()
     limits = measured(compiled(BUILD), options.scale)
     print("Machine: " + "; ".join(f"{key} {value}" for key, value in described.items()) + ".")
     if not limits["cpus_apart"]:
