@@ -715,9 +715,7 @@ LINES: dict[str, Callable[[Measuring], Line]] = {
         functools.partial(small_dicts, 300_000),
         {MultiprocessingQueue: 6, PICKLE: 1.7, PEER: 2.5},
     ),
-    "objects": Rate(
-        "small object of a class", functools.partial(records, 200_000), {PICKLE: 0.9}
-    ),
+    "objects": Rate("small object of a class", functools.partial(records, 200_000), {PICKLE: 0.9}),
     "two-to-two": Rate(
         "64 B, 2:2", _bytes(count=600_000), {"M/s": 3.5, PEER: 4}, session=ManyToMany
     ),
