@@ -2,6 +2,7 @@
 
     bench_queues.py   `make bench`: the questions, by pytest-benchmark (see conftest.py)
     report.py         `make report`: every promised figure beside its target
+    costs.py          its lines about costs and the drop-in
     curves.py         `make curves`: rates by size and by processes, round trips, pictures
     limits.py         `make limits`: what the machine allows, measured in C (limits.c)
     instructions.py   `make budgets`: instructions a call, and the cost of each guard

@@ -25,7 +25,7 @@ pytest.importorskip("numpy")
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402  (the path first)
-from benchmarks import curves, instructions, limits, recovery, report
+from benchmarks import costs, curves, instructions, limits, recovery, report
 from benchmarks.adapters import MultiprocessingPipe, ShmringQueue, able
 from benchmarks.sessions import OneWay, Runs, take_turns
 from benchmarks.work import Work, WrongContent, arrays, bytes_of
@@ -127,7 +127,7 @@ def test_report_measures_its_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(limits, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(report, "IDLE", 4)
+    monkeypatch.setattr(costs, "IDLE", 4)
     options = ["--runs", "1", "--scale", "0.001", "--results", str(tmp_path)]
     only = [name for name in report.LINES if "eight" not in name and "trips-busy" not in name]
     assert report.main([*options, "--only", *only]) == 0
@@ -148,7 +148,7 @@ def test_report_measures_its_lines(
     ],
 )
 def test_an_aim_says_whether_it_is_reached(measured: float | None, most: bool, told: str) -> None:
-    assert str(report.Aim("{} M/s", 1.5, measured, most)) == told
+    assert str(costs.Aim("{} M/s", 1.5, measured, most)) == told
 
 
 def test_only_packages_from_pypi_are_the_best_peer() -> None:
