@@ -63,6 +63,7 @@ class Transport:
     package: ClassVar[str | None] = None
     share: ClassVar[float] = 0.1
 
+    _queue: Any = None
     put: Callable[[Any], object]
     get: Callable[[], Any]
     put_many: Callable[[Any], object]
@@ -108,7 +109,8 @@ class Transport:
 
     def close(self) -> None:
         """Release it; in the process that made it, at the end."""
-        self._queue.close()
+        if hasattr(self._queue, "close"):
+            self._queue.close()
 
 
 # ---- shmring --------------------------------------------------------------------------------
@@ -232,9 +234,6 @@ class ThreadQueue(Transport):
     def __init__(self, work: Work) -> None:
         self._use(queue.SimpleQueue())
 
-    def close(self) -> None:
-        """Nothing to release."""
-
 
 class BareWake(Transport):
     """A wake-up without a message, the nearest to a bare futex in Python.  Not in `TRANSPORTS`."""
@@ -251,9 +250,6 @@ class BareWake(Transport):
             return message
 
         self.put, self.get = lambda message: wake(), get
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 # ---- packages from PyPI ---------------------------------------------------------------------
