@@ -1,4 +1,4 @@
-"""What this machine allows, and what share of it is reached: ``python -m benchmarks.limits``.
+"""What this machine allows, and what share of it is reached: `make limits`.
 
 Compiles ``limits.c`` with ``cc`` (or ``$CC``) into ``build/``, runs it, and
 writes ``benchmarks/results/limits.json``.  Beside rates that ``make bench-peers``
