@@ -523,8 +523,12 @@ cdef class RingHandle(RingCore):
 
     cdef int check_open(self) except -1:
         if self.closed:
-            raise RingClosed(f"{type(self).__name__} is closed: this handle cannot be used again")
+            raise self._why_closed()
         return 0
+
+    def _why_closed(self):
+        """What a call on the closed handle raises."""
+        return RingClosed(f"{type(self).__name__} is closed: this handle cannot be used again")
 
     cdef int raise_outcome(self, int outcome) except -1:
         if outcome == SHUT:

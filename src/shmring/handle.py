@@ -16,6 +16,7 @@ import multiprocessing.util
 import operator
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -54,9 +55,15 @@ def rounded_capacity(name: str, value: object) -> int:
 
 
 class SharedHandle(RingHandle):
-    """A compiled ring in a block of shared memory; base of Ring and Queue."""
+    """A compiled ring in a block of shared memory; base of Ring and Queue.
+
+    The sender of a pickled handle keeps its own open until the receiver has
+    unpickled it.  Else the receiver gets a closed handle, whose calls raise
+    RingNotFound.
+    """
 
     _user_kind = 0  # which class may attach
+    _not_found: RingNotFound | None = None  # why unpickling could not attach
 
     # ---- made --------------------------------------------------------------------------
 
@@ -139,6 +146,13 @@ class SharedHandle(RingHandle):
             self._pid = os.getpid()
             self._exit = segment.at_exit(self)
 
+    def _why_closed(self) -> BaseException:
+        if self._not_found is not None:
+            return RingNotFound(self._not_found.errno, self._not_found.strerror)
+        if segment.is_exiting() and threading.current_thread() is not threading.main_thread():
+            return SystemExit()  # threading ends a thread silently by it
+        return super()._why_closed()
+
     def _leave(self) -> None:
         if not self._ended:
             # a view may live to the end: the name is then reclaimed by the next who wants it
@@ -204,7 +218,15 @@ class SharedHandle(RingHandle):
         carried, own = state
         self._restore(own)
         if isinstance(carried, str):
-            self._join(carried, 0.0)
+            # An error here would kill the receiver of a task, a Pool's worker for example.
+            try:
+                self._join(carried, 0.0)
+            except RingNotFound as error:
+                self._not_found = RingNotFound(
+                    error.errno,
+                    f"{error.strerror}; the sender keeps its handle open until the receiver"
+                    " has unpickled this one",
+                )
         else:
             self._open(carried.detach(), segment.pid_namespace(), self._user_kind)
             self._enrol()

@@ -46,6 +46,7 @@ __all__ = [
     "create_anonymous",
     "create_named",
     "default_max_capacity",
+    "is_exiting",
     "is_named",
     "link",
     "names",
@@ -99,9 +100,19 @@ class _Exit:
         self._reference = weakref.ref(holder)
 
     def __call__(self) -> None:
+        global _exiting
+        _exiting = os.getpid()
         holder = self._reference()
         if holder is not None:
             holder._leave()
+
+
+_exiting = 0  # the process that runs its finalizers
+
+
+def is_exiting() -> bool:
+    """Whether the finalizers of this process have begun to close what is open."""
+    return _exiting == os.getpid()
 
 
 def check_name(name: str) -> str:
