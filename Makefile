@@ -22,7 +22,7 @@ SHARED := -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers results limits scaling targets budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: help demo test test-fallback bench bench-peers report curves limits budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -52,31 +52,29 @@ model:  ## search the models of the protocol with spin, and for mistakes in them
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
 
-bench: build $(VENV)/.with-bench  ## beside multiprocessing's Queue, SimpleQueue and Pipe
-	$(PYTEST) benchmarks --benchmark-only -W default $(BENCH_ARGS)
+BENCH := $(PYTEST) benchmarks --benchmark-only --benchmark-quiet -W default
+
+bench: build $(VENV)/.with-bench  ## beside multiprocessing; BENCH_ARGS="--scale 0.1 -k dict"
+	$(BENCH) $(BENCH_ARGS)
 
 # One by one: a peer that cannot be installed here is left out, and the reason shown.
 bench-peers: build $(VENV)/.with-bench  ## the same, and beside the peers of the extra `peers`
 	for peer in $(PEERS); do \
 	  $(BIN)/pip install -q "$$peer" || echo "$$peer: not installed, left out"; \
 	done
-	$(PYTEST) benchmarks --benchmark-only -W default --peers --results $(RESULTS)/peers.json $(BENCH_ARGS)
+	$(BENCH) --peers --results $(RESULTS)/peers.json $(BENCH_ARGS)
 
-results: build $(VENV)/.with-bench  ## curves with the peers that are installed, as JSON and plots
-	$(BIN)/python -m benchmarks.curves --peers --results $(RESULTS) $(CURVES_ARGS)
-	$(BIN)/python -m benchmarks.plots --results $(RESULTS)
+report: build $(VENV)/.with-bench  ## every figure beside its target; REPORT_ARGS="--only small dicts"
+	$(BIN)/python -m benchmarks.report --peers $(REPORT_ARGS)
+
+curves: build $(VENV)/.with-bench  ## rates by size and by processes, round trips; CURVES_ARGS=--short
+	$(BIN)/python -m benchmarks.curves --peers $(CURVES_ARGS)
 
 limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
-	$(BIN)/python -m benchmarks.limits --results $(RESULTS) $(LIMITS_ARGS)
+	$(BIN)/python -m benchmarks.limits $(LIMITS_ARGS)
 
-targets: build $(VENV)/.with-bench  ## what is to be reached, line by line, with the peers that are installed
-	$(BIN)/python -m benchmarks.targets --peers $(TARGETS_ARGS)
-
-scaling: build $(VENV)/.with-bench  ## rates, switches and system calls of many processes
-	$(BIN)/python -m benchmarks.scaling --results $(RESULTS) $(SCALING_ARGS)
-
-budgets: build $(VENV)/.with-test  ## instructions a call, against benchmarks/budgets.json
-	$(BIN)/python -m benchmarks.budgets $(BUDGETS_ARGS)
+budgets: build $(VENV)/.with-test  ## instructions a call; BUDGETS_ARGS="--guards" or "--write"
+	$(BIN)/python -m benchmarks.instructions $(BUDGETS_ARGS)
 
 # A build of its own in build/asan; the runtime must be the first library that is loaded, and
 # Python's small objects must come from malloc, where what lies beside them is known.
@@ -100,7 +98,7 @@ lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs agains
 	  --ignore-unused-allowlist --ignore-disjoint-bases $(STUBS))
 
 # Of the tree, and not of the package: not run again over the wheel.
-OF_THE_TREE := $(patsubst %,--ignore=test_%.py,house model fault_table leaks benchmarks budgets curves limits scaling targets)
+OF_THE_TREE := $(patsubst %,--ignore=test_%.py,house model fault_table leaks benchmarks)
 
 # From the sdist, as a user without our tree would get it; then away from src.
 wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the wheel

@@ -1,162 +1,156 @@
-"""The machine in the header, rounds that take turns, and a table of rates at the end.
+"""Options of `make bench`, rounds that take turns, and the table at the end.
 
-The first benchmark of a question runs all that were chosen for it, one run of
-each after the other, as often as there are rounds; the others only report
-theirs.  A drift of the machine is then nobody's advantage.
+The first benchmark of a question runs all transports that were chosen for it, in
+turns; the others only report theirs.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import functools
-import json
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, machine_line, save
 from benchmarks.adapters import Transport
-from benchmarks.sessions import Session
-from benchmarks.turns import Runs, take_turns
+from benchmarks.sessions import Runs, Session, take_turns
+from benchmarks.work import Work
 
 BASELINE = "multiprocessing.Queue"
+Compare = Callable[..., None]
+Figures = dict[str, dict[str, dict[str, float]]]  # by question and transport
 
-_results: list[tuple[str, str, dict[str, float]]] = []  # group, transport, figures
+_taken: dict[str, dict[type[Transport], Runs]] = {}
+_figures: Figures = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("shmring")
     group.addoption("--rounds", type=int, default=5, help="runs of each benchmark (default: 5)")
-    group.addoption(
-        "--scale", type=float, default=1.0, help="share of the messages to send, 0.01 for a look"
-    )
+    group.addoption("--scale", type=float, default=1.0, help="share of the work, 0.01 to look")
     group.addoption("--peers", action="store_true", help="with the packages of the extra `peers`")
     group.addoption("--results", type=Path, metavar="FILE", help="write the rates there as JSON")
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"machine: {machine.one_line()}"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
-    machine_info["shmring"] = machine.describe()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--peers"):
         return
-    left_out = [item for item in items if _transport(item) is not None and _transport(item).peer]
+    left_out = [item for item in items if (one := _case(item)) and one["transport"].package]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
 
-def _transport(item: pytest.Item) -> Any:
-    """What the item is about, if it is one of these benchmarks."""
+def _case(item: pytest.Item) -> dict[str, Any] | None:
+    """The question and the transport of a benchmark."""
     callspec = getattr(item, "callspec", None)
-    return callspec.params.get("transport") if callspec is not None else None
-
-
-Compare = Callable[..., None]
-
-
-_taken: dict[Any, dict[type[Transport], Runs]] = {}  # by question, all its transports
+    return callspec.params if callspec is not None and "question" in callspec.params else None
 
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """Run sessions and note their rate: ``compare(kind_of_session, transport, work)``."""
-    config = request.config
+    """Run sessions and note their rates."""
 
-    def measure(kind: type[Session], transport: type[Transport], work: Any, **options: Any) -> None:
+    def measure(
+        question: str,
+        transport: type[Transport],
+        session: type[Session],
+        make_work: Callable[[], Work],
+        **options: Any,
+    ) -> None:
         if reason := transport.missing():
             pytest.skip(reason)
-        question = request.node.function
+        work = make_work()
         if question not in _taken:
             faulthandler.cancel_dump_traceback_later()  # each session has a deadline of its own
-            same = [item for item in request.session.items if _asks(item) is question]
-            transports = [_transport(item) for item in same]
-            scale = config.getoption("--scale")
+            cases = filter(None, map(_case, request.session.items))
+            chosen = [case["transport"] for case in cases if case["question"] == question]
+            scale = request.config.getoption("--scale")
             _taken[question] = take_turns(
-                config.getoption("--rounds"),
+                request.config.getoption("--rounds"),
                 {
-                    one: functools.partial(kind, one, work, scale=scale, **options)
-                    for one in transports
+                    one: functools.partial(session, one, work, scale=scale, **options)
+                    for one in chosen
                     if one.missing() is None
                 },
             )
         runs = _taken[question][transport]
         if runs.error is not None:
             raise runs.error
+        benchmark.group = question
         benchmark.pedantic(lambda: None, rounds=len(runs.rates))
         if benchmark.stats is not None:
             benchmark.stats.stats.data[:] = [1 / rate for rate in runs.rates]
-        figures = _figures(runs, work.nbytes if work.kind == "array" else 0)
+        figures = _figures_of(runs, work)
         benchmark.extra_info.update(figures, transport=transport.label, work=work.name)
-        _results.append((benchmark.group, transport.label, figures))
+        _figures.setdefault(question, {})[transport.label] = figures
 
     return measure
 
 
-def _asks(item: pytest.Item) -> Any:
-    return getattr(item, "function", None)
-
-
-def _figures(runs: Runs, nbytes: int) -> dict[str, float]:
-    trips_ns = runs.trips_ns
+def _figures_of(runs: Runs, work: Work) -> dict[str, float]:
     figures = {
         "messages_per_second": runs.median,
         "slowest": min(runs.rates),
         "fastest": max(runs.rates),
+        "iqr_s": 0.0,
     }
-    if nbytes:
-        figures["megabytes_per_second"] = runs.median * nbytes / 1e6
-    if len(trips_ns) > 1:
-        figures["median_us"] = statistics.median(trips_ns) / 1000
-        figures["p99_us"] = statistics.quantiles(trips_ns, n=100)[98] / 1000
+    if len(runs.rates) > 1:
+        seconds = [1 / rate for rate in runs.rates]
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        figures["iqr_s"] = high - low
+    if work.kind == "array":
+        figures["megabytes_per_second"] = runs.median * work.nbytes / 1e6
+    if len(runs.trips_ns) > 1:
+        figures["median_us"] = statistics.median(runs.trips_ns) / 1000
+        figures["p99_us"] = statistics.quantiles(runs.trips_ns, n=100)[98] / 1000
     return figures
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The same figures the other way up: messages a second, and how many times mp.Queue that is."""
-    if not _results:
-        return
-    if (path := terminalreporter.config.getoption("--results")) is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_as_json(terminalreporter.config), indent=2) + "\n")
-    write = terminalreporter.write_line
-    terminalreporter.section("rates (median; slowest to fastest run)")
-    for group in dict.fromkeys(group for group, _, _ in _results):
-        rows = [(label, figures) for name, label, figures in _results if name == group]
-        baseline = next((row["messages_per_second"] for label, row in rows if label == BASELINE), 0)
-        write("")
-        write(group)
-        for label, row in sorted(rows, key=lambda entry: -entry[1]["messages_per_second"]):
+def _duration(seconds: float) -> str:
+    unit, size = next(
+        (unit, size) for unit, size in (("ms", 1e-3), ("us", 1e-6), ("ns", 0)) if seconds >= size
+    )
+    return f"{seconds / (size or 1e-9):.4g} {unit}"
+
+
+def table(figures: Figures) -> Iterator[str]:
+    """Yield the lines of a table, grouped by question; at most 100 columns wide."""
+    for question, rows in figures.items():
+        baseline = rows.get(BASELINE, {}).get("messages_per_second")
+        yield ""
+        yield f"{question:38} {'median':>9} {'IQR':>9} {'operations/s':>13} {'ratio':>7}"
+        ours, others = (
+            [label for label in rows if label.startswith("shmring") is first]
+            for first in (True, False)
+        )
+        others.sort(key=lambda label: -rows[label]["messages_per_second"])
+        for label in itertools.chain(ours, others):
+            row = rows[label]
             rate = row["messages_per_second"]
-            line = f"  {label:38} {rate:12,.0f}/s  ({row['slowest']:,.0f} to {row['fastest']:,.0f})"
-            if baseline:
-                line += f"  {rate / baseline:.1f} times {BASELINE}"
+            ratio = f"{rate / baseline:.1f}" if baseline else "-"
+            line = f"  {label:36} {_duration(1 / rate):>9} {_duration(row['iqr_s']):>9}"
+            line += f" {rate:13,.0f} {ratio:>7}"
             if "megabytes_per_second" in row:
                 line += f"  {row['megabytes_per_second']:,.0f} MB/s"
             if "p99_us" in row:
-                line += f"  median {row['median_us']:.1f} us, p99 {row['p99_us']:.1f} us"
-            write(line)
-    write("")
-    write(f"machine: {machine.one_line()}")
+                line += f"  p99 {row['p99_us']:.1f} us"
+            yield line
 
 
-def _as_json(config: pytest.Config) -> dict[str, Any]:
-    questions: dict[str, dict[str, Any]] = {}
-    for group, label, figures in _results:
-        questions.setdefault(group, {})[label] = figures
-    return {
-        "machine": machine.describe(),
-        "rounds": config.getoption("--rounds"),
-        "scale": config.getoption("--scale"),
-        "questions": questions,
-    }
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the table, and write what was found."""
+    if not _figures:
+        return
+    config = terminalreporter.config
+    if (path := config.getoption("--results")) is not None:
+        rounds, scale = config.getoption("--rounds"), config.getoption("--scale")
+        found = {"machine": machine(), "rounds": rounds, "scale": scale, "questions": _figures}
+        save(path.parent, path.name, found)
+    terminalreporter.section("time of an operation; ratio: times multiprocessing.Queue")
+    for line in [*table(_figures), "", machine_line()]:
+        terminalreporter.write_line(line)

@@ -53,6 +53,13 @@ static void fail(const char *what) {
     exit(1);
 }
 
+static void *allocate(size_t bytes) {
+    void *memory = malloc(bytes);
+    if (memory == NULL)
+        fail("malloc");
+    return memory;
+}
+
 static void find_cpus(void) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) != 0)
@@ -134,79 +141,21 @@ static const char *asked_for = ""; /* only what has a name that begins with this
 
 static int is_wanted(const char *name) { return strncmp(name, asked_for, strlen(asked_for)) == 0; }
 
-/* ---- memcpy: private memory -> slot -> private memory --------------------------------------- */
+/* ---- memory: private -> shared -> private, or read in place --------------------------------- */
 
-static void copy_in(struct shared *shared, uint64_t turns, size_t bytes) {
-    unsigned char *own = malloc(bytes);
-    if (own == NULL)
-        fail("malloc");
-    memset(own, 1, bytes);
-    for (uint64_t turn = 0; turn < turns; turn++) {
-        unsigned spins = 0;
-        while (turn - atomic_load_explicit(&shared->taken, memory_order_acquire) >= SLOTS)
-            pause_briefly(&spins);
-        memcpy(shared->bytes + turn % SLOTS * bytes, own, bytes);
-        atomic_store_explicit(&shared->written, turn + 1, memory_order_release);
-    }
-    free(own);
-}
+enum how { COPY, COPY_AND_READ, READ_IN_PLACE };
 
-static void copy_out(struct shared *shared, uint64_t turns, size_t bytes) {
-    unsigned char *own = malloc(bytes);
-    if (own == NULL)
-        fail("malloc");
-    memset(own, 2, bytes);
-    for (uint64_t turn = 0; turn < turns; turn++) {
-        unsigned spins = 0;
-        while (atomic_load_explicit(&shared->written, memory_order_acquire) <= turn)
-            pause_briefly(&spins);
-        memcpy(own, shared->bytes + turn % SLOTS * bytes, bytes);
-        if (own[0] != 1 || own[bytes - 1] != 1) {
-            fprintf(stderr, "block %llu is not what was copied\n", (unsigned long long)turn);
-            exit(1);
-        }
-        atomic_store_explicit(&shared->taken, turn + 1, memory_order_release);
-    }
-    free(own);
-}
-
-static void copies(const char *name, size_t bytes, uint64_t turns) {
-    if (!is_wanted(name))
-        return;
-    struct shared *shared = map_shared(SLOTS * bytes);
-    uint64_t elapsed = both(shared, copy_in, copy_out, turns, bytes, 1);
-    printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
-    munmap(shared, sizeof(struct shared) + SLOTS * bytes);
-}
-
-/* ---- the same, and every word read, in fresh memory or in place ----------------------------- */
-
-#define SOURCES 4 /* what is sent is not in the cache */
-
+static enum how how;         /* COPY: the same two private blocks again and again */
 static size_t window, piece; /* bytes in the shared memory, and of one copy */
 
-static uint64_t sum_of(const uint64_t *words, size_t bytes) {
-    uint64_t sum = 0;
-    for (size_t word = 0; word < bytes / 8; word++)
-        sum += words[word];
-    return sum;
-}
+static uint64_t sources(void) { return how == COPY ? 1 : 4; } /* more: not in the cache */
 
-static void check_sum(uint64_t turn, uint64_t sum, uint64_t expected) {
-    if (sum != expected) {
-        fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
-        exit(1);
-    }
-}
-
-static uint64_t message_word(uint64_t turn) { return turn % SOURCES + 1; }
+static uint64_t message_word(uint64_t turn) { return turn % sources() + 1; }
 
 static void stream_in(struct shared *shared, uint64_t turns, size_t bytes) {
-    uint64_t *own[SOURCES], written = 0;
-    for (uint64_t i = 0; i < SOURCES; i++) {
-        own[i] = malloc(bytes);
-        if (own[i] == NULL)
-            fail("malloc");
+    uint64_t *own[4], written = 0;
+    for (uint64_t i = 0; i < sources(); i++) {
+        own[i] = allocate(bytes);
         for (size_t word = 0; word < bytes / 8; word++)
             own[i][word] = message_word(i);
     }
@@ -216,56 +165,68 @@ static void stream_in(struct shared *shared, uint64_t turns, size_t bytes) {
             while (written + piece - atomic_load_explicit(&shared->taken, memory_order_acquire)
                    > window)
                 pause_briefly(&spins);
-            memcpy(shared->bytes + written % window, (char *)own[turn % SOURCES] + at, piece);
+            memcpy(shared->bytes + written % window, (char *)own[turn % sources()] + at, piece);
             written += piece;
             atomic_store_explicit(&shared->written, written, memory_order_release);
         }
-    for (uint64_t i = 0; i < SOURCES; i++)
+    for (uint64_t i = 0; i < sources(); i++)
         free(own[i]);
 }
 
+/* Every word of a message is read, or its ends only where the copy is what is measured. */
+static void check(uint64_t turn, const uint64_t *words, size_t count) {
+    uint64_t sum = 0, expected = message_word(turn) * (how == COPY ? 2 : count);
+    if (how == COPY)
+        sum = words[0] + words[count - 1];
+    else
+        for (size_t word = 0; word < count; word++)
+            sum += words[word];
+    if (sum != expected) {
+        fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
+        exit(1);
+    }
+}
+
 static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
-    uint64_t taken = 0;
+    uint64_t taken = 0, *message = NULL;
     mallopt(M_MMAP_THRESHOLD, 256 << 20); /* freed memory is used again, as after some time in */
     mallopt(M_TRIM_THRESHOLD, 512 << 20); /* a process that receives such messages */
     for (uint64_t turn = 0; turn < turns; turn++) {
-        uint64_t *message = malloc(bytes);
-        if (message == NULL)
-            fail("malloc");
+        if (how == COPY_AND_READ || (how == COPY && turn == 0))
+            message = allocate(bytes);
         for (size_t at = 0; at < bytes; at += piece) {
             unsigned spins = 0;
             while (atomic_load_explicit(&shared->written, memory_order_acquire) <= taken)
                 pause_briefly(&spins);
-            memcpy((char *)message + at, shared->bytes + taken % window, piece);
+            unsigned char *from = shared->bytes + taken % window;
+            if (how == READ_IN_PLACE)
+                check(turn, (uint64_t *)from, piece / 8);
+            else
+                memcpy((char *)message + at, from, piece);
             taken += piece;
             atomic_store_explicit(&shared->taken, taken, memory_order_release);
         }
-        check_sum(turn, sum_of(message, bytes), message_word(turn) * (bytes / 8));
+        if (how != READ_IN_PLACE)
+            check(turn, message, bytes / 8);
+        if (how == COPY_AND_READ)
+            free(message);
+    }
+    if (how == COPY)
         free(message);
-    }
 }
 
-static void stream_in_place(struct shared *shared, uint64_t turns, size_t bytes) {
-    uint64_t taken = 0;
-    for (uint64_t turn = 0; turn < turns; turn++) {
-        unsigned spins = 0;
-        while (atomic_load_explicit(&shared->written, memory_order_acquire) <= taken)
-            pause_briefly(&spins);
-        uint64_t sum = sum_of((uint64_t *)(shared->bytes + taken % window), bytes);
-        check_sum(turn, sum, message_word(turn) * (bytes / 8));
-        taken += bytes;
-        atomic_store_explicit(&shared->taken, taken, memory_order_release);
-    }
-}
-
-static void streams(const char *name, side *read, size_t bytes, size_t through, size_t each,
+static void streams(const char *what, size_t mib, enum how asked, size_t through, size_t each,
                     uint64_t turns) {
+    char name[64];
+    snprintf(name, sizeof name, "%s_%zu_mib_bytes_per_second", what, mib);
     if (!is_wanted(name))
         return;
     struct shared *shared = map_shared(through);
+    size_t bytes = mib << 20;
+    how = asked;
     window = through;
     piece = each;
-    uint64_t elapsed = both(shared, stream_in, read, turns, bytes, 1);
+    uint64_t elapsed = both(shared, stream_in, stream_out, turns, bytes, 1);
     printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
     munmap(shared, sizeof(struct shared) + through);
 }
@@ -274,62 +235,42 @@ static void streams(const char *name, side *read, size_t bytes, size_t through, 
 
 static uint64_t gap_ns;  /* between two round trips */
 static uint64_t *trips;  /* nanoseconds of each */
+static int sleeping;     /* by futex; or the other side's word is watched */
 
-static void spin_until(_Atomic uint32_t *word, uint32_t value) {
+static void await(_Atomic uint32_t *word, uint32_t wanted) {
     unsigned spins = 0;
-    while (atomic_load_explicit(word, memory_order_acquire) != value)
-        pause_briefly(&spins);
-}
-
-static void line_answer(struct shared *shared, uint64_t turns, size_t bytes) {
-    (void)bytes;
-    for (uint64_t turn = 1; turn <= turns; turn++) {
-        spin_until(&shared->there, (uint32_t)turn);
-        atomic_store_explicit(&shared->back, (uint32_t)turn, memory_order_release);
-    }
-}
-
-static void line_ask(struct shared *shared, uint64_t turns, size_t bytes) {
-    (void)bytes;
-    for (uint64_t turn = 1; turn <= turns; turn++) {
-        uint64_t start = now_ns();
-        atomic_store_explicit(&shared->there, (uint32_t)turn, memory_order_release);
-        spin_until(&shared->back, (uint32_t)turn);
-        trips[turn - 1] = now_ns() - start;
-    }
-}
-
-static void futex_wait(_Atomic uint32_t *word, uint32_t wanted) {
     uint32_t seen;
     while ((seen = atomic_load_explicit(word, memory_order_acquire)) != wanted)
-        if (syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0) != 0 && errno != EAGAIN
-            && errno != EINTR)
+        if (!sleeping)
+            pause_briefly(&spins);
+        else if (syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0) != 0
+                 && errno != EAGAIN && errno != EINTR)
             fail("futex");
 }
 
-static void futex_set(_Atomic uint32_t *word, uint32_t value) {
+static void set(_Atomic uint32_t *word, uint32_t value) {
     atomic_store_explicit(word, value, memory_order_release);
-    if (syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0) < 0)
+    if (sleeping && syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0) < 0)
         fail("futex");
 }
 
-static void futex_answer(struct shared *shared, uint64_t turns, size_t bytes) {
+static void answer(struct shared *shared, uint64_t turns, size_t bytes) {
     (void)bytes;
     for (uint64_t turn = 1; turn <= turns; turn++) {
-        futex_wait(&shared->there, (uint32_t)turn);
-        futex_set(&shared->back, (uint32_t)turn);
+        await(&shared->there, (uint32_t)turn);
+        set(&shared->back, (uint32_t)turn);
     }
 }
 
-static void futex_ask(struct shared *shared, uint64_t turns, size_t bytes) {
+static void ask(struct shared *shared, uint64_t turns, size_t bytes) {
     (void)bytes;
     struct timespec gap = {0, (long)gap_ns};
     for (uint64_t turn = 1; turn <= turns; turn++) {
         if (gap_ns != 0)
             nanosleep(&gap, NULL);
         uint64_t start = now_ns();
-        futex_set(&shared->there, (uint32_t)turn);
-        futex_wait(&shared->back, (uint32_t)turn);
+        set(&shared->there, (uint32_t)turn);
+        await(&shared->back, (uint32_t)turn);
         trips[turn - 1] = now_ns() - start;
     }
 }
@@ -339,13 +280,11 @@ static int by_value(const void *left, const void *right) {
     return (one > other) - (one < other);
 }
 
-static void round_trips(const char *name, side *answer, side *ask, uint64_t turns, int apart) {
+static void round_trips(const char *name, uint64_t turns, int apart) {
     if (!is_wanted(name))
         return;
     struct shared *shared = map_shared(0);
-    trips = calloc(turns, sizeof *trips);
-    if (trips == NULL)
-        fail("calloc");
+    trips = allocate(turns * sizeof *trips);
     both(shared, answer, ask, turns, 0, apart);
     qsort(trips, turns, sizeof *trips, by_value);
     printf("%s_median_ns %llu\n", name, (unsigned long long)trips[turns / 2]);
@@ -422,30 +361,24 @@ int main(int argc, char **argv) {
     find_cpus();
     printf("cpus_apart %d\n", cpus[1] >= 0);
 
-    uint64_t turns;
-    copies("memcpy_1_mib_bytes_per_second", 1u << 20, at_least(8, 4000 * scale));
-    copies("memcpy_8_mib_bytes_per_second", 8u << 20, at_least(8, 400 * scale));
-
+    streams("memcpy", 1, COPY, SLOTS << 20, 1u << 20, at_least(8, 4000 * scale));
+    streams("memcpy", 8, COPY, SLOTS << 23, 8u << 20, at_least(8, 400 * scale));
     for (size_t mib = 1; mib <= 8; mib *= 8) {
         size_t bytes = mib << 20;
-        char name[64];
-        turns = at_least(8, 3200 * scale / (double)mib);
-        snprintf(name, sizeof name, "whole_%zu_mib_bytes_per_second", mib);
-        streams(name, stream_out, bytes, 4 * bytes, bytes, turns);
-        snprintf(name, sizeof name, "pieces_%zu_mib_bytes_per_second", mib);
-        streams(name, stream_out, bytes, 1u << 20, 128u << 10, turns);
-        snprintf(name, sizeof name, "in_place_%zu_mib_bytes_per_second", mib);
-        streams(name, stream_in_place, bytes, 4 * bytes, bytes, turns);
+        uint64_t turns = at_least(8, 3200 * scale / (double)mib);
+        streams("whole", mib, COPY_AND_READ, SLOTS * bytes, bytes, turns);
+        streams("pieces", mib, COPY_AND_READ, 1u << 20, 128u << 10, turns);
+        streams("in_place", mib, READ_IN_PLACE, SLOTS * bytes, bytes, turns);
     }
 
-    round_trips("cache_line", line_answer, line_ask, at_least(100, 1000000 * scale), 1);
-    turns = at_least(100, 50000 * scale);
-    uint64_t rare = at_least(20, 2000 * scale);
-    round_trips("futex_apart", futex_answer, futex_ask, turns, 1);
-    round_trips("futex_free", futex_answer, futex_ask, turns, 0);
+    round_trips("cache_line", at_least(100, 1000000 * scale), 1);
+    uint64_t often = at_least(100, 50000 * scale), rare = at_least(20, 2000 * scale);
+    sleeping = 1;
+    round_trips("futex_apart", often, 1);
+    round_trips("futex_free", often, 0);
     gap_ns = 1000000;
-    round_trips("futex_apart_idle_1_ms", futex_answer, futex_ask, rare, 1);
-    round_trips("futex_free_idle_1_ms", futex_answer, futex_ask, rare, 0);
+    round_trips("futex_apart_idle_1_ms", rare, 1);
+    round_trips("futex_free_idle_1_ms", rare, 0);
 
     rings("ring_64_b_messages_per_second", at_least(10000, 20000000 * scale));
     return 0;

@@ -1,4 +1,4 @@
-"""What this machine allows, and what share of it is reached: ``python -m benchmarks.limits``.
+"""What this machine allows, and what share of it is reached: `make limits`.
 
 Compiles ``limits.c`` with ``cc`` (or ``$CC``) into ``build/``, runs it, and
 writes ``benchmarks/results/limits.json``.  Beside rates that ``make bench-peers``
@@ -8,27 +8,26 @@ quote it only where both were measured in one quiet hour.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: this folder's parent is where `benchmarks` is found
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from benchmarks import ROOT, machine, machine_line, parser, save
+from benchmarks.adapters import FORK
+from benchmarks.work import Work
 
-from benchmarks import machine
-from benchmarks.curves import RESULTS
+__all__ = ["LIMITS", "PICKLE", "compiled", "main", "measured", "pickle_alone", "shares"]
 
-__all__ = ["LIMITS", "SHARES", "compiled", "main", "measured", "shares"]
-
-SOURCE = Path(__file__).resolve().parent / "limits.c"
-BUILD = SOURCE.parent.parent / "build"
+SOURCE = ROOT / "benchmarks" / "limits.c"
+BUILD = ROOT / "build"
 PATIENCE_S = 300.0
 
 LIMITS = {
@@ -49,43 +48,21 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which figure of a question is read against which limit.
+PICKLE = "what pickle alone allows"
 
-    Attributes:
-        question: the group of the benchmark.
-        figure: its figure: a rate, or a time when it ends in "_us".
-        limit: a name of `LIMITS`.
-    """
-
-    question: str
-    figure: str
-    limit: str
-
-
+# The figure of a question (a rate, or a time in us) and the limit it is read against.
+_RING = ("messages_per_second", "ring_64_b_messages_per_second")
 SHARES = (
-    Share("64 B bytes, one call a message", "messages_per_second", "ring_64_b_messages_per_second"),
-    Share("64 B bytes, batches of 100", "messages_per_second", "ring_64_b_messages_per_second"),
-    Share(
-        "1 MiB float32, writable, summed", "megabytes_per_second", "memcpy_1_mib_bytes_per_second"
+    ("64 B bytes, one call a message", *_RING),
+    ("64 B bytes, batches of 100", *_RING),
+    *(
+        (f"{mib} MiB float32, {how}", "megabytes_per_second", f"{limit}_{mib}_mib_bytes_per_second")
+        for how, limit in (("writable, summed", "memcpy"), ("summed in place", "in_place"))
+        for mib in (1, 8)
     ),
-    Share(
-        "8 MiB float32, writable, summed", "megabytes_per_second", "memcpy_8_mib_bytes_per_second"
-    ),
-    Share(
-        "1 MiB float32, summed in place",
-        "megabytes_per_second",
-        "in_place_1_mib_bytes_per_second",
-    ),
-    Share(
-        "8 MiB float32, summed in place",
-        "megabytes_per_second",
-        "in_place_8_mib_bytes_per_second",
-    ),
-    Share("round trip of 64 B, a CPU each", "median_us", "cache_line_median_ns"),
-    Share("round trip of 64 B, a CPU each", "median_us", "futex_apart_median_ns"),
-    Share("round trip of 64 B", "median_us", "futex_free_median_ns"),
+    ("round trip of 64 B, a CPU each", "median_us", "cache_line_median_ns"),
+    ("round trip of 64 B, a CPU each", "median_us", "futex_apart_median_ns"),
+    ("round trip of 64 B", "median_us", "futex_free_median_ns"),
 )
 
 
@@ -138,25 +115,48 @@ def shares(
         questions: the rates of ``peers.json``: figures by question and transport.
     """
     found = []
-    for share in SHARES:
-        for label, figures in questions.get(share.question, {}).items():
-            if not label.startswith("shmring") or share.figure not in figures:
-                continue
-            figure, limit = figures[share.figure], limits[share.limit]
-            if share.figure.endswith("_us"):
-                part = limit / (figure * 1000)
-            else:
-                part = figure * (1e6 if share.figure.startswith("megabytes") else 1) / limit
-            found.append(
-                {
-                    "question": share.question,
-                    "transport": label,
-                    "figure": figure,
-                    "limit": share.limit,
-                    "share": part,
-                }
-            )
+    for question, name, limit in SHARES:
+        for label, figures in questions.get(question, {}).items():
+            if label.startswith("shmring") and name in figures:
+                figure = figures[name]
+                if name.endswith("_us"):
+                    share = limits[limit] / (figure * 1000)
+                else:
+                    share = figure * (1e6 if name.startswith("mega") else 1) / limits[limit]
+                row = {"question": question, "transport": label, "figure": figure}
+                found.append(row | {"limit": limit, "share": share})
     return found
+
+
+def pickle_alone(work: Work, seconds: float) -> float:
+    """Return messages a second of one process that only dumps and another that only loads.
+
+    Both at the same time, as in a queue: two CPUs of one core are slower then.
+    """
+    rates = FORK.SimpleQueue()
+    dump = functools.partial(pickle.dumps, protocol=-1)
+    dumped = [dump(one) for one in work.pool]
+    sides = [
+        FORK.Process(target=_repeat, args=(rates, call, arguments, seconds))
+        for call, arguments in ((dump, work.pool), (pickle.loads, dumped))
+    ]
+    for side in sides:
+        side.start()
+    found = [rates.get() for _ in sides]
+    for side in sides:
+        side.join()
+    return float(min(found))
+
+
+def _repeat(rates: Any, call: Callable[[Any], Any], pool: Sequence[Any], seconds: float) -> None:
+    start = now = time.perf_counter()
+    count = 0
+    while now - start < seconds:
+        for one in pool:
+            call(one)
+        count += len(pool)
+        now = time.perf_counter()
+    rates.put(count / (now - start))
 
 
 def _shown(name: str, value: float) -> str:
@@ -169,16 +169,10 @@ def _shown(name: str, value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print two tables, and write what was found."""
-    parser = argparse.ArgumentParser(prog="benchmarks.limits", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the turns, 0.01 to look")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"default: {RESULTS}"
-    )
-    options = parser.parse_args(arguments)
-    described = machine.describe()
+    options = parser("limits", __doc__).parse_args(arguments)
+    described = machine()
     limits = measured(compiled(BUILD), options.scale)
-    print("Machine: " + "; ".join(f"{key} {value}" for key, value in described.items()) + ".")
+    print(machine_line())
     if not limits["cpus_apart"]:
         print("One CPU only: nothing ran at the same time.")
     print("\n| limit | measured |\n|---|---|")
@@ -197,9 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for one in reached:
             limit = LIMITS[one["limit"]]
             print(f"| {one['question']} | {one['transport']} | {limit} | {one['share']:.1%} |")
-    options.results.mkdir(parents=True, exist_ok=True)
-    written = {"machine": described, "scale": options.scale, "limits": limits, "shares": reached}
-    (options.results / "limits.json").write_text(json.dumps(written, indent=1) + "\n")
+    found = {"machine": described, "scale": options.scale, "limits": limits, "shares": reached}
+    save(options.results, "limits.json", found)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Who sends to whom, and when the clock runs.
+"""Sessions: the processes that pass messages, and the clock; and turns of sessions.
 
-A session is made, entered (the child is forked, everything is warm, nothing
-runs), run (which returns seconds) and left (the child is dead and joined)::
+A session is made, entered (its children are forked and warm, nothing runs), run
+(which returns seconds) and left (its children have ended and are joined)::
 
     parent                              child
       fork ------------------------------>
@@ -13,8 +13,8 @@ runs), run (which returns seconds) and left (the child is dead and joined)::
     clock
       kill, join
 
-Everything has a deadline: an alarm raises TimeoutError in the parent wherever
-it waits, and another ends the child even when the parent was killed.
+Everything has a deadline: an alarm raises TimeoutError in the parent wherever it
+waits, and another ends the child even when the parent was killed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import multiprocessing
 import os
+import re
 import signal
+import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
-from benchmarks.adapters import Transport
+import numpy as np
+
+from benchmarks import per_second
+from benchmarks.adapters import FORK, Transport
 from benchmarks.work import (
     BATCH,
     STOP,
@@ -47,35 +53,41 @@ from benchmarks.work import (
 )
 
 __all__ = [
+    "DEADLINE_S",
     "ManyToMany",
     "OneProcess",
     "OneWay",
     "RoundTrips",
+    "Runs",
     "Session",
+    "Trickle",
     "deadline",
+    "end_with_alarm",
+    "take_turns",
     "two_cpus",
 ]
 
-DEADLINE_S = (
-    60.0  # under pytest's faulthandler_timeout, so that it is the session that says what hung
-)
+DEADLINE_S = 60.0  # under pytest's faulthandler_timeout, so that the session says what hung
+TRICKLE_PER_SECOND = 100
 
-_WARM_UP = 2  # messages; more large ones would not fit into a pipe that nobody reads yet
+_WARM_UP = 2  # messages; more large ones would not fit into a pipe that is not read yet
 _WARM_UP_TRIPS = 50
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @contextlib.contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
     """Raise TimeoutError in the main thread, wherever it waits, after so many seconds.
 
-    A signal, because half of the transports know no time-out, and because
-    asking for one would be part of what is measured.
+    A signal, because half of the transports know no timeout, and passing one
+    would be part of what is measured.
     """
 
-    def ring(signum: int, frame: object) -> None:
+    def expire(signum: int, frame: object) -> None:
         raise TimeoutError(f"{what}: not done after {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -84,10 +96,14 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def end_with_alarm(seconds: float) -> None:
+    """End this process after so many seconds; for a child that its parent may not end."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def two_cpus() -> tuple[int, int] | None:
-    """Two CPUs this process may run on; None if it has only one, or the platform does not say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
+    """Return two CPUs this process may run on; None if it has only one."""
     cpus = sorted(os.sched_getaffinity(0))
     return (cpus[0], cpus[1]) if len(cpus) > 1 else None
 
@@ -96,8 +112,10 @@ class Session(ABC):
     """The producer and consumer of some work over some transport, for one run.
 
     Attributes:
-        count: how many messages a run has.
-        pids: of the children, in the order in which they were forked.
+        count: messages of a run.
+        pids: the children, in the order in which they were forked.
+        trips_ns: each round trip of the run, where those are measured.
+        costs: what a message cost, by name, where that is measured.
     """
 
     directions: ClassVar[int] = 1
@@ -115,6 +133,8 @@ class Session(ABC):
         self.work = work
         self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
         self.pids: list[int] = []
+        self.trips_ns: list[int] = []
+        self.costs: dict[str, float] = {}
         self._transport = transport
         self._deadline_s = deadline_s
 
@@ -127,7 +147,7 @@ class Session(ABC):
             with deadline(self._deadline_s, f"{self.label}, starting"):
                 self._prepare()
             self._exit = self._exit.pop_all()  # nothing went wrong: keep it all until the end
-        gc.collect()  # not while the clock runs, and not because of somebody else's garbage
+        gc.collect()  # not while the clock runs
         return self
 
     def __exit__(
@@ -140,7 +160,7 @@ class Session(ABC):
             self._exit.close()
 
     def run(self) -> float:
-        """Seconds from the go to the last message received; once a session."""
+        """Return seconds from the go to the last message received; once a session."""
         with deadline(self._deadline_s, self.label):
             return self._run()
 
@@ -150,13 +170,12 @@ class Session(ABC):
 
     @abstractmethod
     def _run(self) -> float:
-        """What `run` answers."""
+        """What `run` returns."""
 
     def _fork(self, body: Callable[..., None], *args: Any) -> Connection:
         """Run ``body(control, ...)`` in a child that does not outlive this session."""
-        context = multiprocessing.get_context("fork")
-        control, far_end = context.Pipe()
-        child = context.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
+        control, far_end = FORK.Pipe()
+        child = FORK.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
         child.start()
         assert child.pid is not None  # it was started
         self.pids.append(child.pid)
@@ -167,8 +186,7 @@ class Session(ABC):
 
 
 def _child(deadline_s: float, body: Callable[..., None], *args: Any) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process, whatever it is doing
-    signal.alarm(math.ceil(2 * deadline_s) + 1)  # for starting and running
+    end_with_alarm(2 * deadline_s + 1)  # for starting and running
     body(*args)
 
 
@@ -179,16 +197,17 @@ def _end(child: Any) -> None:
     child.close()
 
 
-def _expect_ready(control: Connection) -> None:
-    if control.recv() != "ready":
-        raise WrongContent("the child said something else than that it is ready")
+def _expect_ready(*controls: Connection) -> None:
+    for control in controls:
+        if control.recv() != "ready":
+            raise WrongContent("the child said something else than that it is ready")
 
 
 class OneWay(Session):
     """One process sends, another receives.
 
-    With `batches`, a transport that has put_many and get_many uses them, and
-    one that has not sends one by one.
+    With `batches`, a transport that has put_many and get_many uses them; others
+    send one by one.
     """
 
     def __init__(
@@ -239,8 +258,8 @@ class OneWay(Session):
 class RoundTrips(Session):
     """A message there and the same one back, one at a time, each of them timed.
 
-    Attributes:
-        samples_ns: what each round trip of the run took.
+    With `apart`, the two processes are bound to one CPU each; `idle_s` is slept
+    before each trip, so that the other side is asleep.
     """
 
     directions = 2
@@ -254,12 +273,9 @@ class RoundTrips(Session):
         idle_s: float = 0.0,
         **options: Any,
     ) -> None:
-        """With `apart`, the two processes are bound to one CPU each; `idle_s` is slept before
-        each trip, so that the other side is asleep."""
         super().__init__(transport, work, **options)
         self._cpus = two_cpus() if apart else None
         self._idle_s = idle_s
-        self.samples_ns: list[int] = []
 
     def _prepare(self) -> None:
         there, back = self._lines
@@ -273,7 +289,7 @@ class RoundTrips(Session):
 
     def _run(self) -> float:
         start = time.perf_counter()
-        self.samples_ns = self._trips(self.count)
+        self.trips_ns = self._trips(self.count)
         return time.perf_counter() - start
 
     def _trips(self, count: int) -> list[int]:
@@ -311,17 +327,16 @@ class OneProcess(Session):
         (line,) = self._lines
         line.as_consumer()
         line.as_producer()
-        for message in self.work.pool:  # all of them compared, once
-            line.put(message)
-            answer = line.get()
-            if answer != message:
-                raise WrongContent(f"{message!r:.80} was put, {answer!r:.80} came out")
+        for message in self.work.pool:
+            self._pass(message, 1)
 
     def _run(self) -> float:
-        (line,) = self._lines
-        put, get, message = line.put, line.get, self.work.pool[1]
+        return self._pass(self.work.pool[1], self.count)
+
+    def _pass(self, message: Any, count: int) -> float:
+        put, get = self._lines[0].put, self._lines[0].get
         start = time.perf_counter()
-        for _ in range(self.count):
+        for _ in range(count):
             put(message)
             answer = get()
         seconds = time.perf_counter() - start
@@ -333,12 +348,11 @@ class OneProcess(Session):
 class ManyToMany(Session):
     """Several processes send, several receive, over one transport that all share.
 
-    The clock stops when every consumer has come to the end of what was sent.
-    Of the children, the consumers are forked first.
-
-    Attributes:
-        shares: how many messages each consumer received in the run.
+    The clock stops when every consumer has come to the end of what was sent.  The
+    consumers are forked first.  `shares` is how many messages each received.
     """
+
+    idle: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -361,39 +375,48 @@ class ManyToMany(Session):
         self._receiving = [
             self._fork(self._consume, line, number) for number in range(self.consumers)
         ]
-        for control in self._receiving:
-            _expect_ready(control)
+        _expect_ready(*self._receiving)
         self._sending = [self._fork(self._produce, line) for _ in range(self.producers)]
-        for control in self._sending:
-            _expect_ready(control)
+        _expect_ready(*self._sending)
         if not line.lines:
             line.as_producer()
 
     def _run(self) -> float:
         (line,) = self._lines
+        receivers = self.pids[: self.consumers]
+        before, waiting = _spent(self.pids), _spent(receivers)
         start = time.perf_counter()
         for control in self._sending:
             control.send("go")
-        for control in self._sending:
-            _expect_ready(control)
-        self._all_sent()
+        _expect_ready(*self._sending)
+        if self.idle:  # to stop and to end is not waiting
+            waited, waited_s = _spent(receivers), time.perf_counter() - start
         if not line.lines:
             for _ in range(self.consumers):
                 line.put(STOP)
         self.shares = [control.recv() for control in self._receiving]
         seconds = time.perf_counter() - start
+        if not self.idle:
+            waited, waited_s = _spent(receivers), seconds
         if sum(self.shares) != self.count:
             raise WrongContent(f"{sum(self.shares)} messages came, {self.count} were sent")
+        sleeps, preemptions, cpu_ns = (_spent(self.pids) - before) / self.count
+        self.costs = {
+            "sleeps_a_message": float(sleeps),
+            "preemptions_a_message": float(preemptions),
+            "cpu_us_a_message": float(cpu_ns) / 1e3,
+            "consumers_share_of_a_core": float((waited - waiting)[2]) / 1e9 / waited_s,
+        }
         return seconds
 
-    def _all_sent(self) -> None:
-        """When every producer is done, and no consumer was told to stop yet."""
+    def _send(self, line: Transport) -> None:
+        send_each(line.put, self.work.pool, self.count // self.producers)
 
     def _produce(self, control: Connection, line: Transport) -> None:
         line.as_producer(self.consumers)
         control.send("ready")
         control.recv()
-        send_each(line.put, self.work.pool, self.count // self.producers)
+        self._send(line)
         if line.lines:
             for _ in range(self.consumers):
                 line.put(STOP)
@@ -405,3 +428,85 @@ class ManyToMany(Session):
         control.send("ready")
         stops = self.producers if line.lines else 1
         control.send(sum(receive_any(line.get, self.work.pool) for _ in range(stops)))
+
+
+class Trickle(ManyToMany):
+    """A message from each producer now and then; the consumers wait."""
+
+    idle = True
+
+    def _send(self, line: Transport) -> None:
+        start, pool = time.monotonic(), self.work.pool
+        for number in range(self.count // self.producers):
+            time.sleep(max(0.0, start + number / TRICKLE_PER_SECOND - time.monotonic()))
+            line.put(pool[number % len(pool)])
+
+
+def _spent(pids: Iterable[int]) -> Any:
+    """Read from /proc how often processes slept and were preempted, and their CPU time in ns.
+
+    A process that has ended counts until it is joined.
+    """
+    spent = np.zeros(3, np.int64)
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status").read_text()
+        switches = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
+        cpu_ns = Path(f"/proc/{pid}/schedstat").read_text().split()[0]
+        spent += np.array([*switches, cpu_ns], np.int64)
+    return spent
+
+
+# ---- turns ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Runs:
+    """The runs of one transport.
+
+    Attributes:
+        rates: messages a second, run by run.
+        trips_ns: each round trip of all runs, where those are measured.
+        costs: what a message cost, run by run, where that is measured.
+        error: what ended its last run; it has had no more turns since.
+    """
+
+    rates: list[float] = field(default_factory=list)
+    trips_ns: list[int] = field(default_factory=list)
+    costs: list[dict[str, float]] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def median(self) -> float:
+        """Messages a second."""
+        return statistics.median(self.rates)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """The median of each cost."""
+        names = self.costs[0] if self.costs else ()
+        return {name: statistics.median(one[name] for one in self.costs) for name in names}
+
+
+def take_turns(
+    runs: int,
+    sessions: Mapping[Key, Callable[[], Session]],
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[Key, Runs]:
+    """Run a session of each in turn, so often, and tell of each run."""
+    found = {key: Runs() for key in sessions}
+    for run in range(runs):
+        for key, make in sessions.items():
+            one = found[key]
+            if one.error is not None:
+                continue
+            try:
+                with make() as session:
+                    one.rates.append(session.count / session.run())
+                    one.trips_ns += session.trips_ns
+                    one.costs += [session.costs] if session.costs else []
+                    told = per_second(one.rates[-1])
+                    tell(f"run {run + 1} of {runs}: {session.label}: {told}")
+            except Exception as error:  # the caller decides what a failure means
+                one.error = error
+                tell(f"run {run + 1} of {runs}: {key}: {error!r}")
+    return found

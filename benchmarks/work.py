@@ -1,10 +1,8 @@
-"""What is sent: a pool of distinct messages, in turn, and loops that send and receive them.
+"""Messages, and the loops that send, receive and check them.
 
-The loops call what the transport gave them, with nothing in between, as a user
-would.  Checking is cheap so that it does not hide what is measured, but blind
-to nothing that a queue can do wrong: the messages of a pool all differ, so one
-that is lost, doubled or out of order moves all later ones away from where the
-first and the last of each turn are looked at.
+The loops call the transport's own methods with nothing in between, as a program
+would.  The messages of a pool all differ, so one that is lost, doubled or out of
+order moves all later ones; it is enough to check the first and last of each turn.
 """
 
 from __future__ import annotations
@@ -12,35 +10,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "BATCH",
-    "STOP",
-    "Record",
-    "Work",
-    "WrongContent",
-    "arrays",
-    "bytes_of",
-    "receive_any",
-    "receive_batches",
-    "receive_each",
-    "receive_sums",
-    "records",
-    "send_batches",
-    "send_each",
-    "small_dicts",
-]
-
-Kind = Literal["bytes", "object", "array"]
+__all__ = ["BATCH", "STOP", "Work", "WrongContent", "arrays", "bytes_of", "records", "small_dicts"]
 
 BATCH = 100
-STOP = b"stop"  # nothing that is sent as a message: shorter than any
+STOP = b"stop"  # shorter than any message
 
 _POOL = 251  # a prime: no batch and no page holds a whole number of turns
-_LARGE = 1 << 16  # bytes: from here on a few messages of a kind, as with arrays
+_LARGE = 1 << 16  # bytes; from this size on the pool is small
 
 
 class WrongContent(AssertionError):
@@ -52,17 +32,17 @@ class Work:
     """Messages to be sent.
 
     Attributes:
-        name: for the reader.
-        kind: what a transport must be able to carry.
+        name: for tables.
+        kind: "bytes", "object" or "array".
         pool: the distinct messages.
-        nbytes: the size of one, where that means something.
-        count: how many make a run of some tenths of a second on shmring;
-            slower transports are given a share of it, and rates are compared.
-        sums: for arrays, what each adds up to.
+        nbytes: the size of one message; 0 for objects.
+        count: messages in a run of some tenths of a second on shmring; slower
+            transports get a share of it, and rates are compared.
+        sums: the sum of each array of the pool.
     """
 
     name: str
-    kind: Kind
+    kind: str
     pool: Sequence[Any]
     nbytes: int
     count: int
@@ -70,19 +50,14 @@ class Work:
 
 
 def bytes_of(nbytes: int = 64, count: int = 500_000) -> Work:
-    """`bytes`, the number in front.
-
-    Args:
-        nbytes: the size of one, at least 5.
-        count: see `Work`.
-    """
+    """Messages of at least 5 bytes that begin with their number."""
     indices = range(_POOL if nbytes <= _LARGE else 4)
     pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in indices]
     return Work(f"{nbytes} B bytes", "bytes", pool, nbytes, count)
 
 
 def small_dicts(count: int = 100_000) -> Work:
-    """A small record, as a program would send it."""
+    """Small records, as dicts."""
     pool = [
         {"id": index, "name": f"task-{index}", "value": index * 0.5, "ok": True}
         for index in range(_POOL)
@@ -92,7 +67,7 @@ def small_dicts(count: int = 100_000) -> Work:
 
 @dataclass(frozen=True)
 class Record:
-    """What is no builtin."""
+    """A record that is no builtin."""
 
     id: int
     name: str
@@ -101,26 +76,25 @@ class Record:
 
 
 def records(count: int = 100_000) -> Work:
-    """The same record as an object of a class, which only pickle carries."""
-    pool = [Record(**one) for one in small_dicts().pool]
-    return Work("small object", "object", pool, 0, count)
+    """The same records as objects of a class, which only pickle carries."""
+    return Work("small object", "object", [Record(**one) for one in small_dicts().pool], 0, count)
 
 
 def arrays(nbytes: int, count: int) -> Work:
-    """float32 arrays, whose sums are exact in float32 and all differ.
+    """float32 arrays whose sums are exact in float32 and all differ.
 
-    The pool is small, so that what is measured is not the producer's cache.
+    The pool is small, so that the producer's cache is not what is measured.
     """
-    pool, sums = [], []
+    pool = []
     for index in range(4):
         array = (np.arange(nbytes // 4) % 8).astype(np.float32)
         array[0] = index
         pool.append(array)
-        sums.append(float(array.sum(dtype=np.float64)))
+    sums = [float(array.sum(dtype=np.float64)) for array in pool]
     return Work(f"{nbytes >> 20} MiB float32", "array", pool, nbytes, count, sums)
 
 
-# ---- one call a message ---------------------------------------------------------------------
+# ---- loops ----------------------------------------------------------------------------------
 
 
 def send_each(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> None:
@@ -134,7 +108,7 @@ def send_each(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> 
 
 
 def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> None:
-    """Get `count` messages; the first and the last of each turn must be what was sent."""
+    """Get `count` messages, one call each."""
     turns, rest = divmod(count, len(pool))
     between = range(len(pool) - 2)
     for _ in range(turns):
@@ -151,10 +125,7 @@ def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> Non
 
 
 def receive_any(get: Callable[[], Any], pool: Sequence[Any]) -> int:
-    """Get bytes until `STOP`, in whatever order several producers sent them; return how many.
-
-    The first and the last of each turn must be among what was sent.
-    """
+    """Get bytes until `STOP`, in any order of several producers; return how many."""
     expected = frozenset(pool)
     messages = iter(get, STOP)
     received = 0
@@ -163,9 +134,6 @@ def receive_any(get: Callable[[], Any], pool: Sequence[Any]) -> int:
         if turn[0] not in expected or turn[-1] not in expected:
             raise WrongContent(f"a turn began with {turn[0]!r:.80} and ended with {turn[-1]!r:.80}")
     return received
-
-
-# ---- many a call ----------------------------------------------------------------------------
 
 
 def send_batches(put_many: Callable[[Any], object], pool: Sequence[Any], count: int) -> None:
@@ -179,7 +147,7 @@ def send_batches(put_many: Callable[[Any], object], pool: Sequence[Any], count: 
 
 
 def receive_batches(get_many: Callable[[], Any], pool: Sequence[Any], count: int) -> None:
-    """Get `count` messages, as many a call as are there; both ends of each batch are checked."""
+    """Get `count` messages, as many a call as are there."""
     taken = 0
     size = len(pool)
     while taken < count:
@@ -192,14 +160,9 @@ def receive_batches(get_many: Callable[[], Any], pool: Sequence[Any], count: int
         raise WrongContent(f"{taken} messages came, {count} were sent")
 
 
-# ---- arrays ---------------------------------------------------------------------------------
-
-
 def receive_sums(take_sum: Callable[[], float], sums: Sequence[float], count: int) -> None:
-    """Take `count` arrays, each of which must add up to what its original does."""
+    """Take `count` arrays; each must add up to the sum of the one that was sent."""
     for index in range(count):
-        total = take_sum()
-        if total != sums[index % len(sums)]:
-            raise WrongContent(
-                f"array {index} adds up to {total}, not to {sums[index % len(sums)]}"
-            )
+        total, expected = take_sum(), sums[index % len(sums)]
+        if total != expected:
+            raise WrongContent(f"array {index} adds up to {total}, not to {expected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import secrets
@@ -11,9 +12,11 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import shmring
 from shmring import HighPerformanceIPC
 from support import (
     SHARED_MEMORY,
@@ -99,6 +102,19 @@ def start_method(request: pytest.FixtureRequest) -> str:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform does not start processes by {method}")
     return method
+
+
+@pytest.fixture(
+    params=[
+        *(["ring"] if shmring.backend == "ring" else []),
+        pytest.param("fallback", marks=pytest.mark.both_backends),
+    ]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The queues of each back end in turn; programs that are started take the same one."""
+    chosen, module = {"ring": ("ring", "queues"), "fallback": ("queue", "fallback")}[request.param]
+    monkeypatch.setenv("SHMRING_BACKEND", chosen)
+    return importlib.import_module(f"shmring.{module}")
 
 
 @pytest.fixture

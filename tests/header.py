@@ -8,12 +8,12 @@ import signal
 import struct
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import pytest
 
 from shmring import Queue, Ring, backend
 from support import run_in_process, wait_for
+from traced import Traced, state_of, stop_to_be_traced
 
 # Who collects the tests where the ring does not serve gets no error from those that need it.
 if backend != "ring":
@@ -74,39 +74,39 @@ def first_frame(ring: AnyRing) -> int:
     return offset + read % capacity
 
 
-_LARGE = bytes(4_000_000)  # copying this takes most of a call, under the lock
+LARGE = b"a message" * 400_000  # copying this takes most of a call, under the lock
 
 
-def _put_and_get_for_ever(ring: Ring) -> None:
+def _put_and_get_for_ever(ring: Ring, side: str) -> None:
+    if side == "consumers":
+        ring.put(LARGE)
+    stop_to_be_traced()
+    if side == "consumers":
+        ring.get()
     while True:
-        ring.put(_LARGE)
+        ring.put(LARGE)
         ring.get()
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process stands still after SIGSTOP."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return state_of(pid) == "T"
 
 
 @contextlib.contextmanager
-def stopped_under_lock(ring: Ring, side: str) -> Iterator[BaseProcess]:
-    """A process that was stopped by SIGSTOP while it holds a lock of an empty ring of 16 MiB.
+def stopped_under_lock(ring: Ring, side: str, deep: int = 1000) -> Iterator[BaseProcess]:
+    """A process that SIGSTOP holds where it has a lock of an empty ring of 16 MiB.
 
-    It goes on, and is killed, at the end of the block.
+    It was taken there instruction by instruction, and so many under the lock: a thousand is
+    inside the copying of LARGE.  It goes on, and is killed, at the end of the block.
     """
-    with run_in_process(_put_and_get_for_ever, ring) as holder:
+    with run_in_process(_put_and_get_for_ever, ring, side) as holder:
         pid = holder.pid
         assert pid is not None
-        for _ in range(1000):
-            before = ring.statistics().messages_taken
-            wait_for(lambda before=before: ring.statistics().messages_taken > before)
-            os.kill(pid, signal.SIGSTOP)
-            wait_for(lambda: is_stopped(pid))
-            if lock_word(ring, side) & OWNER == pid:
-                break
-            os.kill(pid, signal.SIGCONT)
-        else:
-            raise AssertionError(f"no stop fell under the lock of the {side}")
+        traced = Traced(pid)
+        traced.step_under(lambda: lock_word(ring, side) & OWNER == pid, deep)
+        traced.let_go(signal.SIGSTOP)
+        wait_for(lambda: is_stopped(pid))
         try:
             yield holder
         finally:

@@ -8,13 +8,18 @@ import faulthandler
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
+from concurrent import futures
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
@@ -65,6 +70,60 @@ async def until(condition: Callable[[], object], timeout: float = 10) -> None:
                 await pause.wait()
 
 
+def asleep(who: threading.Thread | int) -> Callable[[], bool]:
+    """For `wait_for`: whether a thread of this process, or a child, waits inside a call.
+
+    It sleeps at two looks, and has not run between them: who waits for the GIL would have.
+    Where there is no /proc, it lives.
+    """
+    before = ""
+
+    def look() -> bool:
+        nonlocal before
+        if isinstance(who, int):
+            status = Path(f"/proc/{who}/status")
+        else:
+            status = Path(f"/proc/self/task/{who.native_id}/status")
+        if not status.exists():
+            return isinstance(who, threading.Thread) and who.is_alive()
+        shown, last = status.read_text(), before
+        before = "".join(re.findall(r"State:.*|voluntary_ctxt_switches:.*", shown))
+        return before == last and "(sleeping)" in before
+
+    return look
+
+
+def taken_from(queue: Any, count: int) -> list[Any]:
+    """So many messages, by ``get_many``, which takes what has come and no more."""
+    taken: list[Any] = []
+    while len(taken) < count:
+        taken += queue.get_many(count - len(taken), timeout=30)
+    return taken
+
+
+def within(seconds: float, call: Callable[..., object], *args: Any, **named: Any) -> Any:
+    """What a call gives, or raises, that ends by itself: in a thread, and with a deadline."""
+    outcome: futures.Future[Any] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*args, **named))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_for(outcome.done, seconds, f"the end of {call}")
+    return outcome.result()
+
+
+@contextlib.contextmanager
+def at_least(seconds: float) -> Iterator[None]:
+    """What waits inside the block does so for that long, which no busy machine can spoil."""
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun >= seconds, "it came back early"
+
+
 @types.coroutine
 def turns(count: int) -> Generator[None, None, None]:
     """``await turns(n)``: after n turns of the event loop.  A place among the steps of the
@@ -89,6 +148,28 @@ def run_in_process(
     finally:
         process.kill()
         process.join()
+
+
+def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program with mounts of its own, which a shell command makes."""
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'{mounts} && exec "$0" -c "$1"',
+            sys.executable,
+            program,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    return done
 
 
 def shared_memory_names() -> set[str]:

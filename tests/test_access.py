@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,17 +17,21 @@ from pathlib import Path
 
 import pytest
 
+import shmring
 from shmring import (
     AccessRefused,
     Queue,
     Ring,
     RingExists,
+    RingNotFound,
     SharedMemoryManager,
     ShmringError,
     cleanup_stale,
+    segment,
 )
 from shmring.board import open_segment
-from support import own_name, run_in_process
+from shmring.cli import main
+from support import own_name, run_in_process, run_with_mounts
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
@@ -271,3 +276,123 @@ def test_what_is_made_is_closed_to_others_whatever_the_umask(make, attach):
             assert stat.S_IMODE(PATH.stat().st_mode) == 0o600
     finally:
         os.umask(before)
+
+
+# ---- no place ------------------------------------------------------------------------------
+
+
+def _double(there: Queue[int], back: Queue[int]) -> None:
+    back.put(2 * there.get(timeout=30))
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT])
+def test_a_place_that_takes_no_files_is_done_without(monkeypatch, start_method, number):
+    plainly = os.open
+
+    def refuse(path, *args, **kwargs):
+        if path == segment.DIRECTORY:
+            raise OSError(number, os.strerror(number), path)
+        return plainly(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        Queue() as there,
+        Queue() as back,
+        run_in_process(_double, there, back, method=start_method),
+    ):
+        there.put(21)
+        assert back.get(timeout=60) == 42
+        for _ in range(2):
+            with pytest.raises(AccessRefused, match="memfd") as refused:
+                there.name  # noqa: B018
+            assert "unlinked" not in str(refused.value)
+        with pytest.raises(RingNotFound, match="has no name"):
+            there.unlink()
+
+
+WITHOUT_PLACE = """
+import multiprocessing, sys
+import shmring
+from shmring.cli import main
+
+print("removed", shmring.cleanup_stale())
+with shmring.Queue() as there, shmring.JoinableQueue() as back:
+    child = multiprocessing.get_context("fork").Process(target=lambda: back.put(2 * there.get()))
+    child.start()
+    there.put(21)
+    print("got", back.get(timeout=30))
+    child.join(30)
+    for name in (lambda: there.name, lambda: shmring.Queue(name="shmring-test")):
+        try:
+            print("named", name())
+        except shmring.AccessRefused as refused:
+            print("refused:", refused)
+sys.stdout.flush()
+sys.exit(main(["ls"]))
+"""
+NULL_ALONE = "touch /mnt/null && mount --bind /dev/null /mnt/null && mount --move /mnt /dev"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "why", "status"),
+    [
+        ("mount -t tmpfs -o ro none /dev/shm", "Read-only file system", 0),
+        (f"mount -t tmpfs none /mnt && {NULL_ALONE}", "there is no /dev/shm", 0),
+        ("mount -t tmpfs none /dev/shm && umount -l /proc", "/proc is not mounted", 1),
+    ],
+    ids=["read-only", "missing", "no proc"],
+)
+def test_a_real_place_that_takes_no_files_is_done_without(mounts, why, status):
+    done = run_with_mounts(mounts, WITHOUT_PLACE)
+    told = done.stdout.splitlines()[:4]
+    assert told[:2] == ["removed []", "got 42"], done
+    assert all(line.startswith("refused: ") and why in line for line in told[2:]), told
+    assert done.returncode == status, done
+    assert "Traceback" not in done.stderr
+    if status:
+        assert done.stderr.count("\n") == 1
+        assert why in done.stderr
+
+
+def test_a_missing_place_is_nothing_to_look_at(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(segment, "DIRECTORY", str(tmp_path / "nothing"))
+    assert shmring.cleanup_stale() == []
+    assert main(["rm", "--stale"]) == 0
+    assert capsys.readouterr().out == f"there is no {segment.DIRECTORY}: nothing to look at\n"
+
+
+def test_a_place_that_may_not_be_read_is_named(monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(AccessRefused, match="/dev/shm cannot be opened: Permission denied"):
+        shmring.cleanup_stale()
+    for command in (["rm", "--stale"], ["ls"]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "memfd_create"])
+def test_memory_that_is_refused_is_explained(monkeypatch, call):
+    def refuse(*args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, call, refuse)
+    if call == "memfd_create":
+        monkeypatch.setattr(segment, "DIRECTORY", "/dev/shm/nothing")
+    with pytest.raises(
+        PermissionError, match=r"bytes of shared memory cannot be had from /dev/shm"
+    ) as error:
+        Queue()
+    assert error.value.errno == errno.EPERM
+    assert "Operation not permitted; mount a writable tmpfs" in str(error.value)
+    if call == "posix_fallocate":
+        assert re.search(r"\(\d+ bytes, \d+ of them free\)", str(error.value))
+
+
+def test_a_name_that_was_unlinked_is_said_to_be():
+    with Queue(name=NAME) as queue:
+        queue.unlink()
+        with pytest.raises(RingNotFound, match="was unlinked"):
+            queue.name  # noqa: B018

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
 
 from header import LAYOUT
-from shmring import Queue, Ring, RingClosed
+from shmring import Queue, Ring, RingClosed, RingNotFound
 from support import own_name, run_in_process, wait_for
 
 CONSUMERS = LAYOUT["CONSUMERS_OFFSET"]
@@ -216,3 +219,35 @@ def test_growing_twice_in_one_call_leaves_no_mapping():
 def _mappings() -> int:
     with open("/proc/self/maps") as maps:
         return sum(1 for _ in maps)
+
+
+@pytest.mark.parametrize("make", ["Queue()", "Ring.create()"])
+@pytest.mark.parametrize("call", ["get", "peek", "wait"])
+def test_a_daemon_thread_that_waits_ends_silently_at_exit(make, call):
+    if call == "wait":
+        target = "lambda: shmring.wait([q])"
+    elif call == "peek" and make == "Ring.create()":
+        target = "lambda: q.peek().__enter__()"
+    else:
+        target = "q.get"
+    program = (
+        "import shmring, threading, time\n"
+        f"q = shmring.{make}\n"
+        "before = threading.Event()\n"
+        f"call = {target}\n"
+        "threading.Thread(target=lambda: (before.set(), call()), daemon=True).start()\n"
+        "before.wait(10)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_unpickling_a_queue_that_is_gone_fails_at_the_first_call():
+    with Queue() as queue:
+        sent = pickle.dumps(queue)
+    received = pickle.loads(sent)
+    assert received.closed
+    with pytest.raises(RingNotFound, match="keeps its handle open"):
+        received.get_nowait()

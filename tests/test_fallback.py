@@ -1,8 +1,10 @@
-"""The fallback by itself: what it can, and what it says that it cannot."""
+"""The fallback by itself: what it can, and what it says that it cannot.
+
+What it has in common with the ring is tested over both: test_queue, test_codecs, test_ring.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import queue
@@ -15,23 +17,19 @@ from typing import Any
 import pytest
 
 from shmring.errors import (
-    EncodeError,
     InvalidArgument,
     NameInUse,
     NotSupportedByFallback,
     RingClosed,
     RingExists,
     RingNotFound,
-    ShutDown,
 )
 from shmring.fallback import (
-    JoinableQueue,
     Queue,
     Ring,
     ServedQueue,
     SharedFile,
     SharedMemoryManager,
-    SimpleQueue,
 )
 from shmring.fallback_files import cleanup_stale, fallback_folder
 from shmring.message import Message, MessageCodec, MessageType
@@ -54,21 +52,6 @@ def plain() -> Iterator[Queue[Any]]:
 
 
 # -- Queue ----------------------------------------------------------------------------------
-
-
-def answer_doubled(inbox: Queue[int], outbox: Queue[int]) -> None:
-    outbox.put(2 * inbox.get(timeout=30))
-
-
-def test_a_queue_goes_to_a_child(start_method: str) -> None:
-    context = multiprocessing.get_context(start_method)
-    with (
-        Queue[int](ctx=context) as there,
-        Queue[int](ctx=context) as back,
-        run_in_process(answer_doubled, there, back, method=start_method),
-    ):
-        there.put(21)
-        assert back.get(timeout=30) == 42
 
 
 def test_order_batches_and_counts(plain: Queue[int]) -> None:
@@ -110,42 +93,18 @@ def test_a_full_queue_says_how_many_went_in() -> None:
         assert bounded.get(timeout=10) == 2
 
 
-def test_what_cannot_be_pickled_raises_in_put(plain: Queue[Any]) -> None:
-    with pytest.raises(EncodeError):
-        plain.put(lambda: None)
-    with pytest.raises(EncodeError):
-        plain.put_many([1, lambda: None])
-    assert plain.empty()
-
-
-def test_codecs(name: str) -> None:
-    with Queue[bytes](codec="bytes") as raw:
-        raw.put(b"abc")
-        assert raw.get(timeout=10) == b"abc"
-        with pytest.raises(EncodeError):
-            raw.put({})  # type: ignore[arg-type]
+def test_the_codec_of_messages() -> None:
     with Queue[Message](codec=MessageCodec()) as messages:
         messages.put(Message(MessageType.DATA, "a", 1.0, [1]))
         assert messages.get(timeout=10).data == [1]
 
 
-def test_arrays_arrive_writable(plain: Queue[Any]) -> None:
-    numpy = pytest.importorskip("numpy")
-    plain.put(numpy.ones(100_000))
-    array = plain.get(timeout=10)
-    array += 1
-    assert array.sum() == 200_000
-
-
-@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
-def test_impossible_timeouts_are_refused(plain: Queue[int], timeout: float) -> None:
-    for call in (
-        lambda: plain.get(timeout=timeout),
-        lambda: plain.put(1, timeout=timeout),
-        lambda: plain.put_many([1], timeout=timeout),
-    ):
-        with pytest.raises(InvalidArgument, match="timeout"):
-            call()
+def test_attaching_takes_a_deadline_that_has_passed(name: str) -> None:
+    for attach in (SharedFile.attach, lambda *a: ServedQueue.attach(*a, MessageCodec())):
+        with pytest.raises(RingNotFound):
+            attach(name, -1)
+        with pytest.raises(InvalidArgument, match="timeout=nan"):
+            attach(name, float("nan"))
 
 
 def test_get_many_takes_what_was_there_and_no_more(
@@ -168,64 +127,11 @@ def test_get_many_takes_what_was_there_and_no_more(
         plain.get(timeout=10)
 
 
-@pytest.mark.parametrize("make", [Queue, JoinableQueue, SimpleQueue])
-def test_one_that_is_dropped_open_says_so(make: Any) -> None:
-    dropped = [make()]
-    dropped[0].put(1)
-    with pytest.warns(ResourceWarning, match="dropped open: call close"):
-        dropped.clear()
-
-
-def test_impossible_sizes_are_refused() -> None:
-    wrong: Any = "x"
-    with pytest.raises(TypeError, match="maxsize must be an int, not str"):
-        Queue(wrong)
-    with pytest.raises(InvalidArgument, match="maxsize=1180591620717411303424"):
-        Queue(1 << 70)
-    with Queue[int](-5) as unbounded:
-        unbounded.put(1)
-        assert unbounded.get(timeout=10) == 1
-
-
 def test_stale_files_are_cleaned_up_by_the_package() -> None:
     from shmring import _backend, fallback
 
     if _backend.backend == "queue":
         assert _backend.cleanup_stale is fallback.cleanup_stale
-
-
-def test_shutdown_lets_the_rest_be_taken(plain: Queue[int]) -> None:
-    plain.put_many([1, 2])
-    plain.shutdown()
-    with pytest.raises(ShutDown):
-        plain.put(3)
-    assert [plain.get(timeout=10), plain.get(timeout=10)] == [1, 2]
-    with pytest.raises(ShutDown):
-        plain.get(timeout=10)
-
-
-def test_shutdown_wakes_who_waits(plain: Queue[int]) -> None:
-    outcome: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            plain.get()
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    plain.shutdown(immediate=True)
-    thread.join(10)
-    assert [type(each) for each in outcome] == [ShutDown]
-
-
-def test_a_closed_handle_says_so(plain: Queue[int]) -> None:
-    plain.close()
-    plain.close()
-    for call in (plain.get, plain.qsize, plain.empty, plain.full, lambda: plain.put(1)):
-        with pytest.raises(RingClosed):
-            call()
 
 
 def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
@@ -240,30 +146,6 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
     ):
         with pytest.raises(NotSupportedByFallback, match="needs the compiled ring"):
             call()
-
-
-def test_joinable_queue() -> None:
-    with JoinableQueue[int]() as joinable:
-        joinable.put_many([1, 2])
-        assert not joinable.join(timeout=0.05)
-        for _ in range(2):
-            joinable.get(timeout=10)
-            joinable.task_done()
-        assert joinable.join(timeout=10)
-        with pytest.raises(ValueError, match="task_done"):
-            joinable.task_done()
-
-
-def test_simple_queue() -> None:
-    with SimpleQueue[Any]() as simple:
-        assert simple.empty()
-        simple.put([1])
-        assert not simple.empty()
-        assert simple.get() == [1]
-        with pytest.raises(EncodeError):
-            simple.put(lambda: None)
-    with pytest.raises(RingClosed):
-        simple.get()
 
 
 # -- ServedQueue ----------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Processes are killed, stopped and forked in the middle; the others go on.
 
-The kills fall at random moments of loops that spend most of their time under
-a lock; `recoveries` in the ring's statistics counts the lock owners that were
-found dead, so each test knows that it killed what it meant to kill.
+`recoveries` in the ring's statistics counts the lock owners that were found dead, so each test
+knows that it killed what it meant to kill.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import time
 
 import pytest
 
+from header import LARGE as WHOLE
 from header import LOCKS, OWNER, lock_word, stopped_under_lock
 from shmring import Queue, Ring
 from shmring.errors import Empty, Full
-from support import left_since, run_in_process, shared_memory_names, wait_for
+from support import at_least, left_since, run_in_process, shared_memory_names, wait_for
 
 LARGE = 4_000_000  # copying this takes most of a call, under the lock
-KILLS_UNDER_THE_LOCK = 3
-ROUNDS = 300  # by then the lock was hit, unless something is wrong
+DEPTHS = [0, 30, 100, 300, 3000]  # instructions under the lock; the last is inside the copying
 
 
 def _stamped(number: int) -> bytes:
@@ -43,52 +42,30 @@ def _put_for_ever(ring: Ring) -> None:
         number += 1
 
 
-def _get_for_ever(ring: Ring) -> None:
-    while True:
-        ring.get()
-
-
 @pytest.mark.fault(1)
-def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody():
-    moments = random.Random(1)
+@pytest.mark.parametrize("deep", DEPTHS)
+def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody(deep):
     with Ring.create(1 << 24) as ring:
-        for _ in range(ROUNDS):
-            with run_in_process(_put_for_ever, ring):
-                for _ in range(moments.randrange(1, 6)):
-                    assert _whole(ring.get(timeout=10))
-            begun = time.monotonic()
-            ring.put(b"still alive", timeout=1)
-            left = ring.get_many(timeout=1)
-            assert time.monotonic() - begun < 2
-            assert left.pop() == b"still alive"
-            assert all(map(_whole, left))
-            assert ring.qsize() == 0
-            if ring.statistics().recoveries >= KILLS_UNDER_THE_LOCK:
-                return
-    pytest.fail("no kill hit the lock")
+        with stopped_under_lock(ring, "producers", deep) as victim:
+            victim.kill()
+            ring.put(b"still alive", timeout=10)
+            left = [ring.get(timeout=10) for _ in range(ring.qsize())]
+        assert left in ([b"still alive"], [WHOLE, b"still alive"])
+        assert ring.statistics().recoveries == 1
 
 
 @pytest.mark.fault(2)
-def test_consumers_killed_inside_get_lose_at_most_what_they_took():
-    moments = random.Random(2)
+@pytest.mark.parametrize("deep", DEPTHS)
+def test_consumers_killed_inside_get_lose_at_most_what_they_took(deep):
     with Ring.create(1 << 24) as ring:
-        number = 0
-        for _ in range(ROUNDS):
-            with run_in_process(_get_for_ever, ring):
-                for _ in range(moments.randrange(3, 9)):
-                    ring.put(_stamped(number), timeout=10)
-                    number += 1
+        with stopped_under_lock(ring, "consumers", deep) as victim:
+            ring.put_many([b"behind", b"it"], timeout=10)
+            victim.kill()
             left = [ring.get(timeout=10) for _ in range(ring.qsize())]
-            # what is left is the unbroken tail of what was put
-            assert [int.from_bytes(m[:8], "little") for m in left] == list(
-                range(number - len(left), number)
-            )
-            assert all(map(_whole, left))
-            statistics = ring.statistics()
-            assert statistics.messages_put == statistics.messages_taken == number
-            if statistics.recoveries >= KILLS_UNDER_THE_LOCK:
-                return
-    pytest.fail("no kill hit the lock")
+        assert left in ([b"behind", b"it"], [WHOLE, b"behind", b"it"])
+        statistics = ring.statistics()
+        assert statistics.messages_put == statistics.messages_taken
+        assert statistics.recoveries == 1
 
 
 @pytest.mark.fault(8)
@@ -117,15 +94,14 @@ def test_a_sleeping_consumer_killed_takes_no_wake_with_it():
         for _ in range(20):
             with (
                 run_in_process(ring.get) as victim,
-                run_in_process(_take, ring, os.getpid()),
+                run_in_process(_take, ring, os.getpid()) as other,
             ):
-                wait_for(lambda: ring.statistics().consumers_waiting)
+                both = {victim.pid, other.pid}
+                wait_for(lambda: {each["pid"] for each in ring.statistics().waiters} == both)  # noqa: B023
                 victim.kill()
                 victim.join()
                 ring.put(b"for the other one")
-                wait_for(
-                    lambda: ring.qsize() == 0, timeout=2, what="the living consumer to take it"
-                )
+                wait_for(lambda: ring.qsize() == 0, what="the living consumer to take it")
 
 
 def _take(ring: Ring, parent: int) -> None:
@@ -142,9 +118,7 @@ def test_killed_inside_a_block(side):
             wait_for(lambda: ring.statistics().messages == (3 if side == "reserve" else 2))
             with pytest.raises(Empty):
                 (ring.get(timeout=0.05), ring.get(timeout=0.05))
-        begun = time.monotonic()
-        left = [ring.get(timeout=5) for _ in range(ring.qsize() - (side == "reserve"))]
-        assert time.monotonic() - begun < 1
+        left = [ring.get(timeout=10) for _ in range(ring.qsize() - (side == "reserve"))]
         assert left == ([b"behind"] if side == "reserve" else [b"front", b"behind"])
 
 
@@ -166,12 +140,9 @@ def test_a_stopped_lock_holder_is_waited_for_and_never_robbed(side):
                 ring.get(block, timeout)
 
     with Ring.create(1 << 24) as ring, stopped_under_lock(ring, side) as holder:
-        begun = time.monotonic()
         blocked(False, None)
-        assert time.monotonic() - begun < 2  # a millisecond, on a machine that is not busy
-        begun = time.monotonic()
-        blocked(True, 0.3)  # several slices
-        assert 0.3 <= time.monotonic() - begun < 3
+        with at_least(0.3):
+            blocked(True, 0.3)  # several slices
         assert lock_word(ring, side) & OWNER == holder.pid
         before = ring.statistics().messages_taken
         os.kill(holder.pid, signal.SIGCONT)

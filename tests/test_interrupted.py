@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -17,9 +16,8 @@ import shmring
 from header import MEMORY_LOCK, WAITERS, lock_word, stopped_under_lock, word
 from shmring import JoinableQueue, Queue, Ring, SharedMemoryManager
 from shmring.errors import Empty, Full
-from support import own_name, run_in_process, wait_for
+from support import asleep, at_least, own_name, run_in_process, wait_for
 
-SOON = 1.0  # seconds: 100 ms are meant, a busy machine gets ten times that
 LARGE = bytes(1000)
 
 
@@ -132,12 +130,12 @@ WITHOUT_TIMEOUT = {
 
 def block(
     ready: Queue[object],
-    interrupted: Queue[float],
+    interrupted: Queue[str],
     call: Callable[[object], object],
     ring: object,
     with_threads: bool,
 ) -> None:
-    """Be interrupted inside a call, and say when; then everything still works."""
+    """Be interrupted inside a call, and say so; then everything still works."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = threading.Event()
     with ExitStack() as stack:
@@ -159,7 +157,7 @@ def block(
             ready.put("ready")
             call(ring)
         except KeyboardInterrupt:
-            interrupted.put(time.monotonic())
+            interrupted.put("interrupted")
         if with_threads:
             stop.set()
             other.put_many([1, 1])
@@ -176,9 +174,9 @@ def test_ctrl_c_while_blocked(what, with_threads):
         with run_in_process(block, ready, interrupted, call, ring, with_threads) as child:
             assert ready.get(timeout=30) == "ready"
             wait_for(lambda: blocks(ring), what="it to block")
-            begun = time.monotonic()
+            wait_for(asleep(child.pid), what="it to sleep there")
             os.kill(child.pid, signal.SIGINT)
-            assert interrupted.get(timeout=10) - begun < SOON
+            assert interrupted.get(timeout=10) == "interrupted"
             child.join(30)
             assert child.exitcode == 0
         if what == "get":  # and the one that was interrupted has taken nothing with it
@@ -199,9 +197,8 @@ def test_ctrl_c_while_plain_memory_is_locked():
 
             with run_in_process(block, ready, interrupted, read, memory, False) as child:
                 wait_for(lambda: word(file.fileno(), MEMORY_LOCK, size=4) & WAITERS)
-                begun = time.monotonic()
                 os.kill(child.pid, signal.SIGINT)
-                assert interrupted.get(timeout=10) - begun < SOON
+                assert interrupted.get(timeout=10) == "interrupted"
                 child.join(30)
                 assert child.exitcode == 0
 
@@ -238,9 +235,18 @@ except KeyboardInterrupt:
 
 @contextmanager
 def storm() -> Iterator[list[int]]:
-    """A signal each millisecond, handled in Python; how many came is the length of the list."""
+    """A signal each millisecond, handled in Python; how many came is the length of the list.
+
+    A call that outlasts the ten thousandth is ended.
+    """
     came: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: came.append(number))
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 10_000:
+            raise TimeoutError("the call outlasts ten thousand signals")
+
+    before = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
         yield came
@@ -254,11 +260,8 @@ def storm() -> Iterator[list[int]]:
 def test_a_storm_of_signals_leaves_the_deadline_where_it_was(what):
     prepare, call, _ = BLOCKED[what]
     with prepare() as ring, storm() as came:
-        begun = time.monotonic()
-        with pytest.raises((Empty, Full)):
+        with at_least(0.3), pytest.raises((Empty, Full)):
             call(ring, timeout=0.3)
-        took = time.monotonic() - begun
-        assert 0.3 <= took < 3
         assert len(came) > 1, "no storm"
 
 
@@ -327,7 +330,6 @@ def test_an_interpreter_that_ends_with_a_thread_blocked_leaves_the_others_alone(
     with Ring.create(4096) as ring:
         if "put" in call:
             ring.put(bytes(3000))
-        begun = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", ENDS.format(call=call, waiting=waiting, end=end), ring.name],
             capture_output=True,
@@ -336,7 +338,6 @@ def test_an_interpreter_that_ends_with_a_thread_blocked_leaves_the_others_alone(
             check=False,
         )
         assert done.returncode == (end == "1 / 0")
-        assert time.monotonic() - begun < 10
         if "put" in call:
             assert ring.get(timeout=5) == bytes(3000)
         ring.put(b"to myself", timeout=5)

@@ -24,7 +24,7 @@ from shmring.errors import (
 )
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import Message, MessageType
-from support import run_in_process, wait_for
+from support import at_least, run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
 
@@ -68,9 +68,8 @@ def test_large_arrays_arrive_writable(ipc: HighPerformanceIPC) -> None:
 
 def test_none_means_time_out_only(ipc: HighPerformanceIPC, other: HighPerformanceIPC) -> None:
     ipc.create_message_queue("q")
-    started = time.monotonic()
-    assert ipc.receive_message("q", timeout=0.3) is None
-    assert 0.3 <= time.monotonic() - started < 5
+    with at_least(0.3):
+        assert ipc.receive_message("q", timeout=0.3) is None
     assert ipc.get_stats()["errors"] == 0
     ipc.message_queues["q"].close()
     with pytest.raises(RingClosed):
@@ -127,10 +126,11 @@ def test_connecting_waits_for_the_creator(
 
 
 def test_connecting_gives_up_at_the_deadline(ipc: HighPerformanceIPC) -> None:
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"):
+    with (
+        at_least(0.3),
+        pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"),
+    ):
         ipc.connect_message_queue("never", timeout=0.3)
-    assert 0.3 <= time.monotonic() - started < 5
     assert issubclass(NameUnknown, FileNotFoundError)
 
 
@@ -174,8 +174,19 @@ def test_impossible_bounds_are_refused(ipc: HighPerformanceIPC) -> None:
     ipc.send_message("unbounded", MessageType.DATA, 1)
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan")])
-def test_impossible_timeouts_are_refused(ipc: HighPerformanceIPC, timeout: float) -> None:
+def test_a_deadline_that_has_passed_is_a_timeout_of_0(ipc: HighPerformanceIPC) -> None:
+    ipc.create_message_queue("q", 1)
+    assert ipc.receive_message("q", timeout=-1) is None
+    ipc.send_message("q", MessageType.DATA, 1, timeout=-1)
+    with pytest.raises(Full):
+        ipc.send_message("q", MessageType.DATA, 2, timeout=-1)
+    with pytest.raises(NameUnknown):
+        ipc.connect_message_queue("q2", timeout=-1)
+    assert ipc.check_alive_processes(timeout=-1) == []
+
+
+def test_a_timeout_that_is_no_number_is_refused(ipc: HighPerformanceIPC) -> None:
+    timeout = float("nan")
     ipc.create_message_queue("q")
     with pytest.raises(InvalidArgument, match="timeout"):
         ipc.receive_message("q", timeout=timeout)
@@ -577,10 +588,10 @@ def test_every_failure_counts(ipc: HighPerformanceIPC) -> None:
         (
             lambda: ipc.send_message("no", MessageType.DATA, 1),
             lambda: ipc.send_message("q", bad, 1),
-            lambda: ipc.send_message("q", MessageType.DATA, 1, timeout=-1),
+            lambda: ipc.send_message("q", MessageType.DATA, 1, timeout=float("nan")),
             lambda: ipc.send_heartbeat("no"),
             lambda: ipc.receive_message("no"),
-            lambda: ipc.receive_message("q", timeout=-1),
+            lambda: ipc.receive_message("q", timeout=float("nan")),
             lambda: ipc.receive_message("q", timeout=bad),
             lambda: ipc.write_shared_data("no", b""),
             lambda: ipc.read_shared_data("no", 1),

@@ -109,7 +109,7 @@ def _receive(namespace: str) -> None:
 
 def test_to_list_is_not_to_join_and_removes_nothing() -> None:
     with run_in_process(_leave_a_queue_behind) as crashed:
-        wait_for(lambda: (SHARED_MEMORY / NAME).exists())
+        wait_for(lambda: (SHARED_MEMORY / NAME).exists() and found(NAME).get("messages") == 1)
         crashed.kill()
         crashed.join(10)
     assert found(NAME)["pids"] == []

@@ -28,7 +28,7 @@ from shmring import (
     segment,
 )
 from shmring.board import open_segment
-from support import own_name, run_in_process, shared_memory_names, wait_for
+from support import at_least, own_name, run_in_process, shared_memory_names, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
@@ -163,11 +163,9 @@ def test_a_maker_stopped_at_any_step_is_waited_for(what):
 
         with run_in_process(make_and_stay) as maker:
             wait_for(lambda: is_stopped(maker.pid))
-            begun = time.monotonic()
             try:
                 use(attach(0.01))
             except RingNotFound:
-                assert 0.01 <= time.monotonic() - begun < 1
                 assert not PATH.exists()
             os.kill(maker.pid, signal.SIGCONT)
             use(attach(10))
@@ -231,10 +229,11 @@ def test_a_ring_in_a_users_block_that_is_never_finished(block, begun):
 
 
 def wait_in_vain(block: shared_memory.SharedMemory) -> None:
-    begun = time.monotonic()
-    with pytest.raises(RingNotFound, match="never finished it; remove it and create it anew"):
+    with (
+        at_least(0.1),
+        pytest.raises(RingNotFound, match="never finished it; remove it and create it anew"),
+    ):
         Ring.attach(buffer=block, timeout=0.1)
-    assert 0.1 <= time.monotonic() - begun < 5
 
 
 @pytest.mark.fault(27)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from header import MEMORY_LOCK, OWNER, word
 from shmring import (
     InvalidArgument,
     LayoutMismatch,
@@ -21,6 +22,7 @@ from shmring import (
     SharedMemoryManager,
 )
 from support import own_name, run_in_process, wait_for
+from traced import Traced, stop_to_be_traced
 
 NAME = own_name("memory")
 
@@ -162,19 +164,26 @@ def test_reads_and_writes_exclude_each_other_in_all_processes(memory, start_meth
             assert len(set(memory.read_data(1000))) == 1
 
 
-def test_a_writer_killed_under_the_lock_blocks_nobody():
-    with SharedMemoryManager(NAME + "-large", 8_000_000) as memory:
+@pytest.mark.parametrize("deep", [0, 1000])
+def test_a_writer_killed_under_the_lock_blocks_nobody(deep):
+    name = NAME + "-large"
+    with SharedMemoryManager(name, 8_000_000) as memory:
         assert memory.create()
-        for _ in range(20):  # most of the victim's time passes under the lock
-            with run_in_process(_write_large, memory):
-                wait_for(lambda: memory.read_data(1) == b"x")
+        with open(f"/dev/shm/{name}", "rb") as file, run_in_process(_write_large, memory) as victim:
+
+            def holds_it() -> bool:
+                return word(file.fileno(), MEMORY_LOCK, size=4) & OWNER == victim.pid
+
+            Traced(victim.pid).step_under(holds_it, deep)
+            victim.kill()
             memory.write_data(b"y" * 8_000_000)
             assert memory.read_data(10) == b"y" * 10
 
 
 def _write_large(memory: SharedMemoryManager) -> None:
-    while True:
-        memory.write_data(b"x" * 8_000_000)
+    data = b"x" * 8_000_000
+    stop_to_be_traced()
+    memory.write_data(data)
 
 
 ATTACHER = """

@@ -650,9 +650,9 @@ def test_each_worker_gets_one_shutdown_message(ipc: HighPerformanceIPC) -> None:
     [
         {"num_workers": 0},
         {"max_retries": -1},
-        {"task_timeout": -1.0, "spawn": True},
+        {"task_timeout": float("nan"), "spawn": True},
         {"worker_timeout": float("nan")},
-        {"shutdown_timeout": -1.0},
+        {"shutdown_timeout": float("nan")},
         {"handler": double},
         {"method": "spawn"},
         {"task_timeout": 1.0},

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,7 @@ from shmring import (
 from shmring.errors import Empty, Full
 from shmring.liveness import process_start_ticks
 from shmring.peers import PeerWatch
-from support import run_in_process, turns, until, wait_for
+from support import asleep, run_in_process, turns, until, wait_for, within
 
 if shmring.backend == "ring":
     from shmring import Ring
@@ -41,7 +40,7 @@ if shmring.backend == "ring":
 both_backends = pytest.mark.both_backends
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SIGSTOP, zombies, /proc")
 
-TOLD_WITHIN = 1.0  # seconds from a death to PeerDied: ten times what is promised
+TOLD_WITHIN = 10.0  # seconds; 100 ms are promised, and a machine may be busy
 
 
 def forever() -> None:
@@ -75,19 +74,17 @@ def has_ended(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def killed_soon(process: Any, sure: Callable[[], object] = lambda: True) -> Iterator[Any]:
-    """Kill it from another thread as soon as it is `sure`; `died_at` says when."""
-    noted = SimpleNamespace(died_at=0.0)
+def killed_soon(process: Any, sure: Callable[[], object] = lambda: True) -> Iterator[None]:
+    """Kill it from another thread as soon as it is `sure`."""
 
     def kill() -> None:
         wait_for(sure, what="the moment to kill")
         os.kill(process.pid, signal.SIGKILL)
-        noted.died_at = time.monotonic()
 
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        yield noted
+        yield
     finally:
         thread.join(20)
         assert not thread.is_alive()
@@ -107,9 +104,8 @@ def taken_until_told(queue: Queue[Any], peer: Any) -> list[Any]:
 @both_backends
 def test_a_waiting_get_is_told_of_the_death(start_method: str) -> None:
     with Queue[int]() as queue, run_in_process(forever, method=start_method) as peer:
-        with killed_soon(peer) as noted, pytest.raises(PeerDied) as caught:
-            queue.get(peers=[peer])
-        assert time.monotonic() - noted.died_at < TOLD_WITHIN
+        with killed_soon(peer), pytest.raises(PeerDied) as caught:
+            within(TOLD_WITHIN, queue.get, peers=[peer])
         assert caught.value.pid == peer.pid
         assert f"process {peer.pid} is dead" in str(caught.value)
         assert "nothing is left to take" in str(caught.value)
@@ -208,9 +204,8 @@ def test_every_waiter_is_told() -> None:
 def test_a_waiting_put_is_told_of_the_death() -> None:
     with Queue[int](1) as queue, run_in_process(forever) as peer:
         queue.put(1)
-        with killed_soon(peer) as noted, pytest.raises(PeerDied, match="no room came"):
-            queue.put(2, peers=[peer])
-        assert time.monotonic() - noted.died_at < TOLD_WITHIN
+        with killed_soon(peer), pytest.raises(PeerDied, match="no room came"):
+            within(TOLD_WITHIN, queue.put, 2, peers=[peer])
         assert queue.get() == 1
         queue.put(2, peers=[peer])  # there is room: nobody asks who is dead
         assert queue.get() == 2
@@ -244,9 +239,8 @@ def test_join_is_told_of_the_death() -> None:
         assert queue.get(timeout=10) == 1
         queue.task_done()
         assert not queue.join(0.1, peers=[peer])
-        with killed_soon(peer) as noted, pytest.raises(PeerDied, match="tasks are unfinished"):
-            queue.join(peers=[peer])
-        assert time.monotonic() - noted.died_at < TOLD_WITHIN
+        with killed_soon(peer), pytest.raises(PeerDied, match="tasks are unfinished"):
+            within(TOLD_WITHIN, queue.join, peers=[peer])
         assert queue.get(timeout=10) == 2
         queue.task_done()
         assert queue.join(peers=[peer])
@@ -443,12 +437,16 @@ def test_the_error_travels_and_names_no_crowd() -> None:
 @both_backends
 def test_ctrl_c_ends_a_wait_beside_peers() -> None:
     with Queue[int]() as queue, run_in_process(forever) as peer:
-        main = threading.main_thread().ident or 0
-        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
+        main = threading.main_thread()
+
+        def interrupt() -> None:
+            wait_for(asleep(main), what="the call to sleep")
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
         with pytest.raises(KeyboardInterrupt):
-            queue.get(timeout=20, peers=[peer])
-        timer.join(10)
+            (thread.start(), queue.get(timeout=20, peers=[peer]))
+        thread.join(10)
         queue.put(1)
         assert queue.get(timeout=10, peers=[peer]) == 1
 
@@ -550,9 +548,8 @@ def test_receive_message_has_peers() -> None:
         assert message is not None
         assert message.data == 1
         assert ipc.receive_message("answers", 0.1, peers=[peer]) is None
-        with killed_soon(peer) as noted, pytest.raises(PeerDied):
-            ipc.receive_message("answers", peers=[peer])
-        assert time.monotonic() - noted.died_at < TOLD_WITHIN
+        with killed_soon(peer), pytest.raises(PeerDied):
+            within(TOLD_WITHIN, ipc.receive_message, "answers", peers=[peer])
         assert ipc.get_stats()["errors"] == 0
 
 
@@ -570,9 +567,8 @@ def test_aget_delivers_and_then_tells() -> None:
         await until(lambda: queue.statistics().waiters)
         assert not any(each.done() for each in waiters)
         os.kill(peer.pid or 0, signal.SIGKILL)
-        begun = time.monotonic()
-        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
-        assert time.monotonic() - begun < TOLD_WITHIN
+        async with asyncio.timeout(TOLD_WITHIN):
+            outcomes = await asyncio.gather(*waiters, return_exceptions=True)
         assert [type(each) for each in outcomes] == [PeerDied] * 3
         with pytest.raises(PeerDied):
             await queue.aget(peers=[peer])

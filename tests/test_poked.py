@@ -31,7 +31,7 @@ from header import (
 )
 from shmring import LayoutMismatch, Queue, Ring, RingCorrupted, SharedMemoryManager, ShmringError
 from shmring.errors import Empty, Full, ShutDown
-from support import own_name, run_in_process, wait_for
+from support import at_least, own_name, run_in_process, wait_for
 
 FRAME = LAYOUT["FRAME_BYTES"]
 AREAS = LAYOUT["AREAS_OFFSET"]
@@ -85,10 +85,8 @@ def test_a_lock_word_that_names_nobody(side, value):
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getpid() if value is None else value)
-        begun = time.monotonic()
         with pytest.raises(RingCorrupted, match="lock word"):
             ring.put(b"y", timeout=5) if side == "producers" else ring.get(timeout=5)
-        assert time.monotonic() - begun < 2
         lock_word(ring, side, 0)  # it was an error of this call, and the ring is what it was
         ring.put(b"y")
         assert ring.get_many() == [b"x", b"y"]
@@ -101,18 +99,16 @@ def test_a_lock_word_that_names_somebody_else(side):
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid())
-        begun = time.monotonic()
         if side == "producers":
             with pytest.raises(Full):
                 ring.put_nowait(b"y")
-            with pytest.raises(Full):
+            with at_least(0.2), pytest.raises(Full):
                 ring.put(b"y", timeout=0.2)
         else:
             with pytest.raises(Empty):
                 ring.get_nowait()
-            with pytest.raises(Empty):
+            with at_least(0.2), pytest.raises(Empty):
                 ring.get(timeout=0.2)
-        assert 0.2 <= time.monotonic() - begun < 2
         lock_word(ring, side, OWNER_DIED)
         ring.put(b"y", timeout=5)
         assert ring.get_many(timeout=5) == [b"x", b"y"]

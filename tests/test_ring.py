@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
 from multiprocessing import shared_memory
 
 import numpy as np
@@ -24,7 +23,7 @@ from shmring import (
     cleanup_stale,
 )
 from shmring.errors import Empty, Full
-from support import own_name, run_in_process, wait_for
+from support import asleep, at_least, own_name, run_in_process, taken_from, wait_for
 
 NAME = own_name("ring")
 
@@ -36,38 +35,6 @@ def ring():
 
 
 # ---- messages ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 64, 4095, 4096, 4097, 60_000])
-def test_what_goes_in_comes_out(ring, length):
-    message = os.urandom(length)
-    for _ in range(5):  # past the end of the area, where frames wrap in the second mapping
-        ring.put(message)
-        assert ring.get() == message
-
-
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, "u1")])
-def test_any_contiguous_buffer_can_be_put(ring, kind):
-    ring.put(kind(b"abcdefgh"))
-    ring.put_many([kind(b"ij"), kind(b"")])
-    assert ring.get_many() == [b"abcdefgh", b"ij", b""]
-
-
-def test_first_in_first_out(ring):
-    messages = [b"%d" % i for i in range(1000)]
-    ring.put_many(messages)
-    assert ring.qsize() == 1000
-    assert ring.get_many(10) == messages[:10]
-    assert ring.get() == messages[10]
-    assert ring.get_many() == messages[11:]
-    assert ring.qsize() == 0
-
-
-def test_get_many_takes_large_and_small_in_order():
-    with Ring.create(1 << 20) as ring:
-        messages = [os.urandom(n) for n in (10, 70_000, 5, 5_000, 200_000, 1, 1)]
-        ring.put_many(messages)
-        assert ring.get_many() == messages
 
 
 def test_full_and_empty(ring):
@@ -85,18 +52,6 @@ def test_full_and_empty(ring):
     ring.put_nowait(bytes(968))
 
 
-def test_a_blocked_get_wakes_for_a_put(ring):
-    taken = []
-    thread = threading.Thread(target=lambda: taken.append(ring.get(timeout=30)))
-    thread.start()
-    wait_for(lambda: ring.statistics().consumers_waiting, what="the consumer to sleep")
-    begun = time.monotonic()
-    ring.put(b"wake")
-    thread.join(10)
-    assert taken == [b"wake"]
-    assert time.monotonic() - begun < 1
-
-
 def test_a_blocked_put_wakes_for_a_get(ring):
     with pytest.raises(Full):
         ring.put_many([bytes(1000)] * 1000, block=False)
@@ -111,41 +66,9 @@ def test_a_blocked_put_wakes_for_a_get(ring):
     assert taken[-1] == b"l" * 1000
 
 
-def test_many_threads_lose_and_double_nothing():
-    with Ring.create(1 << 14) as ring:
-        taken: list[bytes] = []
-
-        def produce(who: int) -> None:
-            for i in range(2000):
-                ring.put(b"%d:%d" % (who, i), timeout=60)
-
-        def consume() -> None:
-            while (message := ring.get(timeout=60)) != b"end":
-                taken.append(message)
-
-        producers = [threading.Thread(target=produce, args=(i,)) for i in range(3)]
-        consumers = [threading.Thread(target=consume) for _ in range(3)]
-        for thread in producers + consumers:
-            thread.start()
-        for thread in producers:
-            thread.join(60)
-        for _ in consumers:
-            ring.put(b"end", timeout=60)
-        for thread in consumers:
-            thread.join(60)
-        assert sorted(taken) == sorted(b"%d:%d" % (w, i) for w in range(3) for i in range(2000))
-
-
 def _count_up(ring: Ring, count: int) -> None:
     for i in range(count):
         ring.put(i.to_bytes(8, "little"), timeout=60)
-
-
-def test_many_processes_lose_and_double_nothing():
-    with Ring.create(1 << 14) as ring:
-        with run_in_process(_count_up, ring, 20_000), run_in_process(_count_up, ring, 20_000):
-            taken = [int.from_bytes(ring.get(timeout=60), "little") for _ in range(40_000)]
-        assert sorted(taken) == sorted([*range(20_000)] * 2)
 
 
 # ---- growth --------------------------------------------------------------------------------
@@ -162,13 +85,13 @@ def test_grows_without_a_reader_and_gives_memory_back():
             ring.put(message, timeout=10)
         assert allocated(ring) > 30_000_000
         assert [ring.get() for _ in messages] == messages
-        time_of_last_growth_passed = threading.Event()
-        time_of_last_growth_passed.wait(
-            0.3
-        )  # memory is given back 0.25 s after growing, not before
-        ring.put(b"x")
-        assert ring.get() == b"x"
-        assert allocated(ring) < 200_000
+
+        def gives_back() -> bool:
+            ring.put(b"x")
+            assert ring.get() == b"x"
+            return allocated(ring) < 200_000
+
+        wait_for(gives_back, what="the pause after the last growth to pass")
 
 
 def test_an_idle_consumer_gives_memory_back():
@@ -465,12 +388,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_impossible_timeouts(ring, call, timeout):
+def test_a_timeout_that_is_no_number(ring, call):
     ring.put(b"here")
-    with pytest.raises(InvalidArgument, match="timeout"):
-        call(ring, timeout)
+    with pytest.raises(InvalidArgument, match="timeout=nan"):
+        call(ring, float("nan"))
     assert ring.get_many() == [b"here"]
 
 
@@ -494,8 +416,13 @@ def test_what_is_not_bytes(ring):
 
 
 def test_a_message_that_can_never_fit(ring):
-    with pytest.raises(MessageTooLarge, match="65536"):
-        ring.put(bytes(65_536))
+    for call in (
+        lambda: ring.put(bytes(65_536)),
+        lambda: ring.put_many([bytes(65_536)]),
+        lambda: ring.reserve(65_536),
+    ):
+        with pytest.raises(MessageTooLarge, match=r"65536 bytes.* 65504; .*max_capacity="):
+            call()
     ring.put(bytes(65_536 - 32))
     assert len(ring.get()) == 65_536 - 32
 
@@ -503,10 +430,8 @@ def test_a_message_that_can_never_fit(ring):
 def test_names_in_use_and_names_of_nothing():
     with Ring.create(name=NAME), pytest.raises(RingExists, match="in use"):
         Ring.create(name=NAME)
-    begun = time.monotonic()
-    with pytest.raises(RingNotFound, match="does not exist"):
+    with at_least(0.05), pytest.raises(RingNotFound, match="does not exist"):
         Ring.attach(NAME, timeout=0.05)
-    assert 0.05 <= time.monotonic() - begun < 5
 
 
 @pytest.mark.fault(30, 35)
@@ -525,59 +450,6 @@ def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
         os.unlink(path)
 
 
-def test_use_after_close(ring):
-    ring.close()
-    ring.close()
-    for call in (
-        lambda: ring.put(b""),
-        ring.get,
-        ring.get_many,
-        lambda: ring.put_many([]),
-        ring.qsize,
-        ring.statistics,
-        lambda: ring.peek().__enter__(),
-        lambda: ring.name,
-    ):
-        with pytest.raises(RingClosed, match="closed"):
-            call()
-    assert issubclass(RingClosed, ValueError)
-
-
-@pytest.mark.fault(33)
-def test_closing_wakes_a_thread_that_waits(ring):
-    raised = []
-
-    def wait() -> None:
-        try:
-            ring.get()
-        except RingClosed as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    wait_for(lambda: ring.statistics().consumers_waiting, what="the consumer to sleep")
-    ring.close()
-    thread.join(10)
-    assert raised
-
-
-def test_shutdown_refuses_puts_and_drains(ring):
-    ring.put_many([b"1", b"2"])
-    ring.shutdown()
-    with pytest.raises(ShutDown):
-        ring.put(b"3")
-    assert ring.get_many() == [b"1", b"2"]
-    with pytest.raises(ShutDown):
-        ring.get()
-
-
-def test_immediate_shutdown_refuses_gets_too(ring):
-    ring.put(b"1")
-    ring.shutdown(immediate=True)
-    with pytest.raises(ShutDown):
-        ring.get()
-
-
 @pytest.mark.fault(23)
 def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     ring.put(b"x" * 100)
@@ -592,12 +464,6 @@ def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     assert ring.statistics().poisoned
 
 
-def test_dropping_it_open_warns():
-    ring = Ring.create()
-    with pytest.warns(ResourceWarning, match="dropped open"):
-        del ring
-
-
 def test_a_put_that_gave_up_keeps_no_room_from_others():
     with Ring.create(4096) as ring, Ring.attach(ring.name) as other:
         ring.put(bytes(1000))
@@ -605,3 +471,151 @@ def test_a_put_that_gave_up_keeps_no_room_from_others():
             ring.put(bytes(4000), timeout=0.01)
         other.put_nowait(b"there is room for this")
         assert other.qsize() == 2
+
+
+@pytest.mark.fault(33)
+def test_closing_wakes_a_thread_that_waits(ring):
+    raised = []
+
+    def wait() -> None:
+        try:
+            ring.get()
+        except RingClosed as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_for(asleep(thread), what="the consumer to sleep")
+    ring.close()
+    thread.join(10)
+    assert raised
+
+
+def test_use_of_what_only_a_ring_has_after_close(ring):
+    ring.close()
+    for call in (ring.statistics, lambda: ring.peek().__enter__(), lambda: ring.name):
+        with pytest.raises(RingClosed, match="closed"):
+            call()
+
+
+# ---- on either back end ---------------------------------------------------------------------
+
+
+class TestMessages:
+    """Bytes in, bytes out: a Ring, and what the fallback has in its place."""
+
+    @pytest.fixture
+    def make(self, backend):
+        """A pipe has a capacity of its own, and carries bytes as a Queue does."""
+        if backend.__name__ == "shmring.fallback":
+            return lambda capacity=0: backend.Queue(codec="bytes")
+        return Ring.create
+
+    @pytest.fixture
+    def ring(self, make):
+        with make() as made:
+            yield made
+
+    @pytest.mark.parametrize("length", [0, 1, 7, 8, 64, 4095, 4096, 4097, 60_000])
+    def test_what_goes_in_comes_out(self, ring, length):
+        message = os.urandom(length)
+        for _ in range(5):  # past the end of the area, where frames wrap in the second mapping
+            ring.put(message)
+            assert ring.get(timeout=10) == message
+
+    @pytest.mark.parametrize(
+        "kind", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, "u1")]
+    )
+    def test_any_contiguous_buffer_can_be_put(self, ring, kind):
+        ring.put(kind(b"abcdefgh"))
+        ring.put_many([kind(b"ij"), kind(b"")])
+        assert taken_from(ring, 3) == [b"abcdefgh", b"ij", b""]
+
+    def test_first_in_first_out(self, ring):
+        messages = [b"%d" % i for i in range(1000)]
+        ring.put_many(messages)
+        assert ring.qsize() == 1000
+        assert taken_from(ring, 10) == messages[:10]
+        assert ring.get(timeout=10) == messages[10]
+        assert taken_from(ring, 989) == messages[11:]
+        assert ring.qsize() == 0
+
+    def test_get_many_takes_large_and_small_in_order(self, make):
+        with make(1 << 20) as ring:
+            messages = [os.urandom(n) for n in (10, 70_000, 5, 5_000, 200_000, 1, 1)]
+            ring.put_many(messages)
+            assert taken_from(ring, 7) == messages
+
+    def test_a_blocked_get_wakes_for_a_put(self, ring):
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(ring.get(timeout=30)))
+        thread.start()
+        wait_for(asleep(thread), what="the consumer to sleep")
+        ring.put(b"wake")
+        wait_for(lambda: taken, what="the consumer to wake")
+        thread.join(10)
+        assert taken == [b"wake"]
+
+    def test_many_threads_lose_and_double_nothing(self, make):
+        with make(1 << 14) as ring:
+            taken: list[bytes] = []
+
+            def produce(who: int) -> None:
+                for i in range(2000):
+                    ring.put(b"%d:%d" % (who, i), timeout=60)
+
+            def consume() -> None:
+                while (message := ring.get(timeout=60)) != b"end":
+                    taken.append(message)
+
+            producers = [threading.Thread(target=produce, args=(i,)) for i in range(3)]
+            consumers = [threading.Thread(target=consume) for _ in range(3)]
+            for thread in producers + consumers:
+                thread.start()
+            for thread in producers:
+                thread.join(60)
+            for _ in consumers:
+                ring.put(b"end", timeout=60)
+            for thread in consumers:
+                thread.join(60)
+            assert sorted(taken) == sorted(b"%d:%d" % (w, i) for w in range(3) for i in range(2000))
+
+    def test_many_processes_lose_and_double_nothing(self, make):
+        with make(1 << 14) as ring:
+            with run_in_process(_count_up, ring, 20_000), run_in_process(_count_up, ring, 20_000):
+                taken = [int.from_bytes(ring.get(timeout=60), "little") for _ in range(40_000)]
+            assert sorted(taken) == sorted([*range(20_000)] * 2)
+
+    def test_use_after_close(self, ring):
+        ring.close()
+        ring.close()
+        for call in (
+            lambda: ring.put(b""),
+            ring.get,
+            ring.get_many,
+            lambda: ring.put_many([]),
+            ring.qsize,
+        ):
+            with pytest.raises(RingClosed, match="closed"):
+                call()
+        assert issubclass(RingClosed, ValueError)
+
+    def test_shutdown_refuses_puts_and_drains(self, ring):
+        ring.put_many([b"1", b"2"])
+        ring.shutdown()
+        with pytest.raises(ShutDown):
+            ring.put(b"3")
+        assert taken_from(ring, 2) == [b"1", b"2"]
+        with pytest.raises(ShutDown):
+            ring.get()
+
+    def test_immediate_shutdown_refuses_gets_too(self, ring):
+        ring.put(b"1")
+        ring.shutdown(immediate=True)
+        with pytest.raises(ShutDown):
+            ring.get()
+
+    def test_dropping_it_open_warns(self, make):
+        ring = make()
+        with pytest.warns(ResourceWarning, match="dropped open"):
+            del ring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.queues
+import os
 import pickle
 import queue as standard_queue
 import threading
@@ -12,7 +13,19 @@ from typing import Any
 
 import pytest
 
-from shmring import DecodeError, InvalidArgument, JoinableQueue, Queue, ShutDown, SimpleQueue
+from shmring import (
+    HighPerformanceIPC,
+    InvalidArgument,
+    JoinableQueue,
+    Queue,
+    Ring,
+    RingNotFound,
+    SharedMemoryManager,
+    ShutDown,
+    SimpleQueue,
+    get_context,
+    wait,
+)
 from shmring.errors import Empty, Full
 from support import own_name, run_in_process, wait_for
 
@@ -177,20 +190,188 @@ def test_the_exceptions_are_those_of_the_queue_module() -> None:
     assert getattr(standard_queue, "ShutDown", ShutDown) is ShutDown
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
-def test_an_impossible_timeout_is_an_error_as_in_queue_dot_queue(timeout: float) -> None:
-    """multiprocessing.Queue takes what is below 0 for 0, which hides mistakes."""
+def _timed_calls(queue: Any, timeout: float) -> dict[str, Callable[[], object]]:
+    """Every way of waiting, on a queue that is full, or was and has a task unfinished."""
+    me = [os.getppid()]
+    return {
+        "get": lambda: queue.get(timeout=timeout),
+        "get, peers": lambda: queue.get(timeout=timeout, peers=me),
+        "get_many": lambda: queue.get_many(timeout=timeout),
+        "put": lambda: queue.put(1, True, timeout),
+        "put, peers": lambda: queue.put(1, True, timeout, peers=me),
+        "put_many": lambda: queue.put_many([2], timeout=timeout),
+        "join": lambda: queue.join(timeout),
+        "join, peers": lambda: queue.join(timeout, peers=me),
+        "wait": lambda: wait([queue], timeout),
+        "wait, pipe": lambda: wait([queue, *multiprocessing.Pipe()], timeout),
+    }
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("timeout", [-1, -0.001, float("-inf"), -(10**12)])
+def test_a_deadline_that_has_passed_is_a_timeout_of_0(timeout: float) -> None:
+    """As multiprocessing.Queue has it: ``get(timeout=deadline - time.monotonic())``."""
+    with JoinableQueue[int](1) as queue:
+        calls = _timed_calls(queue, timeout)
+        for name in ("get", "get, peers", "get_many"):
+            with pytest.raises(Empty):
+                calls[name]()
+        assert calls["wait"]() == calls["wait, pipe"]() == []
+        calls["put"]()
+        for name in ("put", "put, peers", "put_many"):
+            with pytest.raises(Full):
+                calls[name]()
+        assert calls["join"]() is calls["join, peers"]() is False
+        wait_for(lambda: calls["wait"]() == [queue])
+        assert calls["get"]() == 1
+        queue.task_done()
+        assert calls["join"]() is True
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("name", sorted(_timed_calls(None, 0)))
+def test_a_timeout_that_is_no_number_is_an_error(name: str) -> None:
+    with JoinableQueue[int]() as queue:
+        with pytest.raises(InvalidArgument, match="timeout=nan"):
+            _timed_calls(queue, float("nan"))[name]()
+        assert queue.empty()
+
+
+@pytest.mark.parametrize("kind", [Queue, Ring])
+def test_attaching_takes_a_deadline_that_has_passed(kind: Any) -> None:
+    with pytest.raises(RingNotFound):
+        kind.attach(own_name("nothing"), -1)
+    with pytest.raises(InvalidArgument, match="timeout=nan"):
+        kind.attach(own_name("nothing"), float("nan"))
+
+
+class Fickle:
+    """An integer that answers 1 when asked first, and 64 from then on."""
+
+    asked = 0
+
+    def __index__(self) -> int:
+        self.asked += 1
+        return 1 if self.asked == 1 else 64
+
+
+def _with_queue(call: Callable[[Queue[int]], object]) -> None:
     with Queue[int]() as queue:
+        queue.put_many([0] * 3)
+        wait_for(lambda: not queue.empty())
+        call(queue)
+        while not queue.empty():
+            queue.get()
+
+
+def _with_memory(call: Callable[[SharedMemoryManager], object]) -> None:
+    with SharedMemoryManager(own_name("fickle"), 1) as memory:
+        assert memory.create()
+        call(memory)
+
+
+def _create_memory(size: Any) -> None:
+    with SharedMemoryManager(own_name("fickle"), size) as memory:
+        assert memory.create()
+        assert memory.size == 1
+        with pytest.raises(InvalidArgument):
+            memory.read_data(2)
+
+
+def _make_queue(**arguments: Any) -> None:
+    Queue[int](**arguments).close()
+
+
+def _make_ring(**arguments: Any) -> None:
+    with Ring.create(**arguments) as ring:
+        assert ring.capacity == 4096
+
+
+def _take_one(queue: Queue[int], max_items: Any) -> None:
+    assert queue.get_many(max_items) == [0]
+
+
+def _reserve(nbytes: Any) -> None:
+    with Ring.create(4096) as ring:
+        with ring.reserve(nbytes) as view:
+            assert len(memoryview(view)) == 1
+        assert len(ring.get()) == 1
+
+
+def _take_one_message(max_items: Any) -> None:
+    with Ring.create() as ring:
+        ring.put_many([b"a", b"b"])
+        assert ring.get_many(max_items) == [b"a"]
+
+
+def _fill(queue_of_one: Queue[int]) -> None:
+    with queue_of_one as queue:
         queue.put(1)
-        for call in (
-            lambda: queue.get(timeout=timeout),
-            lambda: queue.get_many(timeout=timeout),
-            lambda: queue.put(1, True, timeout),
-            lambda: queue.put_many([2], timeout=timeout),
-        ):
-            with pytest.raises(InvalidArgument, match="timeout"):
-                call()
-        assert queue.get_many() == [1]
+        with pytest.raises(Full):
+            queue.put(2, timeout=0)
+        assert queue.get(timeout=10) == 1
+
+
+def _with_ipc(call: Callable[[HighPerformanceIPC], object]) -> None:
+    with HighPerformanceIPC("fickle", namespace=own_name("fickle")) as ipc:
+        ipc.create_shared_memory("m", 1)
+        call(ipc)
+
+
+def _past_the_end(call: Callable[[], object]) -> None:
+    with pytest.raises(InvalidArgument):
+        call()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(
+            pytest.param(use, id=name, marks=pytest.mark.both_backends)
+            for name, use in {
+                "Queue.maxsize": lambda n: _fill(Queue(n)),
+                "Queue.max_capacity": lambda n: _make_queue(max_capacity=n),
+                "JoinableQueue.maxsize": lambda n: _fill(JoinableQueue(n)),
+                "context.Queue.maxsize": lambda n: _fill(get_context().Queue(n)),
+                "Queue.get_many": lambda n: _with_queue(lambda q: _take_one(q, n)),
+                "memory.size": _create_memory,
+                "read_data.length": lambda n: _with_memory(
+                    lambda m: m.read_data(n) == bytes(1) or pytest.fail("not the byte")
+                ),
+                "read_data.offset": lambda n: _with_memory(lambda m: m.read_data(0, n)),
+                "write_data.offset": lambda n: _with_memory(
+                    lambda m: _past_the_end(lambda: m.write_data(b"x", n))
+                ),
+                "as_array.offset": lambda n: _with_memory(lambda m: m.as_array("u1", 0, n)),
+                "as_array.shape": lambda n: _with_memory(
+                    lambda m: m.as_array("u1", n).shape == (1,) or pytest.fail("not the shape")
+                ),
+                "as_array.side": lambda n: _with_memory(lambda m: m.as_array("u1", (n, 0))),
+                "ipc.maxsize": lambda n: _with_ipc(lambda i: i.create_message_queue("q", n)),
+                "ipc.size": lambda n: _with_ipc(lambda i: i.create_shared_memory("n", n)),
+                "ipc.connect.size": lambda n: _with_ipc(lambda i: i.connect_shared_memory("m", n)),
+                "ipc.length": lambda n: _with_ipc(lambda i: i.read_shared_data("m", n)),
+                "ipc.read.offset": lambda n: _with_ipc(lambda i: i.read_shared_data("m", 0, n)),
+                "ipc.write.offset": lambda n: _with_ipc(
+                    lambda i: _past_the_end(lambda: i.write_shared_data("m", b"x", n))
+                ),
+            }.items()
+        ),
+        *(
+            pytest.param(use, id=name)
+            for name, use in {
+                "Ring.capacity": lambda n: _make_ring(capacity=n),
+                "Ring.max_capacity": lambda n: _past_the_end(lambda: Ring.create(max_capacity=n)),
+                "Ring.get_many": _take_one_message,
+                "Ring.reserve": _reserve,
+            }.items()
+        ),
+    ],
+)
+def test_an_integer_is_asked_for_its_value_once(use: Callable[[Any], object]) -> None:
+    number = Fickle()
+    use(number)
+    assert number.asked == 1
 
 
 @pytest.mark.parametrize("kind", [Queue, JoinableQueue])
@@ -320,7 +501,7 @@ def test_a_queue_that_is_gone_before_it_arrives() -> None:
     with Queue[Any]() as outer:
         with Queue[Any]() as inner:
             outer.put(inner)
-        with pytest.raises(DecodeError, match="RingNotFound"):
-            outer.get()
+        with pytest.raises(RingNotFound, match="keeps its handle open"):
+            outer.get().get_nowait()
         outer.put("goes on")
         assert outer.get() == "goes on"

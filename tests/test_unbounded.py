@@ -19,7 +19,7 @@ import pytest
 from header import LAYOUT
 from shmring import Queue, Ring, SharedMemoryFull, ShutDown
 from shmring.errors import Empty, Full
-from support import run_in_process, wait_for
+from support import run_in_process, run_with_mounts, wait_for
 
 MIB = 1 << 20
 
@@ -253,23 +253,9 @@ def test_a_flow_in_bursts_does_not_oscillate(size):
 # ---- a full file system --------------------------------------------------------------------
 
 
-def in_a_small_shared_memory(tmp_path, megabytes: int, program: str) -> str:
+def in_a_small_shared_memory(megabytes: int, program: str) -> str:
     """Run a program with a /dev/shm of its own; return what it wrote to stderr."""
-    script = tmp_path / "program.py"
-    script.write_text(program)
-    done = subprocess.run(
-        [
-            *("unshare", "--mount", "sh", "-c"),
-            f'mount -t tmpfs -o size={megabytes}m none /dev/shm && exec "$0" "$1"',
-            *(sys.executable, str(script)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    done = run_with_mounts(f"mount -t tmpfs -o size={megabytes}m none /dev/shm", program)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -308,15 +294,15 @@ assert os.listdir("/dev/shm") == []
 
 @pytest.mark.fault(21)
 @pytest.mark.parametrize(("queues", "limit"), [(1, "None"), (3, "1 << 30")])
-def test_a_full_shared_memory_means_waiting_and_one_line_in_the_log(tmp_path, queues, limit):
+def test_a_full_shared_memory_means_waiting_and_one_line_in_the_log(queues, limit):
     """The first ends at its max_capacity, half of what there is; the others fill it."""
     program = WAITS.format(queues=queues, limit=limit, count=1000)
-    said = in_a_small_shared_memory(tmp_path, 64, program).splitlines()
+    said = in_a_small_shared_memory(64, program).splitlines()
     assert 1 <= len(said) <= queues
     assert all("--shm-size" in line and "waits for a reader" in line for line in said)
 
 
-def test_two_hundred_queues_fit_into_64_mib(tmp_path):
+def test_two_hundred_queues_fit_into_64_mib():
     program = (
         "from shmring import JoinableQueue, Queue, SimpleQueue\n"
         "queues = [(Queue, JoinableQueue, SimpleQueue)[i % 3]() for i in range(200)]\n"
@@ -324,7 +310,61 @@ def test_two_hundred_queues_fit_into_64_mib(tmp_path):
         "for each in queues:\n    assert len(each.get_many(100)) == 100\n"
         "for each in queues:\n    each.close()\n"
     )
-    assert in_a_small_shared_memory(tmp_path, 64, program) == ""
+    assert in_a_small_shared_memory(64, program) == ""
+
+
+TOO_LARGE = """
+import shmring
+with shmring.Queue() as queue:
+    try:
+        queue.put(bytes(40 << 20))
+    except shmring.MessageTooLarge as error:
+        print(error)
+with shmring.Queue(max_capacity=1 << 30) as queue:
+    try:
+        queue.put(bytes(80 << 20))
+    except shmring.SharedMemoryFull as error:
+        print(error)
+"""
+
+
+def test_a_message_too_large_for_a_small_shared_memory_names_the_remedy():
+    done = run_with_mounts("mount -t tmpfs -o size=64m none /dev/shm", TOO_LARGE)
+    assert done.returncode == 0, done.stderr
+    bound, room = done.stdout.splitlines()
+    assert bound.startswith("a message of 41943040 bytes can never fit: max_capacity is 33554432")
+    assert "max_capacity=" in bound
+    assert all("enlarge /dev/shm" in line and "--shm-size" in line for line in (bound, room))
+
+
+WAITS_UNREAD = """
+import shmring
+from queue import Full
+queue = shmring.Queue(max_capacity=1 << 17)
+for _ in range(3):
+    try:
+        while True:
+            queue.put(bytes(30_000), timeout=0.3)
+    except Full:
+        pass
+queue.close()
+"""
+
+
+def test_a_put_that_waits_unread_tells_the_user_once():
+    """With logging as Python sets it up: a warning goes to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS_UNREAD],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == (
+        "max_capacity=131072 (unless given, half of shared memory) is reached: put waits for a"
+        " reader; enlarge /dev/shm (for containers: --shm-size) or bound the queue with maxsize or"
+        " max_capacity\n"
+    )
 
 
 # ---- out of something else -----------------------------------------------------------------

@@ -7,18 +7,17 @@ import multiprocessing
 import os
 import signal
 import socket
-import statistics
 import threading
-import time
 
 import pytest
 
 import shmring
 from shmring import InvalidArgument, JoinableQueue, Queue, RingClosed, SimpleQueue, wait
-from support import run_in_process, wait_for
+from support import at_least, run_in_process, wait_for, within
 
 if shmring.backend == "ring":
     from shmring import Ring, _wait
+    from traced import Traced, stop_to_be_traced
 
 both_backends = pytest.mark.both_backends
 
@@ -53,6 +52,10 @@ def asleep(queue):
     return lambda: queue.statistics().consumers_waiting
 
 
+def sleepers(queue):
+    return {waiter["pid"] for waiter in queue.statistics().waiters}
+
+
 # ---- queues alone -----------------------------------------------------------------------------
 
 
@@ -70,9 +73,8 @@ def test_the_ready_ones_in_the_order_given(queues):
 @both_backends
 @pytest.mark.parametrize("timeout", [0, 0.05, 0.2, -1])
 def test_time_runs_out(queues, timeout):
-    began = time.monotonic()
-    assert wait(queues, timeout) == []
-    assert max(0, timeout) <= time.monotonic() - began < max(0, timeout) + 1
+    with at_least(max(0, timeout)):
+        assert within(10, wait, queues, timeout) == []
 
 
 @both_backends
@@ -84,7 +86,7 @@ def test_nothing_to_wait_for():
 
 @both_backends
 def test_a_thread_puts_while_we_sleep(queues):
-    with in_thread(lambda: (time.monotonic(), queues[5].put("x"))):
+    with in_thread(queues[5].put, "x"):
         assert wait(queues, 20) == [queues[5]]
 
 
@@ -100,25 +102,25 @@ def test_all_kinds_of_queues_and_rings(kernel):
         assert wait([a, b, a]) == [a, a]
 
 
-def test_it_sleeps_in_the_kernel_and_is_woken_at_once(queues):
-    """Far below the slice of 90 ms, and hardly any CPU."""
-    latencies = []
-    used = time.thread_time()
-    for round_ in range(15):
-        chosen = queues[round_]
+def wait_traced(queues, answers):
+    stop_to_be_traced()
+    answers.put([queues.index(each) for each in wait(queues)])
 
-        def put_when_asleep(chosen=chosen):
-            wait_for(asleep(chosen))
-            threading.Event().wait(0.01)  # well inside the slice
-            put_when_asleep.at = time.monotonic()
-            chosen.put(1)
 
-        with in_thread(put_when_asleep):
-            assert wait(queues, 20) == [chosen]
-            latencies.append(time.monotonic() - put_when_asleep.at)
-        chosen.get()
-    assert statistics.median(latencies) < 0.02
-    assert time.thread_time() - used < 0.5
+def test_it_sleeps_in_the_kernel_and_a_put_wakes_it(queues):
+    def woken_by(chosen):
+        with Queue() as answers, run_in_process(wait_traced, queues, answers) as child:
+            traced = Traced(child.pid)
+            traced.fall_asleep(asleep(queues[-1]))
+            queues[chosen].put(1)
+            woken = traced.woken()
+            traced.let_go()
+            assert answers.get(timeout=10) == [chosen]
+            queues[chosen].get()
+        return woken
+
+    # A slice of sleep may end of itself just then, now and then.
+    assert all(any(woken_by(chosen) for _ in range(5)) for chosen in (0, 7, 19))
 
 
 def put_one(queue):
@@ -208,15 +210,10 @@ def test_closed_raises(queues):
 @pytest.mark.fault(33)
 def test_closed_while_we_wait(queues, kernel):
     queue = Queue()
-    with in_thread(lambda: (wait_for(asleep(queue)), queue.close())):
-        began = time.monotonic()
-        with pytest.raises(RingClosed):
-            wait([*queues, queue], 20)
-        assert time.monotonic() - began < 2
+    with in_thread(lambda: (wait_for(asleep(queue)), queue.close())), pytest.raises(RingClosed):
+        within(10, wait, [*queues, queue])
     for each in queues:  # and nobody is still counted as being inside
-        began = time.monotonic()
-        each.close()
-        assert time.monotonic() - began < 1
+        within(10, each.close)
 
 
 # ---- with processes, connections, sockets -----------------------------------------------------
@@ -306,21 +303,23 @@ def get_to(queue, answers):
 
 
 def test_who_is_woken_and_takes_nothing_passes_the_wake_on(queues):
-    slow = 0
-    with Queue() as answers, run_in_process(get_to, queues[0], answers):
-        for number in range(40):
+    woken = []
+    with Queue() as answers, run_in_process(get_to, queues[0], answers) as other:
+        for number in range(10):
             with in_thread(wait, queues, 1 if number % 2 else None):
                 wait_for(asleep(queues[1]))
-                began = time.monotonic()
+                traced = Traced(other.pid, seize=True)  # which puts it behind us
+                traced.fall_asleep(lambda: other.pid in sleepers(queues[0]))
                 queues[0].put(number)
+                woken.append(traced.woken())
+                traced.let_go()
                 assert answers.get(timeout=10) == number
-                slow += time.monotonic() - began > 0.06
                 queues[1].put("end")
             queues[1].get()
             with contextlib.suppress(shmring.Empty):
                 queues[1].get_nowait()
         queues[0].put(None)
-    assert slow < 5
+    assert sum(woken) >= 7, "a slice of sleep may end of itself just then, now and then"
 
 
 def wait_in_process(queues, ready, result):
@@ -328,27 +327,22 @@ def wait_in_process(queues, ready, result):
         ready.put(1)
         wait(queues)
     except KeyboardInterrupt:
-        result.put(time.monotonic())
+        result.put("interrupted")
 
 
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("with_file", [False, True])
-def test_ctrl_c_ends_it_within_100_ms(queues, with_file):
+def test_ctrl_c_ends_it(queues, with_file):
     left, right = socket.socketpair()
-    quickest = 10.0
     with left, right, Queue() as ready, Queue() as result:
-        for _ in range(3):
-            with Queue() as fresh:
-                objects = [fresh, *queues, left] if with_file else [fresh, *queues]
-                with run_in_process(wait_in_process, objects, ready, result) as process:
-                    ready.get(timeout=20)
-                    wait_for(asleep(fresh))
-                    began = time.monotonic()
-                    os.kill(process.pid, signal.SIGINT)
-                    quickest = min(quickest, result.get(timeout=10) - began)
-                    process.join(10)
-                    assert process.exitcode == 0
-    assert quickest < 1.0  # 100 ms is promised; a busy machine gets ten times that
+        objects = [*queues, left] if with_file else queues
+        with run_in_process(wait_in_process, objects, ready, result) as process:
+            ready.get(timeout=20)
+            wait_for(asleep(queues[0]))
+            os.kill(process.pid, signal.SIGINT)
+            assert result.get(timeout=10) == "interrupted"
+            process.join(10)
+            assert process.exitcode == 0
 
 
 @pytest.mark.fault(6)

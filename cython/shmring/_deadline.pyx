@@ -27,9 +27,9 @@ cdef int64_t deadline_of(object timeout) except -1:
         return deadline_of(timeout.timeout)
     seconds = timeout
     if not seconds >= 0:
-        raise InvalidArgument(
-            f"timeout={timeout!r}: a timeout is a number of seconds, 0 or more; None waits for ever"
-        )
+        if not seconds < 0:
+            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, or None to wait for ever")
+        seconds = 0  # a deadline that has passed, as in shmring.deadline
     if seconds > 1e9:
         return INT64_MAX
     return monotonic_ns() + <int64_t>(seconds * 1e9)

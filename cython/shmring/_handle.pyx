@@ -47,7 +47,6 @@ from shmring.errors import (
     AccessRefused,
     InvalidArgument,
     LayoutMismatch,
-    MessageTooLarge,
     RingClosed,
     RingCorrupted,
     RingExists,
@@ -292,10 +291,7 @@ cdef class RingHandle(RingCore):
             for i in range(count):
                 bytes += items[i].length
                 if items[i].length > self.largest:
-                    raise MessageTooLarge(
-                        f"a message of {items[i].length} bytes can never fit: max_capacity is"
-                        f" {self.header.max_capacity} bytes, of which one message may take {self.largest}"
-                    )
+                    raise trouble.too_large(items[i].length, self.header.max_capacity, self.largest)
             if bytes <= GIL_BYTES:
                 result = self.put_items(items, count, &done, position, 0)
                 if result == DONE:
@@ -544,8 +540,12 @@ cdef class RingHandle(RingCore):
 
     cdef int check_open(self) except -1:
         if self.closed:
-            raise RingClosed(f"{type(self).__name__} is closed: this handle cannot be used again")
+            raise self._why_closed()
         return 0
+
+    def _why_closed(self):
+        """What a call on the closed handle raises."""
+        return RingClosed(f"{type(self).__name__} is closed: this handle cannot be used again")
 
     cdef int raise_outcome(self, int outcome) except -1:
         if outcome == SHUT:

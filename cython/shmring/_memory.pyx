@@ -70,7 +70,7 @@ cdef class LockedMemory:
             munmap(self.header, PAGE + self.size)
 
     cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF:
-        """Return the offset, if [offset, offset + length) lies inside."""
+        """Return the offset, if [offset, offset + length) lies inside; both are exact ints."""
         if length < 0 or offset < 0 or offset + length > self.size:
             raise InvalidArgument(
                 f"offset={offset}, length={length}: the block has bytes 0 to {self.size}"
@@ -103,7 +103,9 @@ cdef class LockedMemory:
 
     def read(self, length, offset=0):
         """Copy `length` bytes from `offset`, under the lock."""
-        cdef uint64_t at = self.check_range(operator.index(length), operator.index(offset))
+        cdef uint64_t at
+        length = operator.index(length)  # once: an object may answer otherwise the second time
+        at = self.check_range(length, operator.index(offset))
         taken = PyBytes_FromStringAndSize(NULL, length)
         self.copy(PyBytes_AS_STRING(taken), self.data + at, <uint64_t>len(taken))
         return taken

@@ -20,6 +20,7 @@ from shmring._area cimport area_release
 from shmring._core cimport BUSY, CHANGED, DONE, Item, Segment, Take
 from shmring._deadline cimport watching
 from shmring._direct cimport put_one
+from shmring._layout cimport SHMRING_FRAME_BYTES
 from shmring._sync cimport fence_full, fetch_add64, sync_epoch, sync_start
 from shmring._take cimport TakingRing
 
@@ -27,7 +28,8 @@ import operator
 import threading
 from queue import Empty, Full
 
-from shmring.errors import InvalidArgument, MessageTooLarge, RingCorrupted
+from shmring import trouble
+from shmring.errors import InvalidArgument, RingCorrupted
 
 sync_start()
 
@@ -180,10 +182,11 @@ cdef class BytesRing(TakingRing):
             another reservation of this ring.
         """
         self.check_open()
-        if operator.index(nbytes) < 0:
+        nbytes = operator.index(nbytes)
+        if nbytes < 0:
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
         if nbytes > self.largest:
-            raise MessageTooLarge(f"nbytes={nbytes}: one message of this ring may take {self.largest} bytes")
+            raise trouble.too_large(nbytes, self.largest + SHMRING_FRAME_BYTES, self.largest)
         return FrameView(self, True, nbytes, block, timeout if peers is None else watching(peers, timeout))
 
     def peek(self, block=True, timeout=None, *, peers=None):

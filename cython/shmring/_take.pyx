@@ -18,6 +18,7 @@ from shmring._handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._sync cimport fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_start
 
+import operator
 from queue import Empty
 
 from shmring.errors import DecodeError, InvalidArgument
@@ -102,7 +103,7 @@ cdef class TakingRing(RingHandle):
         Raises: as `get`.  A DecodeError carries the objects of the same batch
             that were decoded in its attribute `items`: nothing else is lost.
         """
-        cdef Py_ssize_t most = PY_SSIZE_T_MAX if max_items is None else max(0, min(max_items, PY_SSIZE_T_MAX))
+        cdef Py_ssize_t most = PY_SSIZE_T_MAX
         cdef char room[SPAN_BYTES]
         cdef uint64_t size = 0
         cdef uint64_t at, end, first
@@ -110,8 +111,11 @@ cdef class TakingRing(RingHandle):
         cdef int result
         cdef list taken
         cdef object failed = None
-        if most < 1:
-            raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+        if max_items is not None:
+            max_items = operator.index(max_items)
+            if max_items < 1:
+                raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
+            most = min(max_items, PY_SSIZE_T_MAX)
         if peers is not None:
             timeout = watching(peers, timeout)
         taken = [self.next_object(block, timeout)]

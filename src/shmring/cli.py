@@ -163,8 +163,17 @@ def _rm(options: argparse.Namespace) -> int:
     for name in removed:
         print(f"removed {_printable(name)}")
     if not removed:
-        print("nothing to remove")
+        print(_no_place() or "nothing to remove")
     return 0
+
+
+def _no_place() -> str | None:
+    """The line that says so where there is no place to look at."""
+    if backends.backend != "ring":
+        return None
+    from shmring.segment import DIRECTORY
+
+    return None if os.path.isdir(DIRECTORY) else f"there is no {DIRECTORY}: nothing to look at"
 
 
 # -- ls -----------------------------------------------------------------------------------
@@ -184,7 +193,7 @@ def _ls(options: argparse.Namespace) -> int:
         for line in _findings(block):
             print(f"    {line}")
     if not found:
-        print("nothing of ours in shared memory")
+        print(_no_place() or "nothing of ours in shared memory")
     return 0
 
 

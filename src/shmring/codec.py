@@ -7,7 +7,9 @@ out.  Kind 0 is plain bytes; 1 to 255 are the codecs' own.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import importlib
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -25,7 +27,15 @@ except ImportError:
     _tree = _watch = None  # the fallback, where pickle carries everything
 
 
-__all__ = ["BytesCodec", "Codec", "MsgpackCodec", "PickleCodec", "UserCodec", "find_codec"]
+__all__ = [
+    "BytesCodec",
+    "Codec",
+    "MsgpackCodec",
+    "PickleCodec",
+    "UserCodec",
+    "find_codec",
+    "portable",
+]
 
 Segment = bytes | bytearray | memoryview
 
@@ -154,18 +164,24 @@ class BytesCodec:
     """Bytes-like objects only; nothing is ever unpickled.  They arrive as bytes."""
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """Check that `obj` is bytes-like and contiguous; EncodeError otherwise."""
+        """Check that `obj` is bytes-like and C-contiguous; EncodeError otherwise."""
         try:
             view = memoryview(obj)
         except TypeError:
             raise EncodeError(
                 f'codec="bytes" carries bytes-like objects, not {type(obj).__name__}'
             ) from None
-        if not view.contiguous:
+        if not view.c_contiguous:
             raise EncodeError(
-                'codec="bytes" carries contiguous buffers: make a copy with bytes(...)'
+                f'codec="bytes" carries C-contiguous buffers, and this {type(obj).__name__} is'
+                " not one: make a copy with bytes(...)"
             )
-        return KIND_BYTES, [view.cast("B") if view.ndim != 1 or view.format != "B" else view]
+        if view.ndim == 1 and view.format == "B":
+            return KIND_BYTES, [view]
+        try:
+            return KIND_BYTES, [view.cast("B")]
+        except TypeError:  # a shape with a zero cannot be cast
+            return KIND_BYTES, [view.tobytes()]
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> bytes:
         """The bytes themselves; DecodeError for a frame of another codec."""
@@ -174,24 +190,47 @@ class BytesCodec:
         return head
 
 
+class _ByName:
+    """A module on its way to another process: modules do not pickle, their names do."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._name = module.__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self._name,)
+
+
+def portable(codec: Any) -> Any:
+    """What travels in the place of a ``codec=`` argument; it arrives as that argument."""
+    return _ByName(codec) if isinstance(codec, ModuleType) else codec
+
+
 class UserCodec:
-    """A user's object with ``dumps`` and ``loads``."""
+    """A user's object with ``dumps`` and ``loads``, or a module that has them."""
 
     kind = KIND_USER
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_codec": portable(self._codec)}
+
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
         """What ``dumps`` returns; what it raises is wrapped in EncodeError."""
         try:
             encoded = self._codec.dumps(obj)
         except Exception as error:
-            raise EncodeError(f"{_a(obj)} cannot be put ({error})") from error
+            raise EncodeError(f"{_a(obj)} cannot be put ({_text(error)})") from error
         if not isinstance(encoded, bytes | bytearray | memoryview):
             raise EncodeError(
                 f"dumps of {self._codec!r} returned {_a(encoded)}: bytes, a bytearray or a"
                 " memoryview can travel"
+            )
+        if isinstance(encoded, memoryview) and not encoded.c_contiguous:
+            raise EncodeError(
+                f"dumps of {self._codec!r} returned a memoryview that is not C-contiguous:"
+                " make a copy with bytes(...)"
             )
         return self.kind, [encoded]
 
@@ -224,8 +263,8 @@ def find_codec(codec: Any) -> Any:
     """The codec behind a ``codec=`` argument.
 
     Args:
-        codec: "pickle", "bytes", "msgpack", or an object with ``dumps`` and
-            ``loads`` (or with ``encode`` and ``decode``, as the classes here).
+        codec: "pickle", "bytes", "msgpack", or an object or module with ``dumps``
+            and ``loads`` (or with ``encode`` and ``decode``, as the classes here).
 
     Raises:
         InvalidArgument: it is none of these.
@@ -249,18 +288,23 @@ def find_codec(codec: Any) -> Any:
 
 def encode_error(obj: Any, error: BaseException) -> EncodeError:
     """Say which object could not be pickled and, if it can be found, which part."""
-    from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
+    culprit = None
+    with contextlib.suppress(Exception):  # the import fails where descriptors have run out
+        from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
 
-    culprit = culprit_of(obj, reducers())
+        culprit = culprit_of(obj, reducers())
     where = f": {culprit} is the part that cannot travel" if culprit else ""
-    return EncodeError(f"{_a(obj)} cannot be put ({error}){where}")
+    return EncodeError(f"{_a(obj)} cannot be put ({_text(error)}){where}")
 
 
 def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
     """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
-    from shmring.blame import first_type_in
+    kind = None
+    with contextlib.suppress(Exception):
+        from shmring.blame import first_type_in
 
-    return _undecodable(head, buffers, error, first_type_in(head))
+        kind = first_type_in(head)
+    return _undecodable(head, buffers, error, kind)
 
 
 def _undecodable(
@@ -270,8 +314,16 @@ def _undecodable(
     what = f" (the first type in it is {kind})" if kind else ""
     return DecodeError(
         f"a message of {size} bytes was taken and cannot be decoded:"
-        f" {type(error).__name__}: {error}{what}"
+        f" {type(error).__name__}: {_text(error)}{what}"
     )
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; its class where it fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__qualname__
 
 
 def _a(obj: Any) -> str:

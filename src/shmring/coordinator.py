@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sized
 from multiprocessing.process import BaseProcess
@@ -32,6 +31,7 @@ from typing import Any
 
 from shmring._backend import backend
 from shmring.board import Role
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     EncodeError,
     Full,
@@ -169,9 +169,9 @@ def coordinator_process(
     """
     _check_number("num_workers", num_workers, 1)
     _check_number("max_retries", max_retries, 0)
-    _check_seconds("task_timeout", task_timeout)
-    _check_seconds("worker_timeout", worker_timeout)
-    _check_seconds("shutdown_timeout", shutdown_timeout)
+    task_timeout = checked_timeout(task_timeout, "task_timeout")
+    worker_timeout = checked_timeout(worker_timeout, "worker_timeout")
+    shutdown_timeout = checked_timeout(shutdown_timeout, "shutdown_timeout")
     if not spawn:
         for name, value in (
             ("handler", handler),
@@ -494,8 +494,3 @@ def _check_number(name: str, value: int, least: int) -> None:
         raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
     if value < least:
         raise InvalidArgument(f"{name}={value}: at least {least} is needed")
-
-
-def _check_seconds(name: str, value: float | None) -> None:
-    if value is not None and (math.isnan(value) or value < 0):
-        raise InvalidArgument(f"{name}={value!r}: seconds from 0 upwards")

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.queues
+import operator
 import os
 import sys
 import threading
@@ -25,7 +26,9 @@ from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
 from shmring.codec import Codec, find_codec
+from shmring.deadline import checked_timeout
 from shmring.errors import (
+    DecodeError,
     Empty,
     Full,
     InvalidArgument,
@@ -34,7 +37,7 @@ from shmring.errors import (
     ShutDown,
 )
 from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
-from shmring.fallback_server import ServedQueue, check_timeout, checked_maxsize
+from shmring.fallback_server import ServedQueue, checked_maxsize
 from shmring.peers import PeerWatch
 
 __all__ = [
@@ -152,7 +155,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
     ) -> None:
         if name is not None:
             _refuse(f"Queue(name={name!r})", "a pipe has no name")
-        if max_capacity is not None and max_capacity <= 0:
+        if max_capacity is not None and (max_capacity := operator.index(max_capacity)) <= 0:
             raise InvalidArgument(f"max_capacity={max_capacity}: at least 1 byte is needed")
         chosen = _stock(ctx)
         self._codec = find_codec(codec)
@@ -242,7 +245,8 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             PeerDied: every one of ``peers`` is dead; it has the same ``count``.
             EncodeError: one cannot be encoded; nothing was put.
         """
-        check_timeout(timeout)
+        self._check_open()
+        timeout = checked_timeout(timeout)
         watch = None if peers is None else PeerWatch(peers)
         encoded = [self._encode(item) for item in items]
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -281,7 +285,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             RingClosed: this handle has been closed.
         """
         self._check_open()
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         watch = None if peers is None else PeerWatch(peers)
         longest = _SLICE if watch is None else watch.SLICE
@@ -352,9 +356,10 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         Raises:
             Empty: none until the deadline.
             PeerDied: every one of ``peers`` is dead, and the pipe is empty.
+            DecodeError: one was taken and cannot be decoded; ``items`` has those before it.
             InvalidArgument: ``max_items`` is below 1.
         """
-        if max_items is not None and max_items < 1:
+        if max_items is not None and (max_items := operator.index(max_items)) < 1:
             raise InvalidArgument(f"max_items={max_items}: None, or at least 1")
         named = {} if peers is None else {"peers": peers}  # a subclass's get may know of none
         items = [self.get(block, timeout, **named)]
@@ -369,6 +374,9 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
                 items.append(self.get(block=False))
             except (Empty, ShutDown):
                 break
+            except DecodeError as error:
+                error.items = [*items]
+                raise
         return items
 
     def qsize(self) -> int:
@@ -436,7 +444,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         count: int = 0,
     ) -> None:
         self._check_open()
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         longest = _SLICE if watch is None else watch.SLICE
         while True:
@@ -508,7 +516,7 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
         Raises:
             PeerDied: every one of ``peers`` is dead, and tasks are unfinished.
         """
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         # The standard library's join(), which has no timeout, waits for the same condition.
         done, unfinished = self._inner._cond, self._inner._unfinished_tasks
         is_zero = unfinished._semlock._is_zero
@@ -551,6 +559,13 @@ class SimpleQueue(_Handle, Generic[T], multiprocessing.queues.SimpleQueue):  # t
         chosen = _stock(ctx)
         self._codec = find_codec(codec)
         self._inner = chosen.SimpleQueue()
+        self._opened()
+
+    def __getstate__(self) -> Any:
+        return {"_codec": self._codec, "_inner": self._inner}
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
         self._opened()
 
     def put(self, obj: T, *, peers: Iterable[Any] | None = None) -> None:
@@ -619,6 +634,7 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
         InvalidArgument: nothing to wait for, and no time-out.
     """
     objects = list(object_list)
+    timeout = checked_timeout(timeout)
     if not objects and timeout is None:
         raise InvalidArgument("object_list is empty: this would wait for ever")
     queues = [each for each in objects if isinstance(each, Queue | SimpleQueue)]

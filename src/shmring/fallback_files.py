@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shmring.board import wait_for_lock
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -185,6 +186,7 @@ class SharedFile:
             RingNotFound: there was none, or only what a crash left, until the deadline.
         """
         path = fallback_folder() / check_name(name)
+        timeout = checked_timeout(timeout)
         deadline = time.monotonic() + timeout
         while True:
             attached = cls._attach_once(path)
@@ -379,7 +381,7 @@ class SharedMemoryManager:
         except TypeError:
             raise TypeError(f"size={size!r}: an int is needed, not {type(size).__name__}") from None
         if self.size <= 0:
-            raise InvalidArgument(f"size={size}: at least 1 byte is needed")
+            raise InvalidArgument(f"size={self.size}: at least 1 byte is needed")
         self._file: SharedFile | None = None
         self._creator_pid = 0
 
@@ -437,6 +439,7 @@ class SharedMemoryManager:
             RingClosed: not created or connected, or cleaned up.
         """
         source = memoryview(data).cast("B")
+        offset = operator.index(offset)  # once: an object may answer otherwise the second time
         self._check_range(offset, source.nbytes)
         shared = self._opened()
         with shared.exclusive():
@@ -456,6 +459,7 @@ class SharedMemoryManager:
             InvalidArgument: negative, or past the end.
             RingClosed: not created or connected, or cleaned up.
         """
+        offset, length = operator.index(offset), operator.index(length)
         self._check_range(offset, length)
         shared = self._opened()
         with shared.exclusive():
@@ -489,6 +493,7 @@ class SharedMemoryManager:
             sides = tuple(operator.index(side) for side in shape)
         if any(side < 0 for side in sides):
             raise InvalidArgument(f"shape={shape}: no side can be negative")
+        offset = operator.index(offset)
         self._check_range(offset, kind.itemsize * math.prod(sides))
         return numpy.ndarray(sides, kind, self._opened().buffer, offset)
 

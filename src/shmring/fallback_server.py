@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from multiprocessing import connection, managers, util
 from typing import Any, Protocol
 
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     Empty,
     Full,
@@ -221,7 +222,7 @@ class ServedQueue:
             RingNotFound: nobody serves that name until the deadline.
         """
         self = cls(name, codec)
-        self._connect(timeout)
+        self._connect(checked_timeout(timeout))
         return self
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -238,7 +239,7 @@ class ServedQueue:
             RingClosed: this handle was closed, or the process that serves it has ended.
         """
         kind, segments = self._codec.encode(obj)
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         self._call("put", (kind, [bytes(each) for each in segments]), block, timeout)
 
     def get(
@@ -264,7 +265,7 @@ class ServedQueue:
             DecodeError: it was taken and cannot be decoded.
             RingClosed: this handle was closed, or the process that serves it has ended.
         """
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         taken: Any
         if peers is None:
             taken = self._call("get", block, timeout)
@@ -401,8 +402,3 @@ def checked_maxsize(maxsize: object, most: int, why: str) -> int:
     if bound > most:
         raise InvalidArgument(f"maxsize={maxsize}: {why}")
     return bound
-
-
-def check_timeout(timeout: float | None) -> None:
-    if timeout is not None and (math.isnan(timeout) or timeout < 0):
-        raise InvalidArgument(f"timeout={timeout!r}: None, or seconds from 0 upwards")

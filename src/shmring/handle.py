@@ -16,6 +16,7 @@ import multiprocessing.util
 import operator
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 from shmring import segment
 from shmring._handle import RingHandle
 from shmring._layout import LAYOUT
+from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 
 if TYPE_CHECKING:
@@ -57,9 +59,15 @@ def _name_of(token: int, given: bytes) -> str:
 
 
 class SharedHandle(RingHandle):
-    """A compiled ring in a block of shared memory; base of Ring and Queue."""
+    """A compiled ring in a block of shared memory; base of Ring and Queue.
+
+    The sender of a pickled handle keeps its own open until the receiver has
+    unpickled it.  Else the receiver gets a closed handle, whose calls raise
+    RingNotFound.
+    """
 
     _user_kind = 0  # which class may attach
+    _not_found: RingNotFound | None = None  # why unpickling could not attach
 
     # ---- made --------------------------------------------------------------------------
 
@@ -104,9 +112,7 @@ class SharedHandle(RingHandle):
 
     def _join(self, name: str | None, timeout: float | None, buffer: object = None) -> None:
         """Open the ring of that name, or in that block, when it is ready."""
-        limit = float("inf") if timeout is None else timeout
-        if not limit >= 0:
-            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, 0 or more, or None")
+        limit = float("inf") if timeout is None else checked_timeout(timeout)
         deadline = time.monotonic() + limit
         if buffer is not None:
             fd, what = segment.open_block(buffer), "the SharedMemory block"
@@ -144,6 +150,13 @@ class SharedHandle(RingHandle):
             self._pid = os.getpid()
             self._exit = segment.at_exit(self)
 
+    def _why_closed(self) -> BaseException:
+        if self._not_found is not None:
+            return RingNotFound(self._not_found.errno, self._not_found.strerror)
+        if segment.is_exiting() and threading.current_thread() is not threading.main_thread():
+            return SystemExit()  # threading ends a thread silently by it
+        return super()._why_closed()
+
     def _leave(self) -> None:
         if not self._ended:
             # a view may live to the end: the name is then reclaimed by the next who wants it
@@ -167,7 +180,12 @@ class SharedHandle(RingHandle):
         name = self._own_name()
         if not named:
             self._set_named(True)  # before: so that whoever is last looks for it
-            segment.link(RingHandle.fileno(self), name)
+            try:
+                segment.link(RingHandle.fileno(self), name)
+            except BaseException:
+                if not segment.is_named(RingHandle.fileno(self), name):
+                    self._set_named(False)
+                raise
         return name
 
     def unlink(self) -> None:
@@ -204,7 +222,15 @@ class SharedHandle(RingHandle):
         carried, own = state
         self._restore(own)
         if isinstance(carried, str):
-            self._join(carried, 0.0)
+            # An error here would kill the receiver of a task, a Pool's worker for example.
+            try:
+                self._join(carried, 0.0)
+            except RingNotFound as error:
+                self._not_found = RingNotFound(
+                    error.errno,
+                    f"{error.strerror}; the sender keeps its handle open until the receiver"
+                    " has unpickled this one",
+                )
         else:
             self._open(carried.detach(), segment.pid_namespace(), self._user_kind)
             self._enrol()

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from shmring._backend import SharedMemoryManager
 from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
+from shmring.deadline import checked_timeout
 from shmring.errors import (
     Empty,
     InvalidArgument,
@@ -40,7 +41,6 @@ from shmring.errors import (
 from shmring.message import Message, MessageType
 from shmring.named import (
     attach_queue,
-    check_timeout,
     create_queue,
     full_name,
     is_current,
@@ -166,7 +166,7 @@ class HighPerformanceIPC:
             InvalidArgument: an impossible name or timeout.
         """
         full_name = self._full_name("q", queue_name)
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         self._beat()
         if queue_name in self.message_queues:
             if is_current(self.message_queues[queue_name], full_name):
@@ -255,7 +255,7 @@ class HighPerformanceIPC:
         """
         with self._counted_errors():
             queue = self._queue(queue_name)
-            check_timeout(timeout)
+            timeout = checked_timeout(timeout)
             slot = self._beat()
             message: Message | None
             try:
@@ -391,7 +391,7 @@ class HighPerformanceIPC:
         Raises:
             InvalidArgument: an impossible timeout.
         """
-        check_timeout(timeout)
+        timeout = checked_timeout(timeout)
         self._look_at_board()
         now = time.monotonic()
         with self._guard:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import mmap
 import os
 import stat
@@ -22,7 +23,7 @@ from shmring._handle import RingHandle
 from shmring._inspect import counters, user_kind
 from shmring._layout import LAYOUT
 from shmring.board import BOARD_BYTES, BOARD_MAGIC, Board, Entry
-from shmring.errors import ShmringError
+from shmring.errors import AccessRefused, ShmringError
 from shmring.liveness import is_process_stopped
 
 __all__ = ["listing"]
@@ -53,7 +54,7 @@ class _Block:
 def _blocks() -> list[_Block]:
     """Files of this user that may be ours, the named ones first."""
     found: dict[tuple[int, int], _Block] = {}
-    for name in sorted(os.listdir(segment.DIRECTORY)):
+    for name in segment.names():
         path = f"{segment.DIRECTORY}/{name}"
         with contextlib.suppress(OSError):
             status = os.lstat(path)
@@ -71,6 +72,8 @@ def _blocks() -> list[_Block]:
 
 def _open_files() -> Iterator[tuple[int, str]]:
     """(pid, path) of what this user's processes have open in shared memory."""
+    if not os.path.isdir("/proc/self/fd"):
+        raise AccessRefused(errno.ENOENT, "/proc is not mounted: it tells who has what open")
     for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
             for number in os.listdir(f"/proc/{pid}/fd"):

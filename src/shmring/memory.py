@@ -152,6 +152,7 @@ class SharedMemoryManager:
             )
         dimensions = tuple(map(operator.index, shape if hasattr(shape, "__iter__") else (shape,)))
         count = math.prod(dimensions)
+        offset = operator.index(offset)
         memory = self._attached()
         nbytes = count * kind.itemsize
         if offset < 0 or min(dimensions, default=0) < 0 or offset + nbytes > self.size:

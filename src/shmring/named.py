@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from typing import Any
 
@@ -14,7 +13,6 @@ from shmring.message import MessageCodec
 
 __all__ = [
     "attach_queue",
-    "check_timeout",
     "create_queue",
     "full_name",
     "is_current",
@@ -103,16 +101,3 @@ def full_name(namespace: str, kind: str, name: str) -> str:
             f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
         )
     return f"shmring.{namespace}.{kind}.{name}"
-
-
-def check_timeout(timeout: float | None) -> None:
-    """Refuse a timeout that is negative or no number.
-
-    Args:
-        timeout: in seconds; None is without end.
-
-    Raises:
-        InvalidArgument: it is impossible.
-    """
-    if timeout is not None and (math.isnan(timeout) or timeout < 0):
-        raise InvalidArgument(f"timeout={timeout!r}: None, or seconds from 0 upwards")

@@ -12,7 +12,7 @@ library: through ``__getstate__`` and ``__setstate__``.
 What differs on purpose: an object that cannot be pickled raises in ``put``;
 ``qsize``, ``empty`` and ``full`` are true at an instant during the call;
 ``close`` affects this handle only; there is no feeder thread, so a process can
-always exit; a timeout below 0 raises, as in :mod:`queue`.
+always exit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from shmring.codec import (
     decode_error,
     encode_error,
     find_codec,
+    portable,
 )
 from shmring.errors import InvalidArgument, RingClosed
 from shmring.handle import SharedHandle, rounded_capacity
@@ -102,7 +103,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
             self._set_codec(found.encode, found.decode, raw)
 
     def _state(self) -> dict[str, Any]:
-        return {"codec": self._codec}
+        return {"codec": portable(self._codec)}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._choose(state["codec"])
@@ -169,7 +170,7 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
         ctx: accepted for the sake of the standard library's signature; a queue
             works under every start method at once.
         codec: "pickle", "bytes" (nothing is ever unpickled), "msgpack" (extra),
-            or an object with ``dumps`` and ``loads``.
+            or an object or module with ``dumps`` and ``loads``.
         max_capacity: bytes to which it may grow; None is half of what /dev/shm,
             memory and cgroup allow.
         name: a file in /dev/shm by which others attach; None makes an anonymous

@@ -46,8 +46,10 @@ __all__ = [
     "create_anonymous",
     "create_named",
     "default_max_capacity",
+    "is_exiting",
     "is_named",
     "link",
+    "names",
     "open_block",
     "open_memory",
     "open_named",
@@ -65,6 +67,13 @@ HEADER_BYTES = 8192
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
+# /dev/shm is missing, is no tmpfs, is read-only, or is closed to this process.
+_NO_PLACE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EISDIR),
+        *(errno.EROFS, errno.EACCES, errno.EPERM),
+    }
+)
 _RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about who may open what
 
 _POLL_S = 0.002
@@ -91,9 +100,19 @@ class _Exit:
         self._reference = weakref.ref(holder)
 
     def __call__(self) -> None:
+        global _exiting
+        _exiting = os.getpid()
         holder = self._reference()
         if holder is not None:
             holder._leave()
+
+
+_exiting = 0  # the process that runs its finalizers
+
+
+def is_exiting() -> bool:
+    """Whether the finalizers of this process have begun to close what is open."""
+    return _exiting == os.getpid()
 
 
 def check_name(name: str) -> str:
@@ -141,14 +160,17 @@ def create_anonymous(size: int) -> int:
     """Make a block of `size` bytes without a name; return its descriptor.
 
     Nothing is allocated yet, see :func:`allocate`.  Where /dev/shm does not
-    exist the block is a memfd, which cannot be named later.
+    exist, or takes no files, the block is a memfd, which cannot be named later.
     """
     try:
         fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EISDIR):
-            raise
-        fd = os.memfd_create("shmring", os.MFD_CLOEXEC)
+        if error.errno not in _NO_PLACE:
+            raise _explained(error, size) from None
+        try:
+            fd = os.memfd_create("shmring", os.MFD_CLOEXEC)
+        except OSError as refused:
+            raise _explained(refused, size) from None
     try:
         os.ftruncate(fd, size)
     except BaseException as error:
@@ -175,14 +197,31 @@ def _explained(error: OSError, size: int) -> OSError:
     if error.errno == errno.ENOSPC:
         return SharedMemoryFull(
             errno.ENOSPC,
-            f"{size} bytes of shared memory do not fit into {DIRECTORY}: close what is not needed,"
+            f"{size} bytes of shared memory do not fit into {_where()}: close what is not needed,"
             " run shmring.cleanup_stale(), or enlarge it (for containers: --shm-size)",
         )
     if error.errno == errno.EFBIG:
         return SharedMemoryFull(
             errno.EFBIG, f"{size} bytes of shared memory are more than RLIMIT_FSIZE allows"
         )
-    return error
+    if error.errno in _RUN_OUT:
+        return error
+    return OSError(
+        error.errno,
+        f"{size} bytes of shared memory cannot be had from {_where()}:"
+        f" {os.strerror(error.errno or 0)}; mount a writable tmpfs there (for containers:"
+        " --shm-size), or allow memfd_create and fallocate in the sandbox",
+    )
+
+
+def _where() -> str:
+    """The place of shared memory and its size, for errors."""
+    try:
+        found = os.statvfs(DIRECTORY)
+    except OSError as error:
+        return f"{DIRECTORY} ({os.strerror(error.errno or 0)})"
+    total, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+    return f"{DIRECTORY} ({total} bytes, {free} of them free)"
 
 
 def _path(name: str) -> str:
@@ -193,7 +232,7 @@ def _is(fd: int, path: str) -> bool:
     """Does `path` (still) name the file behind `fd`?"""
     try:
         named = os.lstat(path)
-    except FileNotFoundError:
+    except OSError:
         return False
     mine = os.fstat(fd)
     return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
@@ -216,6 +255,9 @@ def link(fd: int, name: str) -> None:
 
     Raises:
         RingExists: the name is taken.
+        AccessRefused: no name can be given here: the block is a memfd, /dev/shm
+            takes no files, or /proc is missing.
+        RingNotFound: the block was unlinked.
     """
     path = _path(check_name(name))
     _lock(fd, fcntl.LOCK_SH)
@@ -234,10 +276,12 @@ def link(fd: int, name: str) -> None:
                     f"{path} exists and is in use, or is not ours: choose another name",
                 ) from None
         except OSError as error:
-            if error.errno == errno.EXDEV:
+            why = _why_nameless(fd, error)
+            if why is not None:
                 raise AccessRefused(
-                    errno.EXDEV,
-                    f"a block outside {DIRECTORY} (a memfd) cannot be given the name {name!r}",
+                    error.errno,
+                    f"{path} cannot be made: {why}; hand it to processes as an argument, or mount"
+                    f" a writable tmpfs at {DIRECTORY}, and /proc",
                 ) from None
             if error.errno == errno.ENOENT:
                 raise RingNotFound(
@@ -247,6 +291,17 @@ def link(fd: int, name: str) -> None:
                 ) from None
             raise
     raise RingExists(errno.EEXIST, f"{path} keeps being created by others: choose another name")
+
+
+def _why_nameless(fd: int, error: OSError) -> str | None:
+    """Why no block can be named here; None if it is for another reason that `error` came."""
+    if error.errno == errno.EXDEV:
+        return f"the block is outside {DIRECTORY} (a memfd)"
+    if not os.path.isdir(DIRECTORY):
+        return f"there is no {DIRECTORY}"
+    if error.errno == errno.ENOENT and not os.path.lexists(f"/proc/self/fd/{fd}"):
+        return "/proc is not mounted"
+    return os.strerror(error.errno or 0) if error.errno in _NO_PLACE - {errno.ENOENT} else None
 
 
 def create_named(name: str, size: int, header: bytes = b"") -> int:
@@ -288,11 +343,7 @@ def open_named(name: str, timeout: float = 0.0) -> int:
                     " create it first, or attach with a timeout",
                 ) from None
         except OSError as error:
-            if error.errno in _RUN_OUT:
-                raise
-            raise AccessRefused(
-                error.errno, f"{path} cannot be opened: {os.strerror(error.errno or 0)}"
-            ) from None
+            raise _not_opened(error, path) from None
         else:
             try:
                 _check_access(fd, path)
@@ -308,6 +359,12 @@ def open_named(name: str, timeout: float = 0.0) -> int:
                 raise
             os.close(fd)  # removed while we opened it: look again
         time.sleep(_POLL_S)
+
+
+def _not_opened(error: OSError, path: str) -> OSError:
+    if error.errno in _RUN_OUT:
+        return error
+    return AccessRefused(error.errno, f"{path} cannot be opened: {os.strerror(error.errno or 0)}")
 
 
 def open_memory(name: str) -> int:
@@ -345,11 +402,12 @@ def open_block(block: object) -> int:
         raise TypeError(f"buffer must be a SharedMemory block, not {type(block).__name__}")
     try:
         fd = os.open(_path(name.lstrip("/")), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
+    except FileNotFoundError:
         raise RingNotFound(
-            error.errno or errno.ENOENT,
-            f"the SharedMemory block {name!r} is not in {DIRECTORY}: was it unlinked?",
+            errno.ENOENT, f"the SharedMemory block {name!r} is not in {DIRECTORY}: was it unlinked?"
         ) from None
+    except OSError as error:
+        raise _not_opened(error, _path(name)) from None
     _check_access(fd, _path(name))
     return fd
 
@@ -468,7 +526,19 @@ def cleanup_stale() -> list[str]:
     Returns the names that were removed here: what another cleaner, or the last
     one out, removes meanwhile is not among them.  Live blocks, other programs'
     files and other users' files are left alone.
+
+    Raises:
+        AccessRefused: /dev/shm may not be looked into.
     """
-    with os.scandir(DIRECTORY) as entries:
-        names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    return [name for name in sorted(names) if _remove_if_stale(name)]
+    return [name for name in names() if _remove_if_stale(name)]
+
+
+def names() -> list[str]:
+    """What stands in /dev/shm, sorted; nothing where there is no such place."""
+    try:
+        with os.scandir(DIRECTORY) as entries:
+            return sorted(each.name for each in entries if each.is_file(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _not_opened(error, DIRECTORY) from None

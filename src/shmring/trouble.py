@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
-from shmring.errors import RingCorrupted, SharedMemoryFull
+from shmring.errors import MessageTooLarge, RingCorrupted, SharedMemoryFull
 
-__all__ = ["corrupted", "name_is_gone", "say_full", "say_name_is_gone", "system_error"]
+__all__ = ["corrupted", "name_is_gone", "say_full", "say_name_is_gone", "system_error", "too_large"]
 
 _TEXTS = {
     errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)",
@@ -38,10 +39,22 @@ def corrupted(found: str | None, written: int, read: int) -> RingCorrupted:
     return RingCorrupted(f"{text} (written up to {written}, read up to {read}); recreate the ring")
 
 
-def _warn(text: str, *args: object) -> None:
-    import logging  # not at the top: a child pays for it before its first message
+def too_large(length: int, limit: int, largest: int) -> MessageTooLarge:
+    """The exception for a message that a ring of at most `limit` bytes can never hold."""
+    return MessageTooLarge(
+        f"a message of {length} bytes can never fit: max_capacity is {limit} bytes, of which one"
+        f" message may take {largest}; create the queue or ring with a larger max_capacity= (a"
+        " queue's is half of shared memory unless given: enlarge /dev/shm, for containers with"
+        " --shm-size)"
+    )
 
-    logging.getLogger("shmring").warning(text, *args)
+
+def _warn(text: str, *args: object) -> None:
+    # A put or a get goes on without its warning, where descriptors have run out or a filter raises.
+    with contextlib.suppress(Exception):
+        import logging  # not at the top: a child pays for it before its first message
+
+        logging.getLogger("shmring").warning(text, *args)
 
 
 def say_full(limit: int | None) -> None:

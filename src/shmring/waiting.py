@@ -18,6 +18,7 @@ from typing import Any
 
 from shmring._handle import RingHandle
 from shmring._wait import Bell, wait_rings
+from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument
 
 __all__ = ["wait"]
@@ -47,8 +48,7 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
         InvalidArgument: nothing to wait for, and no time-out.
     """
     objects = list(object_list)
-    if timeout is not None and timeout < 0:
-        timeout = 0
+    timeout = checked_timeout(timeout)
     if not objects and timeout is None:
         raise InvalidArgument("object_list is empty: this would wait for ever")
     rings: dict[int, RingHandle] = {}
