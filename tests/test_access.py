@@ -147,7 +147,7 @@ def test_what_another_user_left_is_his():
     """Also for root, who could open and remove it."""
 
     def leave_it() -> None:
-        Ring.create(name=NAME)
+        _ring = Ring.create(name=NAME)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(AssertionError, match="-9"):

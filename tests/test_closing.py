@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from queue import Empty, Full
+from typing import Any
 
 import pytest
 
 from header import LAYOUT
-from shmring import Queue, Ring, RingClosed, RingNotFound
-from support import own_name, run_in_process, wait_for
+from shmring import HighPerformanceIPC, JoinableQueue, Queue, Ring, RingClosed, RingNotFound, wait
+from support import own_name, run_in_process, wait_for, within
 
 CONSUMERS = LAYOUT["CONSUMERS_OFFSET"]
 PRODUCERS = LAYOUT["PRODUCERS_OFFSET"]
@@ -172,19 +175,20 @@ def test_recovery_never_touches_a_file_that_took_our_descriptor(tmp_path, reused
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"precious" * 10_000)
     ring = Ring.create(4096, max_capacity=1 << 20)
-    kept = os.dup(ring.fileno())
+    fd = ring.fileno()
+    kept = os.dup(fd)
     hold(kept, PRODUCERS, OWNER_DIED)  # what the kernel leaves when an owner dies
     if reused:
         stranger = os.open(foreign, os.O_RDWR)
-        os.dup2(stranger, ring.fileno())
+        os.dup2(stranger, fd)
         os.close(stranger)
     else:
-        os.close(ring.fileno())
+        os.close(fd)
     ring.put(b"x")
     assert ring.get() == b"x"
     assert not ring.statistics().poisoned
     assert foreign.read_bytes() == b"precious" * 10_000
-    os.dup2(kept, ring.fileno())
+    os.dup2(kept, fd)
     os.close(kept)
     ring.close()
 
@@ -251,3 +255,228 @@ def test_unpickling_a_queue_that_is_gone_fails_at_the_first_call():
     assert received.closed
     with pytest.raises(RingNotFound, match="keeps its handle open"):
         received.get_nowait()
+
+
+# ---- many threads, signal handlers, descriptors that are not ours any more -----------------------
+
+# What a thread may do with a handle while others close it; each ends in RingClosed.
+USES: list[Callable[[Any], object]] = [
+    lambda handle: handle.put_many([b"x" * 100] * 20, timeout=0.01),
+    lambda handle: handle.get_many(timeout=0.01),
+    lambda handle: handle.put(b"y", timeout=0.01),
+    lambda handle: handle.get(timeout=0.01),
+    lambda handle: handle.qsize(),
+    lambda handle: handle.statistics(),
+    repr,
+    lambda handle: handle.capacity + handle.max_capacity,
+]
+
+
+def reserve_and_peek(ring: Any) -> None:
+    with ring.reserve(100, timeout=0.01) as view:
+        view[:1] = b"z"
+    with ring.peek(timeout=0.01):
+        pass
+
+
+def use_at_once(make: Callable[[], Any], rounds: int) -> int:
+    """Eight threads use one handle in every way while two of them close it; returns the calls."""
+    calls = [0] * 8
+    for _ in range(rounds):
+        handle = make()
+        errors: list[BaseException] = []
+        begin = threading.Barrier(8)
+
+        def run(
+            number: int, handle: Any = handle, begin: Any = begin, errors: Any = errors
+        ) -> None:
+            mine = [*USES[number:], *USES[:number]]
+            if isinstance(handle, Ring):
+                mine.insert(1, reserve_and_peek)
+            begin.wait(30)
+            try:
+                for turn in range(10 if number < 2 else 100_000):
+                    with contextlib.suppress(Empty, Full):
+                        mine[turn % len(mine)](handle)
+                    calls[number] += 1
+                while True:
+                    with contextlib.suppress(BufferError):  # another thread is inside a view
+                        handle.close()
+                        return
+            except RingClosed:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not errors, errors
+        assert not any(thread.is_alive() for thread in threads)
+    return sum(calls)
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("make", [Queue, JoinableQueue, Ring.create])
+def test_a_handle_that_eight_threads_use_is_closed_by_two_of_them(make):
+    in_a_child(lambda: use_at_once(make, 40))
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("make", [Queue, Ring.create])
+def test_threads_that_close_one_handle_at_once_close_each_descriptor_once(make):
+    def scene() -> None:
+        for _ in range(300):
+            handle, begin = make(), threading.Barrier(4)
+            failed: list[BaseException] = []
+
+            def close(handle: Any = handle, begin: Any = begin, failed: Any = failed) -> None:
+                begin.wait(30)
+                try:
+                    handle.close()
+                except BaseException as error:
+                    failed.append(error)
+
+            threads = [threading.Thread(target=close) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+            assert not failed, failed
+
+    in_a_child(scene)
+
+
+def full(queue: Any) -> Any:
+    queue.put(b"x" * 50_000)
+    return queue
+
+
+def locked(handle: Any, offset: int) -> Any:
+    hold(handle.fileno(), offset, os.getppid())
+    return handle
+
+
+# In which call of which handle the main thread is interrupted.
+INSIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "get": (Queue, lambda queue: queue.get()),
+    "get_many": (Queue, lambda queue: queue.get_many()),
+    "put": (lambda: full(Queue(max_capacity=1 << 16)), lambda queue: queue.put(b"x" * 50_000)),
+    "join": (lambda: full(JoinableQueue()), lambda queue: queue.join()),
+    "wait": (Queue, lambda queue: wait([queue])),
+    "peek": (Ring.create, lambda ring: ring.peek().__enter__()),
+    "reserve": (lambda: full(Ring.create()), lambda ring: ring.reserve(50_000).__enter__()),
+    "a lock": (lambda: locked(Queue(), PRODUCERS), lambda queue: queue.put(1)),
+}
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("call", INSIDE)
+def test_close_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts(call):
+    make, enter = INSIDE[call]
+
+    def scene() -> None:
+        handle = make()
+        closed = []
+
+        def close(*_: object) -> None:
+            within(1.0, handle.close)
+            closed.append(True)
+
+        def interrupt() -> None:
+            wait_for(lambda: handle.statistics().waiters)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        signal.signal(signal.SIGUSR1, close)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(RingClosed):
+            enter(handle)
+        assert closed
+
+    in_a_child(scene)
+
+
+def test_cleanup_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts():
+    def scene() -> None:
+        with HighPerformanceIPC("a", namespace=own_name("closing")) as ipc:
+            ipc.create_message_queue("q")
+            queue = ipc.message_queues["q"]
+
+            def interrupt() -> None:
+                wait_for(lambda: queue.statistics().waiters)
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+            signal.signal(signal.SIGUSR1, lambda *_: within(1.0, ipc.cleanup))
+            threading.Thread(target=interrupt).start()
+            with pytest.raises(RingClosed):
+                ipc.receive_message("q")
+
+    in_a_child(scene)
+
+
+# How each is made under a name, and ended; {name} is the name, or the namespace.
+KINDS = {
+    "Queue": ("shmring.Queue(name={name!r})", "close"),
+    "Ring": ("shmring.Ring.create(name={name!r})", "close"),
+    "SharedMemoryManager": ("memory({name!r})", "cleanup"),
+    "HighPerformanceIPC": ("ipc({name!r})", "cleanup"),
+}
+PRELUDE = """
+import gc, os, sys
+import shmring
+
+def memory(name):
+    made = shmring.SharedMemoryManager(name, 100)
+    made.create()
+    return made
+
+def ipc(name):
+    made = shmring.HighPerformanceIPC("a", namespace=name)
+    made.create_message_queue("q")
+    made.create_shared_memory("m", 10)
+    return made
+
+def left(name):
+    return [each for each in os.listdir("/dev/shm") if name in each]
+"""
+
+
+def run_program(program: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-c", PRELUDE + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.fault(46)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handle_that_is_dropped_gives_its_name_back_where_warnings_are_errors(kind):
+    name = own_name("closing")
+    made = KINDS[kind][0].format(name=name)
+    done = run_program(
+        f"made = {made}\nassert left({name!r})\ndel made; gc.collect()\nprint(left({name!r}))",
+        "-Werror",
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_descriptor_that_another_file_got_is_left_alone(kind):
+    name = own_name("closing")
+    make, end = KINDS[kind]
+    done = run_program(
+        f"made = {make.format(name=name)}\n"
+        "os.closerange(3, 100)\n"
+        "others = [os.open('/dev/null', os.O_RDONLY) for _ in range(60)]\n"
+        "try:\n"
+        f"    made.{end}()\n"
+        "finally:\n"
+        "    print(sum(os.path.sameopenfile(fd, others[0]) for fd in others))\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr

@@ -24,6 +24,7 @@ CYTHON = ROOT / "cython" / "shmring"
 FLOORS = [
     ["errors"],
     ["deadline"],
+    ["descriptors"],
     ["_lazy"],
     ["statistics"],
     ["trouble"],

@@ -13,7 +13,7 @@ from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from shmring._area cimport area_forget, area_open, area_release, area_stat
+from shmring._area cimport File, area_forget, area_is_ours, area_open, area_release, area_stat
 from shmring._core cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CLAIM_HELD, CORRUPT, DONE, EMPTY,
     FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
@@ -30,7 +30,8 @@ from shmring._layout cimport (
 )
 from shmring._spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._sync cimport (
-    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter, handle_leave,
+    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter,
+    handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
@@ -521,7 +522,10 @@ cdef class RingHandle(RingCore):
         return 0
 
     cdef void leave(self) noexcept:
-        if fetch_add64(&self.inside, -1) <= 1:
+        cdef int64_t before = fetch_add64(&self.inside, -1)
+        if before <= 0:  # entered before a fork, which has set the count to zero
+            fetch_add64(&self.inside, 1)
+        if before <= 1:
             self.last_out()
 
     cdef void last_out(self) noexcept:
@@ -534,7 +538,7 @@ cdef class RingHandle(RingCore):
             self._left(named, token, name, identity)
 
     def _left(self, named, token, name, identity):
-        """The mapping is gone; what is to follow that."""
+        """Hook: the mapping is gone, and what must follow that may be done."""
 
     # ---- errors ------------------------------------------------------------------------------
 
@@ -594,6 +598,10 @@ cdef class RingHandle(RingCore):
         cdef Header *h = self.header
         return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
 
+    def _file(self):
+        """What tells the ring's file from others: (st_dev, st_ino)."""
+        return self.file.device, self.file.inode
+
     def _set_named(self, bint named):
         self.enter()
         store_release32(&self.header.named, named)
@@ -601,7 +609,10 @@ cdef class RingHandle(RingCore):
 
     def fileno(self):
         """The file descriptor of the ring's file."""
+        cdef File found
         self.check_open()
+        if area_is_ours(self.fd, &self.file, &found) != 0:
+            raise trouble.system_error(errno.EBADF)
         return self.fd
 
     def _qsize(self):

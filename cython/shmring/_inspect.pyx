@@ -43,31 +43,37 @@ HELD = {
 
 def user_kind(RingHandle ring):
     """Which class laid it out: 1 is Ring, 2 one of the queues."""
-    ring.check_open()
-    return ring.header.user_kind
+    ring.enter()
+    try:
+        return ring.header.user_kind
+    finally:
+        ring.leave()
 
 
 def counters(RingHandle ring):
     """The fields of RingStatistics that are numbers and flags."""
     cdef Header *h
-    ring.check_open()
-    h = ring.header
-    return {
-        "capacity": shmring_area_of(h, load_acquire64(&h.write_generation)).capacity,
-        "max_capacity": h.max_capacity,
-        "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
-                       else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
-        "messages": ring._qsize(),
-        "messages_put": count_read(&h.put_count, &h.write_position),
-        "messages_taken": count_read(&h.get_count, &h.read_position),
-        "bytes_put": load_acquire64(&h.write_position),
-        "growths": load_acquire64(&h.write_generation),
-        "recoveries": load_relaxed32(&h.recoveries),
-        "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
-        "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
-        "shut_down": load_relaxed32(&h.shutdown) != 0,
-        "poisoned": load_relaxed32(&h.poisoned) != 0,
-    }
+    ring.enter()
+    try:
+        h = ring.header
+        return {
+            "capacity": shmring_area_of(h, load_acquire64(&h.write_generation)).capacity,
+            "max_capacity": h.max_capacity,
+            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
+                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
+            "messages": ring._qsize(),
+            "messages_put": count_read(&h.put_count, &h.write_position),
+            "messages_taken": count_read(&h.get_count, &h.read_position),
+            "bytes_put": load_acquire64(&h.write_position),
+            "growths": load_acquire64(&h.write_generation),
+            "recoveries": load_relaxed32(&h.recoveries),
+            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
+            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
+            "shut_down": load_relaxed32(&h.shutdown) != 0,
+            "poisoned": load_relaxed32(&h.poisoned) != 0,
+        }
+    finally:
+        ring.leave()
 
 
 def waiters(RingHandle ring):
@@ -149,11 +155,14 @@ def deaths(RingHandle ring):
     cdef uint64_t pid, when
     cdef int held
     cdef list found = []
-    ring.check_open()
-    for held in range(<int>SHMRING_DEATH_COUNT):
-        death = &ring.header.deaths[held]
-        when = load_acquire64(&death.when_ns)
-        pid = load_acquire64(&death.pid)
-        if when != 0 and when == load_acquire64(&death.when_ns):
-            found.append((pid, held, when))
+    ring.enter()
+    try:
+        for held in range(<int>SHMRING_DEATH_COUNT):
+            death = &ring.header.deaths[held]
+            when = load_acquire64(&death.when_ns)
+            pid = load_acquire64(&death.pid)
+            if when != 0 and when == load_acquire64(&death.when_ns):
+                found.append((pid, held, when))
+    finally:
+        ring.leave()
     return found

@@ -1,4 +1,4 @@
-"""The map of LockedMemory: plain shared bytes behind a lock word."""
+"""The map of plain shared bytes, alone or behind a lock word."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -11,12 +11,15 @@ cdef struct MemoryHeader:
     uint64_t pid_namespace  # inode of the creator's; shmring.segment looks at it
     uint32_t lock  # on a line of its own
 
-cdef class LockedMemory:
-    cdef MemoryHeader *header
-    cdef char *data
+cdef class MappedFile:
+    cdef char *start  # of the mapping
+    cdef char *data  # behind the header
     cdef readonly uint64_t size
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
+
+cdef class LockedMemory(MappedFile):
+    cdef MemoryHeader *header
 
     cdef int copy(self, char *target, const char *source, uint64_t bytes) except -1
     cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF

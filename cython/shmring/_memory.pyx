@@ -41,33 +41,67 @@ sync_start()
 
 
 @cython.binding(False)
-cdef class LockedMemory:
-    """A mapping of a block: `size` bytes behind a page of header.
+cdef class MappedFile:
+    """A mapping of `size` bytes of a file behind `header_bytes` of header, as a buffer.
 
-    Supports the buffer protocol, without the lock.  The mapping lives as long
-    as this object, and so as long as any array made from it.
+    It lives as long as this object, and so as long as any array made from it,
+    and keeps no descriptor, unlike mmap.mmap, which would close its own one
+    although another file may have got the number.
     """
 
-    def __cinit__(self, int fd, uint64_t size, uint64_t magic):
+    def __cinit__(self, int fd, uint64_t size, uint64_t header_bytes=0, uint64_t magic=0):
         cdef void *start
         found = os.fstat(fd).st_size
-        if found < PAGE + size:
-            raise InvalidArgument(f"the block has {max(0, found - PAGE)} bytes of data, size={size} were asked for")
-        start = mmap(NULL, PAGE + size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if found < header_bytes + size:
+            raise InvalidArgument(
+                f"the block has {max(0, found - header_bytes)} bytes of data, size={size} were asked for")
+        start = mmap(NULL, header_bytes + size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         if start == MAP_FAILED:
             raise MemoryError(f"{size} bytes of shared memory could not be mapped")
-        self.header = <MemoryHeader *>start
+        self.start = <char *>start
+        self.data = self.start + header_bytes
         self.size = size
-        self.data = <char *>start + PAGE
+
+    def __dealloc__(self):
+        if self.start != NULL:
+            munmap(self.start, (self.data - self.start) + self.size)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.shape[0] = <Py_ssize_t>self.size
+        self.strides[0] = 1
+        buffer.buf = self.data
+        buffer.obj = self
+        buffer.len = <Py_ssize_t>self.size
+        buffer.itemsize = 1
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = NULL
+        if flags & PyBUF_FORMAT:
+            buffer.format = b"B"
+        buffer.shape = NULL
+        buffer.strides = NULL
+        if flags & PyBUF_ND:
+            buffer.shape = self.shape
+        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+            buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+
+@cython.binding(False)
+cdef class LockedMemory(MappedFile):
+    """A block of `size` bytes behind a page of header, in which its lock stands.
+
+    Supports the buffer protocol, without the lock.
+    """
+
+    def __cinit__(self, int fd, uint64_t size, uint64_t header_bytes, uint64_t magic):
+        self.header = <MemoryHeader *>self.start
         if self.header.magic != magic or self.header.version != VERSION:
             raise LayoutMismatch(
                 f"not a block of SharedMemoryManager: it begins with {self.header.magic:#018x}, version"
                 f" {self.header.version}; expected {magic:#018x}, version {VERSION}"
             )
-
-    def __dealloc__(self):
-        if self.header != NULL:
-            munmap(self.header, PAGE + self.size)
 
     cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF:
         """Return the offset, if [offset, offset + length) lies inside; both are exact ints."""
@@ -109,24 +143,3 @@ cdef class LockedMemory:
         taken = PyBytes_FromStringAndSize(NULL, length)
         self.copy(PyBytes_AS_STRING(taken), self.data + at, <uint64_t>len(taken))
         return taken
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        self.shape[0] = <Py_ssize_t>self.size
-        self.strides[0] = 1
-        buffer.buf = self.data
-        buffer.obj = self
-        buffer.len = <Py_ssize_t>self.size
-        buffer.itemsize = 1
-        buffer.readonly = 0
-        buffer.ndim = 1
-        buffer.format = NULL
-        if flags & PyBUF_FORMAT:
-            buffer.format = b"B"
-        buffer.shape = NULL
-        buffer.strides = NULL
-        if flags & PyBUF_ND:
-            buffer.shape = self.shape
-        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
-            buffer.strides = self.strides
-        buffer.suboffsets = NULL
-        buffer.internal = NULL

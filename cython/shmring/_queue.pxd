@@ -32,7 +32,7 @@ cdef class ObjectRing(TakingRing):
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
     cdef uint64_t due(self) noexcept
     cdef int visit_locks(self) except -1
-    cdef int check_slot(self, uint64_t slot) except -1
+    cdef int end_claim(self, uint64_t slot, bint free) except -1
 
 # One message on its way into the ring: what it is made of, and what keeps
 # that alive.

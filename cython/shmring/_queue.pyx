@@ -30,7 +30,7 @@ from shmring._direct cimport put_one, take_one
 from shmring._layout cimport SHMRING_CLAIM_COUNT, Claim, Header
 from shmring._owner cimport owner_pid, owner_start_ticks
 from shmring._sync cimport (
-    compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, monotonic_ns,
+    compare_exchange32, compare_exchange64, fence_full, load_acquire32, load_acquire64, monotonic_ns,
     store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 from shmring._take cimport SMALL, TakingRing
@@ -448,19 +448,22 @@ cdef class ObjectRing(TakingRing):
         """One message was worked off; False if there was none left to be."""
         cdef Header *h
         cdef uint64_t done, due
-        self.check_open()
-        h = self.header
-        while True:
-            done = load_acquire64(&h.done_count)
-            due = self.due()
-            if done >= due:
-                return False
-            if compare_exchange64(&h.done_count, done, done + 1):
-                break
-        fence_full()
-        if done + 1 >= due:
-            wait_wake_all(&h.done_wait)
-        return True
+        self.enter()
+        try:
+            h = self.header
+            while True:
+                done = load_acquire64(&h.done_count)
+                due = self.due()
+                if done >= due:
+                    return False
+                if compare_exchange64(&h.done_count, done, done + 1):
+                    break
+            fence_full()
+            if done + 1 >= due:
+                wait_wake_all(&h.done_wait)
+            return True
+        finally:
+            self.leave()
 
     cdef uint64_t due(self) noexcept:
         """How many messages there are or were to be worked off: after an
@@ -472,10 +475,13 @@ cdef class ObjectRing(TakingRing):
 
     def _unfinished(self):
         cdef uint64_t done, due
-        self.check_open()
-        done = load_acquire64(&self.header.done_count)
-        due = self.due()
-        return due - done if due > done else 0
+        self.enter()
+        try:
+            done = load_acquire64(&self.header.done_count)
+            due = self.due()
+            return due - done if due > done else 0
+        finally:
+            self.leave()
 
     def _join_all(self, timeout=None, peers=None):
         """Wait until every message was worked off; False when time ran out."""
@@ -489,9 +495,8 @@ cdef class ObjectRing(TakingRing):
         wait.turn = wait.slot = 0
         vigil.pivot = 0
         vigil.pause = PEERS_FIRST_NS
-        self.check_open()
+        self.enter()
         h = self.header
-        fetch_add64(&self.inside, 1)
         try:
             while True:
                 announced = wait_announce(&h.done_wait)
@@ -528,32 +533,44 @@ cdef class ObjectRing(TakingRing):
         """
         cdef Claim *claims
         cdef uint64_t i, me
-        self.check_open()
-        claims = self.header.claims
-        me = self.myself()
-        for i in range(SHMRING_CLAIM_COUNT):
-            if load_acquire64(&claims[i].owner) == 0 and compare_exchange64(&claims[i].owner, 0, me):
-                store_release64(&claims[i].high, 0)
-                store_release64(&claims[i].low, 0)
-                self.claim = &claims[i]
-                return i
+        self.enter()
+        try:
+            claims = self.header.claims
+            me = self.myself()
+            for i in range(SHMRING_CLAIM_COUNT):
+                if load_acquire64(&claims[i].owner) == 0 and compare_exchange64(&claims[i].owner, 0, me):
+                    store_release64(&claims[i].high, 0)
+                    store_release64(&claims[i].low, 0)
+                    self.claim = &claims[i]
+                    return i
+        finally:
+            self.leave()
         raise RuntimeError(f"all {SHMRING_CLAIM_COUNT} claim slots of this queue are taken")
 
     def _claim_release(self, uint64_t slot):
         """What was claimed is answered, and the answer is committed."""
-        self.check_slot(slot)
-        store_release64(&self.header.claims[slot].low, self.header.claims[slot].high)
+        self.end_claim(slot, False)
 
     def _claim_close(self, uint64_t slot):
         """Claim no more."""
-        self._claim_release(slot)
         self.claim = NULL
-        store_release64(&self.header.claims[slot].owner, 0)
+        self.end_claim(slot, True)
 
     def _claim_free(self, uint64_t slot):
         """Free the slot of a dead holder, after what it claimed was put back."""
-        self._claim_release(slot)
-        store_release64(&self.header.claims[slot].owner, 0)
+        self.end_claim(slot, True)
+
+    cdef int end_claim(self, uint64_t slot, bint free) except -1:
+        cdef Claim *claim
+        if slot >= SHMRING_CLAIM_COUNT:
+            raise InvalidArgument(f"slot={slot}: a queue has {SHMRING_CLAIM_COUNT} claim slots")
+        self.enter()
+        claim = &self.header.claims[slot]
+        store_release64(&claim.low, claim.high)
+        if free:
+            store_release64(&claim.owner, 0)
+        self.leave()
+        return 0
 
     def _claims(self):
         """[(slot, pid, start_ticks, low, high)] of all holders; low < high is a claim.
@@ -567,12 +584,12 @@ cdef class ObjectRing(TakingRing):
         self.enter()
         try:
             self.visit_locks()
+            for i in range(SHMRING_CLAIM_COUNT):
+                claim = self.header.claims[i]
+                if claim.owner != 0:
+                    found.append((i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.low, claim.high))
         finally:
             self.leave()
-        for i in range(SHMRING_CLAIM_COUNT):
-            claim = self.header.claims[i]
-            if claim.owner != 0:
-                found.append((i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.low, claim.high))
         return found
 
     cdef int visit_locks(self) except -1:
@@ -593,10 +610,4 @@ cdef class ObjectRing(TakingRing):
                 PyErr_CheckSignals()
             if result != DONE:
                 self.raise_outcome(result)
-        return 0
-
-    cdef int check_slot(self, uint64_t slot) except -1:
-        self.check_open()
-        if slot >= SHMRING_CLAIM_COUNT:
-            raise InvalidArgument(f"slot={slot}: a queue has {SHMRING_CLAIM_COUNT} claim slots")
         return 0

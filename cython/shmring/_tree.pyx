@@ -156,7 +156,8 @@ cdef enum:
     KEY_BYTES = 32
 
 # The keys of dicts that were read lately: a program sends the same few again
-# and again, and a key that exists need not be made, nor hashed.
+# and again, and a key that exists need not be made, nor hashed.  The GIL guards
+# them; a build without one leaves them alone.
 cdef PyObject *keys[KEYS]
 
 
@@ -437,7 +438,7 @@ cdef PyObject *read_key(Reader *r, int depth) noexcept:
     cdef uint64_t mixed = 0
     cdef PyObject **cached
     cdef PyObject *made
-    if not 1 <= length <= KEY_BYTES or length >= r.end - r.at:
+    if not SHMRING_TREES or not 1 <= length <= KEY_BYTES or length >= r.end - r.at:
         return read_value(r, depth)
     memcpy(&mixed, r.at + 1, length if length < 8 else 8)
     mixed = (mixed ^ <uint64_t>length ^ (<uint64_t><uint8_t>r.at[length] << 40)) * 0x9E3779B97F4A7C15ULL

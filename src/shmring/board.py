@@ -34,14 +34,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 import math
-import mmap
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from shmring.descriptors import close_own, identity_of
 from shmring.errors import (
     InvalidArgument,
     LayoutMismatch,
@@ -535,8 +536,10 @@ class _SegmentStorage:
     def __init__(self, name: str, fd: int) -> None:
         self._name = name
         self._fd = fd
-        self._map = mmap.mmap(fd, BOARD_BYTES)
-        self.buffer = memoryview(self._map)
+        self._identity = identity_of(fd)
+        from shmring._memory import MappedFile
+
+        self.buffer = memoryview(MappedFile(fd, BOARD_BYTES))
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -547,6 +550,8 @@ class _SegmentStorage:
         # flock() is taken: it says how long the name lives.
         fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
+            if identity_of(fd) != self._identity:
+                raise OSError(errno.EBADF, f"the descriptor of {self._name} was closed and reused")
 
             def try_lock() -> bool:
                 try:
@@ -568,10 +573,8 @@ class _SegmentStorage:
         from shmring import segment
 
         self.buffer.release()
-        self._map.close()
-        found = os.fstat(self._fd)
-        os.close(self._fd)
-        segment.release(self._name, (found.st_dev, found.st_ino))
+        close_own(self._fd, self._identity)
+        segment.release(self._name, self._identity)
 
 
 def _flock(kind: int) -> bytes:

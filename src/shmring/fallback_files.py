@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shmring.board import wait_for_lock
 from shmring.deadline import checked_timeout
+from shmring.descriptors import close_own, identity_of
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -134,6 +135,7 @@ class SharedFile:
     def __init__(self, path: Path, fd: int, size: int) -> None:
         self.path = path
         self._fd = fd
+        self._identity = identity_of(fd)
         self._map: mmap.mmap | None = mmap.mmap(fd, size)
         self._buffer: memoryview | None = memoryview(self._map)
 
@@ -277,7 +279,7 @@ class SharedFile:
         if self._buffer is None:
             return
         self._buffer = self._map = None
-        os.close(self._fd)
+        close_own(self._fd, self._identity)
         _remove_if_unused(self.path)
 
     def unlink(self) -> None:

@@ -196,8 +196,7 @@ class SharedHandle(RingHandle):
         """
         if not self._identity()[0]:
             raise RingNotFound(errno.ENOENT, f"this {type(self).__name__} has no name")
-        found = os.fstat(RingHandle.fileno(self))
-        segment.unlink(self._own_name(), (found.st_dev, found.st_ino))
+        segment.unlink(self._own_name(), self._file())
         self._set_named(False)
 
     # ---- to other processes --------------------------------------------------------------

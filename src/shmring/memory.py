@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from shmring import segment
 from shmring._layout import LAYOUT
 from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
+from shmring.descriptors import close_own, identity_of
 from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ class SharedMemoryManager:
 
     def _map(self, fd: int) -> None:
         try:
-            self._memory = LockedMemory(fd, self.size, segment.MEMORY_MAGIC)
+            self._memory = LockedMemory(fd, self.size, MEMORY_HEADER_BYTES, segment.MEMORY_MAGIC)
         except BaseException:
             os.close(fd)
             raise
         self._fd = fd
+        self._identity = identity_of(fd)
         self._pid = os.getpid()
         self._exit = segment.at_exit(self)
 
@@ -169,15 +171,13 @@ class SharedMemoryManager:
         self._memory = None
         fd, self._fd = self._fd, -1
         self._exit.cancel()
-        found = os.fstat(fd)
-        os.close(fd)
-        identity = (found.st_dev, found.st_ino)
+        close_own(fd, self._identity)
         creator_pid, self._creator_pid = self._creator_pid, 0
         if creator_pid != os.getpid():
-            segment.release(self.name, identity)
+            segment.release(self.name, self._identity)
             return
         with contextlib.suppress(RingNotFound):  # somebody removed it first
-            segment.unlink(self.name, identity)
+            segment.unlink(self.name, self._identity)
 
     def _leave(self) -> None:
         if self._pid == os.getpid():

@@ -21,6 +21,7 @@ import hammer
 import shmring
 from shmring.errors import Empty, RingClosed
 from support import wait_for
+from test_closing import use_at_once
 
 QUIET_S = 1.0  # consumers end when nothing came for so long
 
@@ -147,7 +148,8 @@ def programs(count: int) -> int:
         results = threads.run()
         assert done.join(timeout=60)
         assert results[0] + results[2] == results[1] + results[3], results
-    return results[0] + results[2] + asynchronous(count) + closing(count // 10)
+    used = use_at_once(shmring.Queue, count // 50) + use_at_once(shmring.Ring.create, count // 50)
+    return results[0] + results[2] + asynchronous(count) + closing(count // 10) + used
 
 
 def asynchronous(count: int) -> int:
