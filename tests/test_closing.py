@@ -318,13 +318,11 @@ def use_at_once(make: Callable[[], Any], rounds: int) -> int:
     return sum(calls)
 
 
-@pytest.mark.fault(44)
 @pytest.mark.parametrize("make", [Queue, JoinableQueue, Ring.create])
 def test_a_handle_that_eight_threads_use_is_closed_by_two_of_them(make):
     in_a_child(lambda: use_at_once(make, 40))
 
 
-@pytest.mark.fault(44)
 @pytest.mark.parametrize("make", [Queue, Ring.create])
 def test_threads_that_close_one_handle_at_once_close_each_descriptor_once(make):
     def scene() -> None:
@@ -372,7 +370,6 @@ INSIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 
 
-@pytest.mark.fault(44)
 @pytest.mark.parametrize("call", INSIDE)
 def test_close_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts(call):
     make, enter = INSIDE[call]
@@ -453,7 +450,6 @@ def run_program(program: str, *options: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.fault(46)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handle_that_is_dropped_gives_its_name_back_where_warnings_are_errors(kind):
     name = own_name("closing")
@@ -465,7 +461,6 @@ def test_a_handle_that_is_dropped_gives_its_name_back_where_warnings_are_errors(
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-@pytest.mark.fault(47)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_descriptor_that_another_file_got_is_left_alone(kind):
     name = own_name("closing")

@@ -288,11 +288,12 @@ def test_a_descriptor_that_was_closed_behind_its_back():
     with Queue() as queue:
         stolen = os.open("/dev/null", os.O_RDWR)
         try:
-            kept = os.dup(queue.fileno())
-            os.dup2(stolen, queue.fileno())
+            fd = queue.fileno()
+            kept = os.dup(fd)
+            os.dup2(stolen, fd)
             with pytest.raises(OSError, match="descriptor"):
                 queue.put(bytes(1 << 20))
-            os.dup2(kept, queue.fileno())
+            os.dup2(kept, fd)
             os.close(kept)
             queue.put(bytes(1 << 20))
             assert len(queue.get()) == 1 << 20
