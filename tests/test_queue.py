@@ -28,6 +28,7 @@ from shmring import (
     MessageTooLarge,
     Queue,
     Ring,
+    RingCorrupted,
     RingNotFound,
     ShutDown,
     SimpleQueue,
@@ -462,6 +463,58 @@ def test_what_cannot_be_unpickled_raises_in_get_and_takes_only_itself(queue):
         queue.get_many()
     assert caught.value.items == [1, 2]
     assert queue.empty()
+
+
+class Raising:
+    """A codec that raises the exceptions it carries."""
+
+    def encode(self, obj: object) -> tuple[int, list[bytes]]:
+        return 9, [pickle.dumps(obj)]
+
+    def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
+        obj = pickle.loads(head)
+        if isinstance(obj, BaseException):
+            raise obj
+        return obj
+
+
+class Reserved(BaseException):
+    """Its `items` cannot be assigned."""
+
+    items = property()
+
+
+@pytest.mark.parametrize("size", [1, 5000, 100_000], ids=lambda size: f"{size}_bytes")
+@pytest.mark.parametrize(
+    "raised", [KeyboardInterrupt, SystemExit, MemoryError, RingCorrupted, DecodeError]
+)
+def test_get_many_hands_out_the_others_whatever_decoding_raises(raised, size):
+    before, after = [[i, bytes(100)] for i in range(5)], [[i, bytes(100)] for i in range(5, 300)]
+    with Queue(codec=Raising()) as queue:
+        queue.put_many([*before, raised("x" * size), *after])
+        taken = []
+        batches = iter(lambda: queue.get_many(block=False), None)
+        with pytest.raises(raised) as caught:
+            taken.extend(each for batch in batches for each in batch)
+        assert caught.value.args == ("x" * size,)
+        taken += caught.value.items
+        while not queue.empty():
+            taken += queue.get_many()
+        assert taken == before + after
+
+
+def test_get_many_raises_an_interrupt_rather_than_an_earlier_failure():
+    with Queue(codec=Raising()) as queue:
+        queue.put_many([1, DecodeError(), 2, KeyboardInterrupt(), 3, DecodeError(), 4])
+        with pytest.raises(KeyboardInterrupt) as caught:
+            queue.get_many()
+        assert caught.value.items == [1, 2, 3, 4]
+        queue.put_many([1, Reserved(), 2])
+        with pytest.raises(DecodeError, match="Reserved") as refused:
+            queue.get_many()
+        assert refused.value.items == [1, 2]
+        assert isinstance(refused.value.__cause__, Reserved)
+        assert queue.empty()
 
 
 def test_an_object_that_puts_while_it_is_being_pickled(queue):
