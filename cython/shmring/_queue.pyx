@@ -268,8 +268,8 @@ cdef class ObjectRing(TakingRing):
 
         Args: as for `put`; `timeout` is for all of them together.
 
-        Raises:
-            queue.Full, PeerDied: with an attribute `count`, how many went in.
+        Raises: as `put`.  Whatever is raised after some of them went in has an
+            attribute `count`, how many; Full and PeerDied always have it.
         """
         cdef list held = []  # bytes, or a Parcel
         cdef Item *items = NULL
