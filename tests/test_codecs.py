@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import copyreg
 import functools
@@ -22,9 +23,14 @@ import pytest
 
 import shmring
 from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
+from shmring import codec as codec_module
 from shmring.blame import culprit_of
 from shmring.codec import PickleCodec
+from shmring.message import Envelope, Message, MessageCodec, MessageType
 from support import own_name, run_in_process
+
+if shmring.backend == "ring":
+    from header import first_frame, word
 
 NAME = own_name("codecs")
 
@@ -105,6 +111,73 @@ def test_a_buffer_around_larger_memory_is_cut_out():
     block = bytearray(b"x" * 8 + bytes(buffer) + b"x" * 8)
     taken = PickleCodec().decode(kind, bytes(head), [memoryview(block)[8:-8]])
     assert_same(taken, array)
+
+
+# ---- one way into the ring ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["pickle", "bytes", "msgpack"])
+@pytest.mark.parametrize(
+    "obj",
+    [b"raw", {"a": [1, 2.5]}, {"large": "x" * 10_000}, {1, 2}, [np.arange(5000.0), b"y"]],
+    ids=["bytes", "dict", "large dict", "set", "array"],
+)
+def test_every_put_stores_the_same_frame(codec, obj):
+    calls = {
+        "put": lambda queue: queue.put(obj),
+        "_put_position": lambda queue: queue._put_position(obj),
+        "put_many": lambda queue: queue.put_many([obj]),
+        "aput": lambda queue: asyncio.run(queue.aput(obj)),
+    }
+    frames = []
+    for put in calls.values():
+        with Queue(codec=codec) as queue:
+            try:
+                put(queue)
+            except EncodeError as error:
+                frames.append(str(error))
+                continue
+            length = word(queue, first_frame(queue) + 8)
+            kind = word(queue, first_frame(queue) + 20, size=4)
+            frames.append((kind, os.pread(queue.fileno(), length, first_frame(queue) + 32)))
+    assert frames == frames[:1] * len(calls)
+
+
+def test_messages_share_one_pickler(monkeypatch):
+    made = []
+
+    class Counted(codec_module.ReusedPickler):
+        def __init__(self):
+            made.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(codec_module, "ReusedPickler", Counted)
+    monkeypatch.setattr(codec_module, "_spare_picklers", [])
+    codec = MessageCodec()
+    for i in range(20):
+        data = [{i, 2}, np.full(1000, i)]  # neither is a tree of builtins
+        kind, (head, buffer) = codec.encode(Message(MessageType.DATA, "a", data=data))
+        sealed = Envelope.seal(i, 0, True, data)
+        assert sealed.open()[0] == data[0]
+        taken = codec.decode(kind, head, [bytearray(buffer)]).data
+        assert taken[0] == data[0]
+        assert_same(taken[1], data[1])
+    assert len(made) == 1
+    with pytest.raises(EncodeError):
+        codec.encode(Message(MessageType.DATA, "a", data=threading.Lock()))
+    codec.encode(Message(MessageType.DATA, "a", data={1}))
+    assert len(made) == 2  # the one that failed is not used again
+
+
+def test_an_object_that_encodes_while_it_is_being_pickled():
+    kind, segments = PickleCodec().encode([_EncodesToo(), {2}])
+    assert PickleCodec().decode(kind, segments[0], ()) == ["[{1}]", {2}]
+
+
+class _EncodesToo:
+    def __reduce__(self):
+        kind, segments = PickleCodec().encode([{1}])
+        return str, (repr(PickleCodec().decode(kind, segments[0], ())),)
 
 
 # ---- reducers ------------------------------------------------------------------------------

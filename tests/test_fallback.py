@@ -93,6 +93,23 @@ def test_a_full_queue_says_how_many_went_in() -> None:
         assert bounded.get(timeout=10) == 2
 
 
+def test_an_interrupted_put_many_says_how_many_went_in(
+    plain: Queue[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = plain._put_encoded
+
+    def interrupted(encoded: Any, block: bool, timeout: Any, watch: Any, count: int = 0) -> None:
+        if count == 2:
+            raise KeyboardInterrupt
+        put(encoded, block, timeout, watch, count)
+
+    monkeypatch.setattr(plain, "_put_encoded", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        plain.put_many([1, 2, 3])
+    assert caught.value.count == 2  # type: ignore[attr-defined]
+    assert [plain.get(timeout=10), plain.get(timeout=10)] == [1, 2]
+
+
 def test_the_codec_of_messages() -> None:
     with Queue[Message](codec=MessageCodec()) as messages:
         messages.put(Message(MessageType.DATA, "a", 1.0, [1]))

@@ -126,6 +126,18 @@ def test_a_hostile_pickle_in_a_frame_of_any_kind_is_never_loaded(codec, monkeypa
 
 
 @pytest.mark.fault(38)
+def test_a_broken_table_of_segments_costs_a_batch_only_itself():
+    with Queue(codec="bytes", name=NAME) as queue:
+        queue.put_many([b"first", b"second", struct.pack("<2Q", 1, 1 << 40), b"third"])
+        spans = 2 * 40  # of the two in front of it
+        word(queue, first_frame(queue) + spans + 20, MULTI, size=4)
+        with pytest.raises(RingCorrupted, match="segment 0") as caught:
+            queue.get_many()
+        assert caught.value.items == [b"first", b"second", b"third"]
+        assert queue.empty()
+
+
+@pytest.mark.fault(38)
 def test_the_receiver_of_these_tests_would_tell():
     with Queue(name=NAME) as pickling:
         pickling.put(Hostile())

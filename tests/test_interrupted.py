@@ -15,7 +15,7 @@ import pytest
 import shmring
 from header import MEMORY_LOCK, WAITERS, lock_word, stopped_under_lock, word
 from shmring import JoinableQueue, Queue, Ring, SharedMemoryManager
-from shmring.errors import Empty, Full
+from shmring.errors import Empty, Full, RingClosed, ShutDown
 from support import asleep, at_least, own_name, run_in_process, wait_for
 
 LARGE = bytes(1000)
@@ -228,6 +228,39 @@ except KeyboardInterrupt:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "interrupted\n"
+
+
+CUTS = {
+    "close": (lambda handle, other: handle.close(), RingClosed),
+    "shutdown": (lambda handle, other: other.shutdown(), ShutDown),
+    "Ctrl-C": (lambda handle, other: signal.raise_signal(signal.SIGINT), KeyboardInterrupt),
+}
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("kind", [Ring, Queue])
+@pytest.mark.parametrize("how", CUTS)
+def test_a_put_many_that_is_cut_says_how_many_went_in(how, kind):
+    cut, error = CUTS[how]
+    with ExitStack() as stack:
+        if kind is Ring:
+            handle = stack.enter_context(Ring.create(4096))
+        else:
+            handle = stack.enter_context(Queue(maxsize=3))
+        other = stack.enter_context(kind.attach(handle.name))
+
+        def cut_when_it_waits() -> None:
+            wait_for(lambda: other.statistics().producers_waiting)
+            cut(handle, other)
+
+        thread = threading.Thread(target=cut_when_it_waits)
+        thread.start()
+        with pytest.raises(error) as caught:
+            handle.put_many([LARGE] * 10, timeout=30)
+        thread.join(30)
+        assert caught.value.count == 3
+        assert other.qsize() == 3
+        assert other.get_many(block=False) == [LARGE] * 3
 
 
 # ---- a storm of signals ----------------------------------------------------------------------

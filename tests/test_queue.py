@@ -28,6 +28,7 @@ from shmring import (
     Queue,
     Ring,
     RingClosed,
+    RingCorrupted,
     RingNotFound,
     ShutDown,
 )
@@ -258,6 +259,58 @@ class Grudging:
 
 def _refuse() -> None:
     raise KeyError("not here")
+
+
+class Raising:
+    """A codec that raises the exceptions it carries."""
+
+    def encode(self, obj: object) -> tuple[int, list[bytes]]:
+        return 9, [pickle.dumps(obj)]
+
+    def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
+        obj = pickle.loads(head)
+        if isinstance(obj, BaseException):
+            raise obj
+        return obj
+
+
+class Reserved(BaseException):
+    """Its `items` cannot be assigned."""
+
+    items = property()
+
+
+@pytest.mark.parametrize("size", [1, 5000, 100_000], ids=lambda size: f"{size}_bytes")
+@pytest.mark.parametrize(
+    "raised", [KeyboardInterrupt, SystemExit, MemoryError, RingCorrupted, DecodeError]
+)
+def test_get_many_hands_out_the_others_whatever_decoding_raises(raised, size):
+    before, after = [[i, bytes(100)] for i in range(5)], [[i, bytes(100)] for i in range(5, 300)]
+    with Queue(codec=Raising()) as queue:
+        queue.put_many([*before, raised("x" * size), *after])
+        taken = []
+        batches = iter(lambda: queue.get_many(block=False), None)
+        with pytest.raises(raised) as caught:
+            taken.extend(each for batch in batches for each in batch)
+        assert caught.value.args == ("x" * size,)
+        taken += caught.value.items
+        while not queue.empty():
+            taken += queue.get_many()
+        assert taken == before + after
+
+
+def test_get_many_raises_an_interrupt_rather_than_an_earlier_failure():
+    with Queue(codec=Raising()) as queue:
+        queue.put_many([1, DecodeError(), 2, KeyboardInterrupt(), 3, DecodeError(), 4])
+        with pytest.raises(KeyboardInterrupt) as caught:
+            queue.get_many()
+        assert caught.value.items == [1, 2, 3, 4]
+        queue.put_many([1, Reserved(), 2])
+        with pytest.raises(DecodeError, match="Reserved") as refused:
+            queue.get_many()
+        assert refused.value.items == [1, 2]
+        assert isinstance(refused.value.__cause__, Reserved)
+        assert queue.empty()
 
 
 class _PutsItself:

@@ -41,6 +41,8 @@ cdef class RingHandle(RingCore):
     cdef tuple identity(self)
     cdef int check_open(self) except -1
     cdef int raise_outcome(self, int outcome) except -1
+    # as raise_outcome; of a put of many, with how many went in
+    cdef int raise_counted(self, int outcome, Py_ssize_t count, Py_ssize_t done) except -1
     cdef int refuse(self, int side, uint32_t state) except -1
     cdef int map_header(self) except -1
     cdef int open_areas(self) except -1

@@ -72,6 +72,13 @@ cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gi
 sync_start()  # _core has checked that the kernel can do it
 
 
+cdef int say_count(object error, Py_ssize_t count, Py_ssize_t done) except -1:
+    """How many of a batch went in before an exception, whatever it is."""
+    if count > 1:
+        error.count = done
+    return 0
+
+
 @cython.binding(False)
 cdef class RingHandle(RingCore):
     """One handle of this process on one ring, with waiting, errors and closing."""
@@ -298,7 +305,7 @@ cdef class RingHandle(RingCore):
                 if result == DONE:
                     return done
             if ends_wait(result):
-                self.raise_outcome(result)
+                self.raise_counted(result, count, done)
             if not block:
                 until = monotonic_ns() + HOLDER_NS
             elif timeout is None:
@@ -333,21 +340,32 @@ cdef class RingHandle(RingCore):
                         witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
                     elif result == FULL and load_relaxed32(&self.full_seen) in (FULL_MEMORY, FULL_LIMIT):
                         self.say_full()
+            except BaseException as error:
+                say_count(error, count, done)
+                raise
             finally:
                 witness_leave(self.header, &wait, self.myself())
                 self.leave()
             if result == DONE:
                 return done
-            if ends_wait(result):
-                self.raise_outcome(result)
-            if self.closed:
-                self.check_open()
+            if ends_wait(result) or self.closed:
+                self.raise_counted(result, count, done)
             if block:
                 self.step_back()
             return done
         finally:
             if handle_leave(&self.inside):
                 self.last_out()
+
+    cdef int raise_counted(self, int outcome, Py_ssize_t count, Py_ssize_t done) except -1:
+        try:
+            if ends_wait(outcome):
+                self.raise_outcome(outcome)
+            self.check_open()
+        except BaseException as error:
+            say_count(error, count, done)
+            raise
+        return 0
 
     cdef int say_full(self) except -1:
         """Once a handle: what was meant to grow waits."""

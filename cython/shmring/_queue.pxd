@@ -1,5 +1,6 @@
 """The map of the compiled half of Queue: objects in, objects out."""
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core cimport Item, Segment
@@ -27,6 +28,8 @@ cdef class ObjectRing(TakingRing):
     cdef int renew_pickler(self) except -1
     cdef int make_pickler(self) except -1
     cdef object encode(self, object obj)
+    cdef object frame_of(self, object obj, uint32_t *kind)
+    cdef object parcelled(self, object obj, uint32_t *kind)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
@@ -42,6 +45,13 @@ cdef class Parcel:
     cdef Py_buffer *buffers
     cdef int opened
     cdef uint64_t *table
-    cdef object head
 
     cdef int pack(self, tuple encoded) except -1
+
+cdef inline void item_of_bytes(Item *item, Segment *segment, bytes payload) noexcept:
+    """All but the kind; the payload has to outlive the item."""
+    segment.data = PyBytes_AS_STRING(payload)
+    item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(payload)
+    item.segments = segment
+    item.count = 1
+    item.owner = 0

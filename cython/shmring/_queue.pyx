@@ -180,6 +180,32 @@ cdef class ObjectRing(TakingRing):
         store_release32(&self.pickler_free, 1)
         return head
 
+    cdef object frame_of(self, object obj, uint32_t *kind):
+        """What travels for an object: bytes of a kind, or a Parcel, which has its own."""
+        cdef Writer writer
+        cdef char room[SMALL]
+        if self.raw and PyBytes_CheckExact(obj):
+            kind[0] = RAW
+            return obj
+        if self.trees and tree_write(&writer, room, SMALL, obj):
+            kind[0] = TREE
+            try:
+                return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
+            finally:
+                tree_free(&writer)
+        return self.parcelled(obj, kind)
+
+    cdef object parcelled(self, object obj, uint32_t *kind):
+        """As `frame_of`, for what goes through the codec."""
+        cdef Parcel parcel
+        encoded = self.encode(obj)
+        kind[0] = PLAIN
+        if PyBytes_CheckExact(encoded):
+            return encoded
+        parcel = Parcel.__new__(Parcel)
+        parcel.pack(encoded)
+        return parcel
+
     # ---- put --------------------------------------------------------------------------------
 
     def put(self, obj, bint block=True, timeout=None, *, peers=None):
@@ -209,9 +235,10 @@ cdef class ObjectRing(TakingRing):
             raise Full
 
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1:
-        cdef Parcel parcel
+        cdef uint32_t kind
         cdef Writer writer
         cdef char room[SMALL]
+        # as frame_of(), but a tree that is small never leaves the stack
         if self.raw and PyBytes_CheckExact(obj):
             return put_one(self, RAW, PyBytes_AS_STRING(obj), PyBytes_GET_SIZE(obj), position, block, timeout)
         if self.trees and tree_write(&writer, room, SMALL, obj):
@@ -219,13 +246,11 @@ cdef class ObjectRing(TakingRing):
                 return put_one(self, TREE, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 tree_free(&writer)
-        encoded = self.encode(obj)
+        encoded = self.parcelled(obj, &kind)
         if PyBytes_CheckExact(encoded):
             return put_one(
-                self, PLAIN, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
-        parcel = Parcel.__new__(Parcel)
-        parcel.pack(encoded)
-        return self.put_or_wait(&parcel.item, 1, position, block, timeout)
+                self, kind, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
+        return self.put_or_wait(&(<Parcel>encoded).item, 1, position, block, timeout)
 
     def put_nowait(self, obj):
         """put(obj, block=False)."""
@@ -243,11 +268,10 @@ cdef class ObjectRing(TakingRing):
 
         Args: as for `put`; `timeout` is for all of them together.
 
-        Raises:
-            queue.Full, PeerDied: with an attribute `count`, how many went in.
+        Raises: as `put`.  Whatever is raised after some of them went in has an
+            attribute `count`, how many; Full and PeerDied always have it.
         """
         cdef list held = []  # bytes, or a Parcel
-        cdef Parcel parcel
         cdef Item *items = NULL
         cdef Item *longer
         cdef Segment *segments = NULL
@@ -255,8 +279,6 @@ cdef class ObjectRing(TakingRing):
         cdef Py_ssize_t n = 0
         cdef Py_ssize_t i
         cdef Py_ssize_t done = 0
-        cdef Writer writer
-        cdef char room[SMALL]
         if peers is not None:
             timeout = watching(peers, timeout)
         try:
@@ -267,23 +289,7 @@ cdef class ObjectRing(TakingRing):
                     if longer == NULL:
                         raise MemoryError
                     items = longer
-                if self.raw and PyBytes_CheckExact(obj):
-                    items[n].kind = RAW
-                    held.append(obj)
-                elif self.trees and tree_write(&writer, room, SMALL, obj):
-                    items[n].kind = TREE
-                    try:
-                        held.append(PyBytes_FromStringAndSize(writer.start, writer.at - writer.start))
-                    finally:
-                        tree_free(&writer)
-                else:
-                    encoded = self.encode(obj)
-                    items[n].kind = PLAIN
-                    if not PyBytes_CheckExact(encoded):
-                        parcel = Parcel.__new__(Parcel)
-                        parcel.pack(encoded)
-                        encoded = parcel
-                    held.append(encoded)
+                held.append(self.frame_of(obj, &items[n].kind))
                 n += 1
             if n == 0:
                 self.check_open()
@@ -294,12 +300,7 @@ cdef class ObjectRing(TakingRing):
             for i in range(n):
                 encoded = held[i]
                 if PyBytes_CheckExact(encoded):
-                    segments[i].data = PyBytes_AS_STRING(encoded)
-                    segments[i].length = <uint64_t>PyBytes_GET_SIZE(encoded)
-                    items[i].segments = &segments[i]
-                    items[i].count = 1
-                    items[i].length = segments[i].length
-                    items[i].owner = 0
+                    item_of_bytes(&items[i], &segments[i], encoded)
                 else:
                     items[i] = (<Parcel>encoded).item
             done = self.put_or_wait(items, n, NULL, block, timeout)

@@ -91,8 +91,8 @@ cdef class BytesRing(TakingRing):
 
         Args: as for `put`; `timeout` is for all of them together.
 
-        Raises:
-            queue.Full, PeerDied: with an attribute `count`, how many went in.
+        Raises: as `put`.  Whatever is raised after some of them went in has an
+            attribute `count`, how many; Full and PeerDied always have it.
         """
         cdef list held = list(messages)
         cdef Py_ssize_t n = len(held)

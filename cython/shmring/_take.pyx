@@ -16,12 +16,14 @@ from shmring._deadline cimport watching
 from shmring._direct cimport take_one
 from shmring._handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_start
+from shmring._sync cimport (
+    fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_start,
+)
 
 import operator
 from queue import Empty
 
-from shmring.errors import DecodeError, InvalidArgument
+from shmring.errors import DecodeError, InvalidArgument, RingClosed, ShutDown
 
 cdef enum: SPAN_BYTES = 16384  # what one visit of get_many takes at most, over the stack
 
@@ -100,8 +102,9 @@ cdef class TakingRing(RingHandle):
         Returns:
             A list of what `get` returns, at least one.
 
-        Raises: as `get`.  A DecodeError carries the objects of the same batch
-            that were decoded in its attribute `items`: nothing else is lost.
+        Raises: as `get`.  An exception of any kind that is raised after messages
+            were taken carries all other objects of the batch in its attribute
+            `items`: only a message that could not be decoded is lost.
         """
         cdef Py_ssize_t most = PY_SSIZE_T_MAX
         cdef char room[SPAN_BYTES]
@@ -109,7 +112,7 @@ cdef class TakingRing(RingHandle):
         cdef uint64_t at, end, first
         cdef Frame *frame
         cdef int result
-        cdef list taken
+        cdef list taken = []
         cdef object failed = None
         if max_items is not None:
             max_items = operator.index(max_items)
@@ -118,13 +121,14 @@ cdef class TakingRing(RingHandle):
             most = min(max_items, PY_SSIZE_T_MAX)
         if peers is not None:
             timeout = watching(peers, timeout)
-        taken = [self.next_object(block, timeout)]
+        taken.append(self.next_object(block, timeout))
         if self.closed:
             return taken
-        self.enter()
-        # what is there now, not what steady producers go on adding
-        end = load_acquire64(&self.header.write_position)
+        fetch_add64(&self.inside, 1)  # as enter(), but a handle that closes now raises nothing
+        fence_full()
         try:
+            # what is there now, not what steady producers go on adding
+            end = 0 if self.closed else load_acquire64(&self.header.write_position)
             while (len(taken) < most and failed is None and not self.closed
                     and load_acquire64(&self.header.read_position) < end):
                 result = self.take_span(room, SPAN_BYTES, most - len(taken), end, &size, 0)
@@ -132,11 +136,11 @@ cdef class TakingRing(RingHandle):
                     try:
                         taken.append(self.next_object(False, None))
                         continue
-                    except DecodeError as error:
+                    except (Empty, RingClosed, ShutDown):
+                        break  # nothing was taken; the next call says so again
+                    except BaseException as error:
                         failed = error
                         break
-                    except Exception:
-                        break  # it shows itself in the next call; what was taken is not lost
                 if result != DONE:
                     break  # an error shows itself in the next call; what was taken is not lost
                 at = 0
@@ -154,11 +158,18 @@ cdef class TakingRing(RingHandle):
                             at += shmring_frame_span(frame.length)
                             taken.append(
                                 self.decode_at(frame.kind, <char *>frame + SHMRING_FRAME_BYTES, frame.length))
-                    except DecodeError as error:
-                        failed = failed or error
+                    except BaseException as error:  # the rest of the span is taken: go on
+                        # the first one is raised, but never in place of an interrupt
+                        if failed is None or (isinstance(failed, Exception) and not isinstance(error, Exception)):
+                            failed = error
         finally:
             self.leave()
         if failed is not None:
-            failed.items = taken
+            try:
+                failed.items = taken
+            except Exception:  # its class has other plans for that name
+                refused = DecodeError(f"a message was taken and cannot be decoded: {type(failed).__name__}: {failed}")
+                refused.items = taken
+                raise refused from failed
             raise failed
         return taken

@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core cimport Item, Segment, Take
 from shmring._handle cimport RingHandle
-from shmring._queue cimport ObjectRing, Parcel
+from shmring._queue cimport ObjectRing
 
 # Ends the sleep of one thread of this process.
 cdef class Bell:
@@ -13,8 +13,7 @@ cdef class Bell:
 # An object that was encoded once and is put as often as it takes.
 cdef class Outgoing:
     cdef ObjectRing ring
-    cdef object encoded  # bytes, or
-    cdef Parcel parcel  # what the codec made of it
+    cdef object encoded  # bytes, or a Parcel: keeps alive what the item points to
     cdef Segment segment
     cdef Item item
     cdef uint64_t seen  # where consumers stood before the last attempt

@@ -7,7 +7,7 @@ itself and clears WOKEN like every sleeper (`_sync.h`), and passes the baton
 when it leaves.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 
@@ -17,7 +17,7 @@ from shmring._core cimport (
 from shmring._deadline cimport deadline_of
 from shmring._handle cimport RingHandle
 from shmring._layout cimport Header
-from shmring._queue cimport ObjectRing, Parcel
+from shmring._queue cimport ObjectRing, Parcel, item_of_bytes
 from shmring._sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64,
     handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed64, monotonic_ns,
@@ -29,8 +29,6 @@ sync_start()  # _core has checked that the kernel can do it
 
 cdef enum:
     WORDS = 127  # SYNC_WORDS_MOST, where C wants a constant
-    RAW = 0  # kinds, as in _queue.pyx
-    PLAIN = 1
 
 cdef int64_t CROWD_NS = 5000000  # the slice of those who wait on more words than the kernel takes
 
@@ -340,26 +338,16 @@ cdef class Outgoing:
 
     def __init__(self, ObjectRing ring, obj):
         self.ring = ring
-        if ring.raw and PyBytes_CheckExact(obj):
-            self.encoded = obj
-            self.item.kind = RAW
+        self.encoded = ring.frame_of(obj, &self.item.kind)
+        if PyBytes_CheckExact(self.encoded):
+            item_of_bytes(&self.item, &self.segment, self.encoded)
         else:
-            self.encoded = ring.encode(obj)
-            if not PyBytes_CheckExact(self.encoded):
-                self.parcel = Parcel.__new__(Parcel)
-                self.parcel.pack(self.encoded)
-                return
-            self.item.kind = PLAIN
-        self.segment.data = PyBytes_AS_STRING(self.encoded)
-        self.item.length = self.segment.length = <uint64_t>PyBytes_GET_SIZE(self.encoded)
-        self.item.segments = &self.segment
-        self.item.count = 1
-        self.item.owner = 0
+            self.item = (<Parcel>self.encoded).item
 
     def put(self):
         """One attempt: whether it went in.  Raises as Queue.put does."""
         cdef Py_ssize_t done = 0
-        cdef Item *item = &self.item if self.parcel is None else &self.parcel.item
+        cdef Item *item = &self.item
         cdef RingHandle ring = self.ring
         handle_enter(&ring.inside)
         try:

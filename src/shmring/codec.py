@@ -112,6 +112,10 @@ class ReusedPickler:
         self.clear_memo: Callable[[], None] = pickler.clear_memo
 
 
+# Taken by one user at a time: a thread, or an object that encodes while it is being pickled.
+_spare_picklers: list[ReusedPickler] = []
+
+
 class PickleCodec:
     """Pickle protocol 5 with large buffers out of band; the default.
 
@@ -131,14 +135,20 @@ class PickleCodec:
         """
         if _tree is not None and (tree := _tree.encode(obj)) is not None:
             return KIND_TREE, [tree]
-        pickler = ReusedPickler()
+        pickler = _spare_picklers.pop() if _spare_picklers else ReusedPickler()
+        if pickler.watched is None or pickler.watched.changed():
+            pickler = ReusedPickler()
         try:
             pickler.dump(obj)
-        except Exception as error:
+        except Exception as error:  # this one is in an unknown state, and dropped
             raise encode_error(obj, error) from error
-        chunks = pickler.chunks
-        head = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        return KIND_PICKLE, [head, *pickler.buffers]
+        chunks, buffers = pickler.chunks, pickler.buffers
+        segments: list[Segment] = [chunks[0] if len(chunks) == 1 else b"".join(chunks), *buffers]
+        chunks.clear()
+        buffers.clear()
+        pickler.clear_memo()
+        _spare_picklers.append(pickler)
+        return KIND_PICKLE, segments
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
         """Unpickle: this runs code of the sender's choosing.

@@ -110,7 +110,8 @@ class DecodeError(ShmringError, pickle.UnpicklingError):
     """A message was taken and its bytes could not be turned into an object.
 
     Attributes:
-        items: the other messages of the same ``get_many``, which were decoded.
+        items: the other messages of the same ``get_many``, which were decoded; any
+            exception that leaves ``get_many`` after a message was taken has them.
     """
 
     items: list[object]

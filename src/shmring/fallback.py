@@ -242,7 +242,8 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
 
         Raises:
             Full: no room until the deadline; its ``count`` says how many went in.
-            PeerDied: every one of ``peers`` is dead; it has the same ``count``.
+            PeerDied: every one of ``peers`` is dead; it has the same ``count``, as
+                has whatever else is raised after some went in.
             EncodeError: one cannot be encoded; nothing was put.
         """
         self._check_open()
@@ -258,6 +259,9 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
                 full = Full(f"{count} of {len(encoded)} objects went in")
                 vars(full)["count"] = count
                 raise full from None
+            except BaseException as error:
+                vars(error)["count"] = count
+                raise
 
     def get(
         self,
