@@ -379,7 +379,7 @@ def _make(name: str) -> None:
     found: dict[str, Any] = {key: after[key] - before[key] for key in after}
     found["names"] = _left_since(names)
     if hasattr(queue, "fileno"):
-        found["allocated_bytes"] = os.fstat(queue.fileno()).st_blocks * 512
+        found["allocated_bytes"] = os.fstat(queue._fileno()).st_blocks * 512
     print(json.dumps(found))
 
 

@@ -46,7 +46,7 @@ AnyRing = Ring | Queue[object]
 
 def word(ring: AnyRing | int, offset: int, value: int | None = None, *, size: int = 8) -> int:
     """A word of the file, given by a handle or a descriptor; written first, if a value is given."""
-    fd = ring if isinstance(ring, int) else ring.fileno()
+    fd = ring if isinstance(ring, int) else ring._fileno()
     if value is not None:
         os.pwrite(fd, value.to_bytes(size, "little"), offset)
     return int.from_bytes(os.pread(fd, size, offset), "little")
@@ -63,8 +63,8 @@ def area(
     """(base, capacity, offset) of an area; written first, if a record is given."""
     at = LAYOUT["AREAS_OFFSET"] + 32 * (generation % LAYOUT["AREA_COUNT"])
     if record is not None:
-        os.pwrite(ring.fileno(), struct.pack("<3Q", *record), at)
-    return struct.unpack("<3Q", os.pread(ring.fileno(), 24, at))
+        os.pwrite(ring._fileno(), struct.pack("<3Q", *record), at)
+    return struct.unpack("<3Q", os.pread(ring._fileno(), 24, at))
 
 
 def first_frame(ring: AnyRing) -> int:

@@ -6,14 +6,19 @@ Most of these crashed the process once, so each runs in a child whose exit statu
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import select
+import selectors
 import signal
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import Empty, Full
 from typing import Any
 
@@ -46,7 +51,7 @@ def test_while_a_block_is_being_entered(side):
 
     def scene() -> None:
         ring = Ring.create()
-        fd = os.dup(ring.fileno())
+        fd = os.dup(ring._fileno())
         ring.put(b"front")
         offset = CONSUMERS if side == "peek" else PRODUCERS
         hold(fd, offset, os.getppid())
@@ -110,7 +115,7 @@ def test_while_get_many_decodes():
 def test_while_shutdown_waits_for_the_lock():
     def scene() -> None:
         ring = Ring.create()
-        fd = os.dup(ring.fileno())
+        fd = os.dup(ring._fileno())
         hold(fd, PRODUCERS, os.getppid())
         outcome: list[object] = []
 
@@ -175,7 +180,7 @@ def test_recovery_never_touches_a_file_that_took_our_descriptor(tmp_path, reused
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"precious" * 10_000)
     ring = Ring.create(4096, max_capacity=1 << 20)
-    fd = ring.fileno()
+    fd = ring._fileno()
     kept = os.dup(fd)
     hold(kept, PRODUCERS, OWNER_DIED)  # what the kernel leaves when an owner dies
     if reused:
@@ -223,29 +228,6 @@ def test_growing_twice_in_one_call_leaves_no_mapping():
 def _mappings() -> int:
     with open("/proc/self/maps") as maps:
         return sum(1 for _ in maps)
-
-
-@pytest.mark.parametrize("make", ["Queue()", "Ring.create()"])
-@pytest.mark.parametrize("call", ["get", "peek", "wait"])
-def test_a_daemon_thread_that_waits_ends_silently_at_exit(make, call):
-    if call == "wait":
-        target = "lambda: shmring.wait([q])"
-    elif call == "peek" and make == "Ring.create()":
-        target = "lambda: q.peek().__enter__()"
-    else:
-        target = "q.get"
-    program = (
-        "import shmring, threading, time\n"
-        f"q = shmring.{make}\n"
-        "before = threading.Event()\n"
-        f"call = {target}\n"
-        "threading.Thread(target=lambda: (before.set(), call()), daemon=True).start()\n"
-        "before.wait(10)\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_unpickling_a_queue_that_is_gone_fails_at_the_first_call():
@@ -353,7 +335,7 @@ def full(queue: Any) -> Any:
 
 
 def locked(handle: Any, offset: int) -> Any:
-    hold(handle.fileno(), offset, os.getppid())
+    hold(handle._fileno(), offset, os.getppid())
     return handle
 
 
@@ -475,3 +457,171 @@ def test_a_descriptor_that_another_file_got_is_left_alone(kind):
         "    print(sum(os.path.sameopenfile(fd, others[0]) for fd in others))\n"
     )
     assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_of_processes_that_were_forked_without_multiprocessing_leaves(kind):
+    name = own_name("closing")
+    made = KINDS[kind][0].format(name=name)
+    done = run_program(
+        f"made = {made}\n"
+        "reader, writer = os.pipe()\n"
+        "for _ in range(2):\n"
+        "    if os.fork():\n"
+        "        os._exit(0)\n"
+        "os.close(writer)\n"
+        "os.read(reader, 1)\n"  # until both parents have ended
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [each for each in os.listdir("/dev/shm") if name in each]
+
+
+def test_a_child_that_is_forked_while_a_thread_is_inside_uses_the_same_handle():
+    name = own_name("closing")
+    done = run_program(
+        "import threading, time\n"
+        f"made = ipc({name!r})\n"
+        "queue = made.message_queues['q']\n"
+        "threads = [threading.Thread(target=made.receive_message, args=('q',)) for _ in range(2)]\n"
+        "for each in threads: each.start()\n"
+        "while len(queue.statistics().waiters) < 2: time.sleep(0.001)\n"
+        "made._guard.acquire()\n"  # as a thread that counts has it
+        "pid = os.fork()\n"
+        "made._guard.release() if pid else None\n"
+        "if pid == 0:\n"
+        "    for number in range(2):\n"
+        "        made.send_message('q', shmring.MessageType.DATA, number)\n"
+        "    made.write_shared_data('m', b'child')\n"
+        "    made.cleanup()\n"
+        "    os._exit(0)\n"
+        "for each in threads: each.join(30)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), made.read_shared_data('m', 5))\n"
+        "made.cleanup()\n"
+    )
+    assert (done.stdout, done.stderr) == ("0 b'child'\n", "")
+
+
+# ---- the end of a program ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_that_imported_dill_ends_silently(kind, ended):
+    pytest.importorskip("dill")
+    make, end = KINDS[kind]
+    made = make.format(name=own_name("closing"))
+    done = run_program(f"import dill\nmade = {made}\n" + (f"made.{end}()\n" if ended else ""))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# What a daemon thread is in when its program ends.
+DAEMONS = {
+    "Queue.get": "q = shmring.Queue(); call = q.get",
+    "Queue.put": "q = shmring.Queue(1); q.put(1); call = lambda: q.put(1)",
+    "JoinableQueue.join": "q = shmring.JoinableQueue(); q.put(1); call = q.join",
+    "Ring.get": "q = shmring.Ring.create(); call = q.get",
+    "Ring.peek": "q = shmring.Ring.create(); call = q.peek().__enter__",
+    "wait": "q = shmring.Queue(); call = lambda: shmring.wait([q])",
+    "aget": "import asyncio; q = shmring.Queue(); call = lambda: asyncio.run(q.aget())",
+    "QueueListener": "import logging.handlers; q = shmring.Queue();"
+    " call = logging.handlers.QueueListener(q).start",
+    "HighPerformanceIPC": "made = ipc({name!r}); q = made.message_queues['q'];"
+    " call = lambda: made.receive_message('q')",
+}
+INSIDE_MEMORY = """
+import threading, time
+made = memory({name!r})
+def call():
+    while True:
+        made.write_data(b"x" * 100)
+threading.Thread(target=call, daemon=True).start()
+while made.read_data(1) != b"x": time.sleep(0.001)
+"""
+BECOME_DAEMON = """
+import threading, time
+{setup}
+def run():
+    threading.Thread(target=call, daemon=True).start()
+    while not q.statistics().waiters: time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize("where", ["the program", "a forked child", "a spawned child"])
+@pytest.mark.parametrize("call", DAEMONS)
+def test_a_daemon_thread_that_waits_ends_silently_with_its_process(call, where, tmp_path):
+    program = tmp_path / "program.py"
+    setup = DAEMONS[call].format(name=own_name("closing"))
+    text = BECOME_DAEMON.format(setup="{setup}")
+    if where == "the program":
+        text = PRELUDE + text.format(setup=setup) + "run()\n"
+    else:
+        method = "fork" if where == "a forked child" else "spawn"
+        indented = "\n".join(f"    {line}" for line in text.format(setup=setup).splitlines())
+        text = (
+            f"{PRELUDE}import multiprocessing\n"
+            f"def child():\n{indented}\n    run()\n"
+            "if __name__ == '__main__':\n"
+            f"    started = multiprocessing.get_context({method!r}).Process(target=child)\n"
+            "    started.start()\n    started.join()\n    sys.exit(started.exitcode)\n"
+        )
+    program.write_text(text)
+    ended = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_daemon_thread_that_writes_memory_ends_silently():
+    done = run_program(INSIDE_MEMORY.format(name=own_name("closing")))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- handles that arrive too late ----------------------------------------------------------------
+
+
+def test_a_pool_gets_an_error_where_the_queue_it_was_sent_is_gone(tmp_path):
+    queue = Queue()
+    go = tmp_path / "go"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        busy = pool.apply_async(_wait_for_file, (go,))
+        late = pool.apply_async(_take, (queue,))
+        wait_for(lambda: queue._identity()[0])  # it was pickled, and is still to be unpickled
+        queue.close()
+        go.touch()
+        busy.get(60)
+        with pytest.raises(RingNotFound, match="keeps its handle open"):
+            late.get(60)
+
+
+def _wait_for_file(path: Path) -> None:
+    wait_for(path.exists, timeout=60)
+
+
+def _take(queue: Any) -> object:
+    return queue.get(timeout=1)
+
+
+def test_what_an_ipc_had_is_missed_when_it_is_used_and_not_when_it_arrives():
+    with HighPerformanceIPC("a", namespace=own_name("closing")) as ipc:
+        ipc.create_message_queue("q")
+        ipc.create_shared_memory("m", 10)
+        sent = pickle.dumps(ipc)
+    with pickle.loads(sent) as received:
+        with pytest.raises(RingNotFound, match="keeps its handle open"):
+            received.receive_message("q", timeout=0)
+        with pytest.raises(RingNotFound, match="keeps its block"):
+            received.read_shared_data("m", 1)
+
+
+@pytest.mark.parametrize("make", [Queue, Ring.create])
+def test_who_selects_on_a_queue_is_sent_to_wait(make):
+    with make() as queue:
+        selector = selectors.DefaultSelector()
+        for call in (
+            lambda: select.select([queue], [], [], 0),
+            lambda: selector.register(queue, selectors.EVENT_READ),
+            lambda: multiprocessing.connection.wait([queue], 0),
+        ):
+            with pytest.raises(OSError, match=r"shmring\.wait"):
+                call()
+        selector.close()

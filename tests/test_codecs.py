@@ -139,7 +139,7 @@ def test_every_put_stores_the_same_frame(codec, obj):
                 continue
             length = word(queue, first_frame(queue) + 8)
             kind = word(queue, first_frame(queue) + 20, size=4)
-            frames.append((kind, os.pread(queue.fileno(), length, first_frame(queue) + 32)))
+            frames.append((kind, os.pread(queue._fileno(), length, first_frame(queue) + 32)))
     assert frames == frames[:1] * len(calls)
 
 

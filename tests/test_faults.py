@@ -84,7 +84,7 @@ def test_growing_producers_killed_leave_memory_accounted_for():
             ring.get(timeout=0.3)  # an idle slice gives back what is not needed
         ring.put(b"x")
         assert ring.get() == b"x"
-        held = os.fstat(ring.fileno()).st_blocks * 512
+        held = os.fstat(ring._fileno()).st_blocks * 512
         assert held <= 4 * ring.capacity + 8192, f"{held} bytes for a capacity of {ring.capacity}"
 
 

@@ -113,7 +113,7 @@ def test_a_ring_does_not_grow_over_an_area_whose_record_points_elsewhere():
         ring.put_many([b"held"] * 100)
         base, capacity, _ = area(ring, 0)
         area(ring, 0, (base, capacity, 1 << 40))
-        held = os.pread(ring.fileno(), 3000, LAYOUT["HEADER_BYTES"])
+        held = os.pread(ring._fileno(), 3000, LAYOUT["HEADER_BYTES"])
         with pytest.raises(RingCorrupted, match="area"):
             ring.put(bytes(3000), timeout=5)
-        assert os.pread(ring.fileno(), 3000, LAYOUT["HEADER_BYTES"]) == held
+        assert os.pread(ring._fileno(), 3000, LAYOUT["HEADER_BYTES"]) == held

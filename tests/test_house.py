@@ -25,6 +25,7 @@ FLOORS = [
     ["errors"],
     ["deadline"],
     ["descriptors"],
+    ["leaving"],
     ["_lazy"],
     ["statistics"],
     ["trouble"],

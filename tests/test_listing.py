@@ -53,7 +53,7 @@ def test_a_named_queue_and_who_waits_on_it() -> None:
         wait_for(lambda: queue.statistics().waiters)
         block = found(NAME)
         assert (block["kind"], block["messages"]) == ("queue", 0)
-        assert block["nbytes"] == os.fstat(queue.fileno()).st_blocks * 512
+        assert block["nbytes"] == os.fstat(queue._fileno()).st_blocks * 512
         assert sorted(block["pids"]) == sorted([os.getpid(), waiter.pid or 0])
         assert [each["pid"] for each in block["waiters"]] == [waiter.pid]
         shown = [each for each in json.loads(ls("--json")) if each["name"] == NAME]

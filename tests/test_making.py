@@ -317,7 +317,7 @@ def attach_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
             for _ in range(3):
                 ring.put(b"x")
                 assert ring.get(timeout=5)
-                assert PATH.stat().st_ino == os.fstat(ring.fileno()).st_ino
+                assert PATH.stat().st_ino == os.fstat(ring._fileno()).st_ino
             count += 1
     counts.put(("attached", count))
 
@@ -331,10 +331,10 @@ def make_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
         except RingExists:
             continue
         with ring:
-            assert PATH.stat().st_ino == os.fstat(ring.fileno()).st_ino
+            assert PATH.stat().st_ino == os.fstat(ring._fileno()).st_ino
             count += 1
             cleanup_stale()
-            assert PATH.stat().st_ino == os.fstat(ring.fileno()).st_ino
+            assert PATH.stat().st_ino == os.fstat(ring._fileno()).st_ino
     counts.put(("made", count))
 
 

@@ -143,7 +143,7 @@ def record_of(ring: Ring, wrong: str) -> tuple[int, int, int]:
     base, capacity, offset = area(ring, 1)
     return {
         "outside": (base, capacity, 1 << 40),
-        "past the end": (base, capacity, os.fstat(ring.fileno()).st_size - 4096),
+        "past the end": (base, capacity, os.fstat(ring._fileno()).st_size - 4096),
         "in the header": (base, capacity, 4096),
         "overflowing": (base, capacity, (1 << 64) - 4096),
         "in an area in use": (base, capacity, LAYOUT["HEADER_BYTES"]),
@@ -197,10 +197,10 @@ def test_a_producer_that_moves_on_meets_the_record_of_a_wrong_area(wrong):
     with ring, Ring.attach(ring.name) as grower:
         grower.put_many(numbered(20))
         area(ring, 1, record_of(ring, wrong))
-        held = os.pread(ring.fileno(), 4096, LAYOUT["HEADER_BYTES"])
+        held = os.pread(ring._fileno(), 4096, LAYOUT["HEADER_BYTES"])
         with pytest.raises(RingCorrupted, match="area"):
             ring.put(b"written where?" * 20, timeout=5)
-        assert os.pread(ring.fileno(), 4096, LAYOUT["HEADER_BYTES"]) == held
+        assert os.pread(ring._fileno(), 4096, LAYOUT["HEADER_BYTES"]) == held
         refused_everywhere(ring, "area", attaching=False)
 
 
@@ -210,11 +210,11 @@ def test_an_area_to_be_given_back_that_lies_over_one_in_use_is_not_punched():
         base, capacity, _ = area(ring, 0)
         _, _, offset = area(ring, 1)
         area(ring, 0, (base, capacity, offset))  # as if the drained one lay there
-        held = os.pread(ring.fileno(), 4096, offset)
+        held = os.pread(ring._fileno(), 4096, offset)
         assert held.strip(b"\0")
         with pytest.raises(RingCorrupted, match="area"):
             drain(ring)
-        assert os.pread(ring.fileno(), 4096, offset) == held
+        assert os.pread(ring._fileno(), 4096, offset) == held
 
 
 @pytest.mark.fault(25, 26)
@@ -426,13 +426,13 @@ def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
     with make() as ring:
         ring.put_many([b"%03d" % number * 20 for number in range(100)])
         size = LAYOUT["HEADER_BYTES"] + (1 << 16)
-        clean = os.pread(ring.fileno(), size, 0)
+        clean = os.pread(ring._fileno(), size, 0)
         at = [LAYOUT["HEADER_BYTES"] + 96 * number + 8 for number in range(100)]
 
         def flip() -> None:
             dice = random.Random(1)
             lengths = [dice.getrandbits(bits).to_bytes(8, "little") for bits in range(1, 64)]
-            with mmap.mmap(ring.fileno(), size) as mapped:
+            with mmap.mmap(ring._fileno(), size) as mapped:
                 while True:
                     mapped_at, length = dice.choice(at), dice.choice(lengths)
                     mapped[mapped_at : mapped_at + 8] = length
@@ -442,8 +442,8 @@ def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
             until = time.monotonic() + 1.5
             whole = 0
             while time.monotonic() < until:
-                os.pwrite(ring.fileno(), clean[256:], 256)
-                os.pwrite(ring.fileno(), clean[128:256], 128)
+                os.pwrite(ring._fileno(), clean[256:], 256)
+                os.pwrite(ring._fileno(), clean[128:256], 128)
                 with contextlib.suppress(RingCorrupted, Empty):
                     while True:
                         whole += len(ring.get_many(block=False)) == 100

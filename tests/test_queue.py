@@ -166,7 +166,7 @@ def test_an_unused_queue_costs_little():
     children = len(multiprocessing.active_children())
     names = os.listdir("/dev/shm")
     with Queue() as queue:
-        found = os.fstat(queue.fileno())
+        found = os.fstat(queue._fileno())
         assert max(found.st_size, found.st_blocks * 512) < 128 << 10
         assert len(os.listdir("/proc/self/fd")) == descriptors + 1
         assert threading.active_count() == threads
@@ -179,7 +179,7 @@ def test_two_hundred_queues_fit_into_64_mib():
     queues = [Queue() for _ in range(200)]
     for each in queues:
         each.put(1)
-    assert sum(os.fstat(each.fileno()).st_blocks * 512 for each in queues) < 64 << 20
+    assert sum(os.fstat(each._fileno()).st_blocks * 512 for each in queues) < 64 << 20
     for each in queues:
         each.close()
 
@@ -341,7 +341,7 @@ def test_a_descriptor_that_was_closed_behind_its_back():
     with Queue() as queue:
         stolen = os.open("/dev/null", os.O_RDWR)
         try:
-            fd = queue.fileno()
+            fd = queue._fileno()
             kept = os.dup(fd)
             os.dup2(stolen, fd)
             with pytest.raises(OSError, match="descriptor"):

@@ -75,7 +75,7 @@ def _count_up(ring: Ring, count: int) -> None:
 
 
 def allocated(ring: Ring) -> int:
-    return os.fstat(ring.fileno()).st_blocks * 512
+    return os.fstat(ring._fileno()).st_blocks * 512
 
 
 def test_grows_without_a_reader_and_gives_memory_back():
@@ -453,7 +453,7 @@ def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
 @pytest.mark.fault(23)
 def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
     ring.put(b"x" * 100)
-    with open(f"/proc/self/fd/{ring.fileno()}", "r+b") as file:
+    with open(f"/proc/self/fd/{ring._fileno()}", "r+b") as file:
         file.seek(8192)
         file.write(b"\xff" * 32)
     for _ in range(2):

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 def held(queue: Queue[object] | Ring) -> int:
     """Bytes of shared memory."""
-    return os.fstat(queue.fileno()).st_blocks * 512
+    return os.fstat(queue._fileno()).st_blocks * 512
 
 
 # ---- growth --------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_what_is_larger_than_the_area_fits_while_another_producer_waits(size):
     with Ring.create(4096, max_capacity=1 << 20) as ring:
         message = bytes(range(250)) * (size // 250)
         waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 2 * 10**8)  # who, need, until
-        os.pwrite(ring.fileno(), waits, LAYOUT["PRODUCERS_OFFSET"] + 48)
+        os.pwrite(ring._fileno(), waits, LAYOUT["PRODUCERS_OFFSET"] + 48)
         ring.put(message, timeout=5)
         assert ring.get() == message
         ring.put(b"next")
@@ -407,7 +407,7 @@ def report():
 def _create_without_descriptors() -> None:
     with Queue() as before:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limited(resource.RLIMIT_NOFILE, before.fileno() + 1)
+        limited(resource.RLIMIT_NOFILE, before._fileno() + 1)
         try:
             Queue()
         finally:
@@ -418,7 +418,7 @@ def _create_without_descriptors() -> None:
 
 def _grow_without_descriptors() -> None:
     with Queue(max_capacity=1 << 24) as queue:
-        limited(resource.RLIMIT_NOFILE, queue.fileno() + 1)
+        limited(resource.RLIMIT_NOFILE, queue._fileno() + 1)
         queue.put(bytes(MIB))  # growing needs none
         assert len(queue.get()) == MIB
     raise OSError(errno.EMFILE, "grew all the same")

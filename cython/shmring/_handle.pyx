@@ -626,6 +626,18 @@ cdef class RingHandle(RingCore):
         self.leave()
 
     def fileno(self):
+        """There is none that becomes readable when a message comes: always an error.
+
+        Raises:
+            OSError: wait with shmring.wait, which takes queues, processes and files.
+        """
+        # No ValueError, in whose place selectors would say something of its own.
+        raise OSError(
+            errno.EOPNOTSUPP,
+            f"{type(self).__name__} has no descriptor to select on: wait with"
+            " shmring.wait([queue, process, connection, ...])")
+
+    def _fileno(self):
         """The file descriptor of the ring's file."""
         cdef File found
         self.check_open()

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
@@ -38,6 +38,7 @@ from shmring.errors import (
 )
 from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
 from shmring.fallback_server import ServedQueue, checked_maxsize
+from shmring.leaving import end_thread_at_exit
 from shmring.peers import PeerWatch
 
 __all__ = [
@@ -113,8 +114,9 @@ class _Handle:
         self.close()
         return False
 
-    def __del__(self) -> None:
-        if self._closed or sys.is_finalizing() or self._pid != os.getpid():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # First, and bound above: at the very end the globals are gone.
+        if is_finalizing() or self._closed or self._pid != os.getpid():
             return
         dropped = repr(self)
         with contextlib.suppress(OSError):
@@ -125,6 +127,7 @@ class _Handle:
 
     def _check_open(self) -> None:
         if self._closed:
+            end_thread_at_exit()
             raise RingClosed("this queue has been closed by this handle")
 
 

@@ -12,6 +12,7 @@ forked children exclude one another as well.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import operator
@@ -35,6 +36,7 @@ from shmring.errors import (
     RingExists,
     RingNotFound,
 )
+from shmring.leaving import end_thread_at_exit
 
 if TYPE_CHECKING:
     import numpy
@@ -385,6 +387,7 @@ class SharedMemoryManager:
         if self.size <= 0:
             raise InvalidArgument(f"size={self.size}: at least 1 byte is needed")
         self._file: SharedFile | None = None
+        self._not_found: str | None = None  # why unpickling could not attach
         self._creator_pid = 0
 
     def create(self) -> bool:
@@ -521,6 +524,9 @@ class SharedMemoryManager:
 
     def _opened(self) -> SharedFile:
         if self._file is None:
+            end_thread_at_exit()
+            if self._not_found is not None:
+                raise RingNotFound(errno.ENOENT, self._not_found)
             raise RingClosed(f"shared memory {self.name!r}: call create() or connect() first")
         return self._file
 
@@ -542,6 +548,9 @@ class SharedMemoryManager:
 
 def _attached(name: str, size: int) -> SharedMemoryManager:
     memory = SharedMemoryManager(name, size)
-    if not memory.connect():
-        raise RingNotFound(f"shared memory {name!r} does not exist (any more)")
+    if not memory.connect():  # an error here would kill the receiver of a task
+        memory._not_found = (
+            f"shared memory {name!r} does not exist (any more); the sender keeps its block until"
+            " the receiver has unpickled this one"
+        )
     return memory

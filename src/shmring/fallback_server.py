@@ -35,6 +35,7 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.fallback_files import SharedFile
+from shmring.leaving import end_thread_at_exit
 from shmring.peers import PeerWatch
 
 __all__ = ["ServedQueue"]
@@ -322,6 +323,7 @@ class ServedQueue:
 
     def _call(self, method: str, *args: Any) -> Any:
         if self._closed:
+            end_thread_at_exit()
             raise RingClosed(f"queue {self.name!r} has been closed by this handle")
         if self._pid != os.getpid():
             # Forked: the thread that serves is in the parent, the sockets are the parent's.

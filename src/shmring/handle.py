@@ -16,7 +16,6 @@ import multiprocessing.util
 import operator
 import os
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -28,6 +27,7 @@ from shmring._handle import RingHandle
 from shmring._layout import LAYOUT
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
+from shmring.leaving import Exit, end_thread_at_exit
 
 if TYPE_CHECKING:
     from shmring.statistics import RingStatistics
@@ -37,7 +37,7 @@ __all__ = ["SharedHandle"]
 _POLL_S = 0.002
 _CREATION_GRACE_S = 1.0  # what an attacher grants a creator that has begun
 
-# Here and below: past what a subclass may have called closed, fileno or name itself.
+# Here and below: past what a subclass may have called closed or name itself.
 _closed_of: Callable[[RingHandle], bool] = RingHandle.closed.__get__  # type: ignore[attr-defined]
 
 
@@ -140,21 +140,13 @@ class SharedHandle(RingHandle):
 
     def _enrol(self) -> None:
         """Leave when the process ends: only then is a name given back."""
-        self._pid = os.getpid()
-        self._exit = segment.at_exit(self)
+        self._exit = Exit(self)
         _handles.add(self)
-        multiprocessing.util.register_after_fork(self, SharedHandle._after_fork)
-
-    def _after_fork(self) -> None:
-        if not self._ended:
-            self._pid = os.getpid()
-            self._exit = segment.at_exit(self)
 
     def _why_closed(self) -> BaseException:
         if self._not_found is not None:
             return RingNotFound(self._not_found.errno, self._not_found.strerror)
-        if segment.is_exiting() and threading.current_thread() is not threading.main_thread():
-            return SystemExit()  # threading ends a thread silently by it
+        end_thread_at_exit()
         return super()._why_closed()
 
     def _leave(self) -> None:
@@ -181,9 +173,9 @@ class SharedHandle(RingHandle):
         if not named:
             self._set_named(True)  # before: so that whoever is last looks for it
             try:
-                segment.link(RingHandle.fileno(self), name)
+                segment.link(RingHandle._fileno(self), name)
             except BaseException:
-                if not segment.is_named(RingHandle.fileno(self), name):
+                if not segment.is_named(RingHandle._fileno(self), name):
                     self._set_named(False)
                 raise
         return name
@@ -212,7 +204,7 @@ class SharedHandle(RingHandle):
         # A child that is being started gets the descriptor; everybody else a name.
         carried: Any
         if multiprocessing.context.get_spawning_popen() is not None:
-            carried = multiprocessing.reduction.DupFd(RingHandle.fileno(self))
+            carried = multiprocessing.reduction.DupFd(RingHandle._fileno(self))
         else:
             carried = self._linked_name()
         return carried, self._state()
@@ -286,8 +278,12 @@ class SharedHandle(RingHandle):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if self._ended or sys.is_finalizing() or getattr(self, "_pid", None) != os.getpid():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # First, and bound above: at the very end the globals are gone.
+        if is_finalizing() or self._ended:
+            return
+        leaving = getattr(self, "_exit", None)
+        if leaving is None or leaving.pid != os.getpid():
             return
         dropped = repr(self)
         self._leave()  # first: where warnings are errors the next line raises

@@ -22,7 +22,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import util
 from typing import Any, Literal, TypeVar
 
 from shmring._backend import SharedMemoryManager
@@ -38,6 +37,7 @@ from shmring.errors import (
     RingNotFound,
     ShmringError,
 )
+from shmring.leaving import Exit, end_thread_at_exit
 from shmring.message import Message, MessageType
 from shmring.named import (
     attach_queue,
@@ -499,6 +499,8 @@ class HighPerformanceIPC:
             for memory_name in list(self.shared_memories):
                 stack.callback(self.close_shared_memory, memory_name)
 
+    _leave = cleanup  # when the process ends
+
     def __enter__(self) -> HighPerformanceIPC:
         return self
 
@@ -506,8 +508,9 @@ class HighPerformanceIPC:
         self.cleanup()
         return False
 
-    def __del__(self) -> None:
-        if not getattr(self, "_enrolled", False) or sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # First, and bound above: at the very end the globals are gone.
+        if is_finalizing() or not getattr(self, "_enrolled", False):
             return
         mine = self._pid == os.getpid()
         if self._presence is None and not (mine and (self.message_queues or self.shared_memories)):
@@ -532,16 +535,12 @@ class HighPerformanceIPC:
             "namespace": self.namespace,
             "heartbeat_interval": self.heartbeat_interval,
             "message_queues": dict(self.message_queues),
-            "memory_sizes": {name: each.size for name, each in self.shared_memories.items()},
+            "shared_memories": dict(self.shared_memories),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        sizes = state.pop("memory_sizes")
         vars(self).update(state)
-        self.shared_memories = {}
         self._enrol()
-        for name, size in sizes.items():
-            self.connect_shared_memory(name, size)
 
     # -- inside ---------------------------------------------------------------------------
 
@@ -596,9 +595,7 @@ class HighPerformanceIPC:
                     raise
             if self._exit is None:
                 # Unlike atexit, this also runs where multiprocessing ends a child.
-                self._exit = util.Finalize(
-                    None, _cleanup_at_exit, args=(weakref.ref(self),), exitpriority=20
-                )
+                self._exit = Exit(self, priority=20)
             self._presence = presence
             return presence
 
@@ -656,6 +653,7 @@ class HighPerformanceIPC:
         try:
             return self.message_queues[queue_name]
         except KeyError:
+            end_thread_at_exit()
             raise InvalidArgument(
                 f"queue_name={queue_name!r}: create or connect it first; "
                 f"known here: {sorted(self.message_queues)}"
@@ -665,6 +663,7 @@ class HighPerformanceIPC:
         try:
             return self.shared_memories[memory_name]
         except KeyError:
+            end_thread_at_exit()
             raise InvalidArgument(
                 f"memory_name={memory_name!r}: create or connect it first; "
                 f"known here: {sorted(self.shared_memories)}"
@@ -681,13 +680,8 @@ _instances: weakref.WeakSet[HighPerformanceIPC] = weakref.WeakSet()
 def _renew_locks() -> None:
     for ipc in list(_instances):
         ipc._joining = threading.RLock()
+        ipc._guard = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_renew_locks)
-
-
-def _cleanup_at_exit(reference: weakref.ref[HighPerformanceIPC]) -> None:
-    ipc = reference()
-    if ipc is not None:
-        ipc.cleanup()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import operator
 import os
 import struct
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring import segment
@@ -14,6 +17,7 @@ from shmring._layout import LAYOUT
 from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
 from shmring.descriptors import close_own, identity_of
 from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
+from shmring.leaving import Exit, end_thread_at_exit
 
 if TYPE_CHECKING:
     import numpy
@@ -49,6 +53,7 @@ class SharedMemoryManager:
                 f"size={size}: a block has from 1 to {LAYOUT['MAX_CAPACITY']} bytes"
             )
         self._memory: LockedMemory | None = None
+        self._not_found: str | None = None  # why unpickling could not attach
         self._fd = -1
         self._creator_pid = 0
 
@@ -103,14 +108,18 @@ class SharedMemoryManager:
             os.close(fd)
             raise
         self._fd = fd
+        self._not_found = None
         self._identity = identity_of(fd)
-        self._pid = os.getpid()
-        self._exit = segment.at_exit(self)
+        self._exit = Exit(self)
 
     def _attached(self) -> LockedMemory:
-        if self._memory is None:
+        memory = self._memory
+        if memory is None:
+            end_thread_at_exit()
+            if self._not_found is not None:
+                raise RingNotFound(errno.ENOENT, self._not_found)
             raise RingClosed(f"the block {self.name!r} is closed: call create() or connect() first")
-        return self._memory
+        return memory
 
     def write_data(self, data: Any, offset: int = 0) -> None:
         """Copy a contiguous bytes-like object into the block, under the lock.
@@ -180,12 +189,13 @@ class SharedMemoryManager:
             segment.unlink(self.name, self._identity)
 
     def _leave(self) -> None:
-        if self._pid == os.getpid():
+        if self._exit.pid == os.getpid():
             with contextlib.suppress(OSError):
                 self.cleanup()
 
-    def __del__(self) -> None:
-        if getattr(self, "_memory", None) is not None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # First, and bound above: at the very end the globals are gone.
+        if not is_finalizing() and getattr(self, "_memory", None) is not None:
             self._leave()
 
     def __enter__(self) -> Self:
@@ -204,6 +214,9 @@ class SharedMemoryManager:
 
 def _attached(name: str, size: int) -> SharedMemoryManager:
     memory = SharedMemoryManager(name, size)
-    if not memory.connect():
-        raise RingNotFound(2, f"/dev/shm/{name} does not exist (any more)")
+    if not memory.connect():  # an error here would kill the receiver of a task
+        memory._not_found = (
+            f"/dev/shm/{name} does not exist (any more); the sender keeps its block until the"
+            " receiver has unpickled this one"
+        )
     return memory

@@ -37,7 +37,7 @@ if backend == "ring":
 
     def is_current(queue: Any, name: str) -> bool:
         """Whether who asks for the name now gets the queue behind this handle."""
-        return not queue.closed and segment.is_named(queue.fileno(), name)
+        return not queue.closed and segment.is_named(queue._fileno(), name)
 
     def remove_queue(queue: Any) -> None:
         """Close a queue of one's own, and give its name back."""

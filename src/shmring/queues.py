@@ -139,7 +139,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 
     def _claim_open(self) -> int:
         # the page is backed only when the first worker asks for it
-        segment.allocate(RingHandle.fileno(self), 4096, 4096)
+        segment.allocate(RingHandle._fileno(self), 4096, 4096)
         return super()._claim_open()
 
 

@@ -21,8 +21,6 @@ import os
 import stat
 import struct
 import time
-import weakref
-from typing import Protocol
 
 from shmring.errors import (
     AccessRefused,
@@ -39,14 +37,12 @@ __all__ = [
     "MAGIC",
     "MEMORY_MAGIC",
     "allocate",
-    "at_exit",
     "check_name",
     "check_namespace",
     "cleanup_stale",
     "create_anonymous",
     "create_named",
     "default_max_capacity",
-    "is_exiting",
     "is_named",
     "link",
     "names",
@@ -78,41 +74,6 @@ _RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about who 
 
 _POLL_S = 0.002
 _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
-
-
-class Leaver(Protocol):
-    """What holds a named block, and can leave it without a word."""
-
-    def _leave(self) -> None: ...
-
-
-def at_exit(holder: Leaver) -> multiprocessing.util.Finalize:
-    """Have `holder` leave when this process ends, if it still lives then.
-
-    By multiprocessing's own finalizers, which children run too; not when the
-    holder is collected, at which time its mapping would still be there.
-    """
-    return multiprocessing.util.Finalize(holder, _Exit(holder), exitpriority=0)
-
-
-class _Exit:
-    def __init__(self, holder: Leaver) -> None:
-        self._reference = weakref.ref(holder)
-
-    def __call__(self) -> None:
-        global _exiting
-        _exiting = os.getpid()
-        holder = self._reference()
-        if holder is not None:
-            holder._leave()
-
-
-_exiting = 0  # the process that runs its finalizers
-
-
-def is_exiting() -> bool:
-    """Whether the finalizers of this process have begun to close what is open."""
-    return _exiting == os.getpid()
 
 
 def check_name(name: str) -> str:

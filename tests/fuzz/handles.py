@@ -106,7 +106,7 @@ class HandleDriver:
             self.made += 1
             name = own_name(f"fuzz-{self.made}")
             handle = rng.choice(MAKERS)(name)
-            fd = os.dup(handle.fileno())
+            fd = os.dup(handle._fileno())
             handle.put_many(messages(5))
             image = Image(fd, spots_of(fd))
             mutation = image.mutations(rng, 1)[0]

@@ -108,7 +108,7 @@ class Scene(Generic[AnyHandle]):
     image: Image = field(init=False)
 
     def __post_init__(self) -> None:
-        fd = self.keeper.fileno()
+        fd = self.keeper._fileno()
         self.image = Image(fd, spots_of(fd))
         self.early = self.early or self.image.whole[:HEADER_BYTES]
 
@@ -135,7 +135,7 @@ def messages(count: int, size: int = 40) -> list[bytes]:
 
 
 def _allocated(ring: Ring) -> Ring:
-    segment.allocate(ring.fileno(), HEADER_BYTES - CLAIMS_BYTES, CLAIMS_BYTES)
+    segment.allocate(ring._fileno(), HEADER_BYTES - CLAIMS_BYTES, CLAIMS_BYTES)
     return ring
 
 
@@ -157,7 +157,7 @@ def _grown() -> tuple[Ring, bytes]:
     """Three areas, the first of which is drained and not given back yet."""
     ring = _allocated(Ring.create(4096, max_capacity=1 << 16))
     ring.put_many(messages(40))
-    early = os.pread(ring.fileno(), HEADER_BYTES, 0)
+    early = os.pread(ring._fileno(), HEADER_BYTES, 0)
     ring.put_many(messages(60, 100))
     ring.put(b"y" * 6000)
     ring.put_many(messages(20))
@@ -188,9 +188,9 @@ def _reserved(owner_lives: bool) -> Ring:
     view = ring.reserve(30)
     view.__enter__()[:] = b"r" * 30
     ring.put_many(messages(3))
-    image = os.pread(ring.fileno(), HEADER_BYTES + 4096, 0)
+    image = os.pread(ring._fileno(), HEADER_BYTES + 4096, 0)
     view.__exit__(None, None, None)
-    os.pwrite(ring.fileno(), image, 0)
+    os.pwrite(ring._fileno(), image, 0)
     if not owner_lives:
         at = first_frame(ring) + 56 + 24
         word(ring, at, word(ring, at) ^ 1 << 30)  # another start time: pid used again
@@ -201,8 +201,8 @@ def _leased(owner_lives: bool) -> Ring:
     ring = _allocated(Ring.create(4096))
     ring.put_many(messages(5))
     with ring.peek():
-        image = os.pread(ring.fileno(), HEADER_BYTES, 0)
-    os.pwrite(ring.fileno(), image, 0)
+        image = os.pread(ring._fileno(), HEADER_BYTES, 0)
+    os.pwrite(ring._fileno(), image, 0)
     if not owner_lives:
         at = 128 + 16
         word(ring, at, word(ring, at) ^ 1 << 30)
@@ -236,8 +236,8 @@ def queue_scenes() -> list[Scene[ObjectRing]]:
 def _of_objects(name: str, objects: list[Any], *, grow: bool = False) -> Scene[ObjectRing]:
     first, most = (4096, 1 << 17) if grow else (1 << 14, 1 << 14)
     ring = _allocated(Ring.create(first, max_capacity=most))
-    queue = open_queue(ring.fileno())
-    early = os.pread(ring.fileno(), HEADER_BYTES, 0)
+    queue = open_queue(ring._fileno())
+    early = os.pread(ring._fileno(), HEADER_BYTES, 0)
     for _ in range(0 if grow else 15):  # so that what comes now lies across the end
         queue.put(b"w" * 1030)
         queue.get()

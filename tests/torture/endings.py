@@ -27,7 +27,7 @@ class EndingStage(RingStage):
     """The ring goes on as before, or it is drained, or it is shut; and can be shut again."""
 
     def settle(self, thorough: bool) -> Finding:
-        state = struct.unpack("<I", os.pread(self.ring.fileno(), 4, SHUTDOWN))[0]
+        state = struct.unpack("<I", os.pread(self.ring._fileno(), 4, SHUTDOWN))[0]
         if state == OPEN:
             found = super().settle(thorough)
             self.ring.shutdown(immediate=True)
@@ -44,7 +44,7 @@ class EndingStage(RingStage):
         if self.ring.qsize():
             raise Harm(HUNG, f"{self.ring.qsize()} messages that nobody will get")
         check_memory(self.ring, thorough=False)
-        held = os.fstat(self.ring.fileno()).st_blocks * 512
+        held = os.fstat(self.ring._fileno()).st_blocks * 512
         if isinstance(self.ring, Queue) and held > LAYOUT["HEADER_BYTES"]:
             raise Harm(LEAKED, f"{held} bytes are held for a header")
         return Finding("drains" if state == DRAINS else "shut", locked)

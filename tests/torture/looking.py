@@ -71,14 +71,14 @@ def message(number: int, length: int = 100) -> bytes:
 def word(ring: SharedHandle, offset: int, value: int | None = None) -> int:
     """A 64-bit word of the header, read or written past all locks."""
     if value is not None:
-        os.pwrite(ring.fileno(), struct.pack("<Q", value), offset)
-    return int(struct.unpack("<Q", os.pread(ring.fileno(), 8, offset))[0])
+        os.pwrite(ring._fileno(), struct.pack("<Q", value), offset)
+    return int(struct.unpack("<Q", os.pread(ring._fileno(), 8, offset))[0])
 
 
 def lock_word(ring: SharedHandle, side: str, value: int | None = None) -> int:
     if value is not None:
-        os.pwrite(ring.fileno(), struct.pack("<I", value), LOCKS[side])
-    return int(struct.unpack("<I", os.pread(ring.fileno(), 4, LOCKS[side]))[0])
+        os.pwrite(ring._fileno(), struct.pack("<I", value), LOCKS[side])
+    return int(struct.unpack("<I", os.pread(ring._fileno(), 4, LOCKS[side]))[0])
 
 
 def locks_of_the_dead(*rings: SharedHandle) -> int:
@@ -98,7 +98,7 @@ def opened_afresh(handle: Handle) -> Handle:
     """Another handle on the same ring, as a process would open it that never saw it."""
     other = type(handle).__new__(type(handle))
     other._restore(handle._state())
-    assert other._open(os.dup(handle.fileno()), segment.pid_namespace(), handle._user_kind)
+    assert other._open(os.dup(handle._fileno()), segment.pid_namespace(), handle._user_kind)
     other._enrol()
     return other
 
@@ -238,7 +238,7 @@ def check_memory(ring: Any, thorough: bool) -> None:
     for side in LOCKS:
         if lock_word(ring, side) != 0:
             raise Harm(HUNG, f"the {side}' lock is held by nobody: {lock_word(ring, side):#x}")
-    held = os.fstat(ring.fileno()).st_blocks * 512
+    held = os.fstat(ring._fileno()).st_blocks * 512
     if held > living_bytes(ring) + LAYOUT["HEADER_BYTES"]:
         raise Harm(LEAKED, f"{held} bytes are held for {living_bytes(ring)} of living areas")
 

@@ -183,7 +183,7 @@ def left_locked(side: str) -> RingStage:
 def growth_cut_short() -> RingStage:
     """A producer died while it grew: pages that nobody knows of, a front, a half-written record."""
     stage = ring_with(3, **GROWING)
-    os.posix_fallocate(stage.ring.fileno(), 1 << 16, 1 << 15)
+    os.posix_fallocate(stage.ring._fileno(), 1 << 16, 1 << 15)
     word(stage.ring, LAYOUT["AREAS_OFFSET"] + 32, 12345)
     for i, value in enumerate((7, 4096, time.monotonic_ns() + 10**9)):
         word(stage.ring, LAYOUT["PRODUCERS_OFFSET"] + 48 + 8 * i, value)

@@ -1,0 +1,88 @@
+"""What a process does when it ends: everything open is left, in forked children too.
+
+multiprocessing's finalizers run in its children as well as at the end of a
+program, but only in the process that registered them.  So they are registered
+again in each forked child, whether multiprocessing or ``os.fork`` made it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import threading
+import weakref
+from typing import Any, Protocol
+
+__all__ = ["Exit", "Leaver", "end_thread_at_exit"]
+
+
+class Leaver(Protocol):
+    """What holds a named block, and can leave it without a word."""
+
+    def _leave(self) -> None: ...
+
+
+_exiting = 0  # the process that runs its finalizers
+
+
+class Exit:
+    """Have `holder` leave when this process ends, if it still lives then.
+
+    Args:
+        holder: kept by a weak reference: when it is collected its mapping is
+            still there, so that leaving is its own affair.
+        priority: higher ones leave first.
+
+    Attributes:
+        pid: the process in which the holder is open.
+    """
+
+    def __init__(self, holder: Leaver, priority: int = 0) -> None:
+        self._holder = weakref.ref(holder)
+        self._priority = priority
+        self._finalize: Any = None
+        self._renew()
+        _exits.add(self)
+        multiprocessing.util.register_after_fork(self, Exit._renew)
+
+    def _renew(self) -> None:
+        holder = self._holder()
+        if holder is not None:
+            self.pid = os.getpid()
+            self._finalize = multiprocessing.util.Finalize(
+                holder, _leave, args=(self._holder,), exitpriority=self._priority
+            )
+
+    def cancel(self) -> None:
+        """The holder has left already."""
+        self._holder = lambda: None  # type: ignore[assignment]
+        self._finalize.cancel()
+
+
+def _leave(reference: weakref.ref[Leaver]) -> None:
+    global _exiting
+    holder = reference()
+    if holder is not None:
+        _exiting = os.getpid()
+        holder._leave()
+
+
+def end_thread_at_exit() -> None:
+    """Raise SystemExit in a daemon thread that outlives what it waited on; threading is silent.
+
+    To be called where something proves to be closed.
+    """
+    if _exiting == os.getpid() and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
+_exits: weakref.WeakSet[Exit] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for each in list(_exits):
+        each._renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_all)
