@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from support import run_in_process, turns, until, wait_for
 from traced import Traced
 
 if shmring.backend == "ring":
+    from header import lock_word
     from shmring import _wait, aio
 
 
@@ -34,6 +36,11 @@ def run(main):
             return await main
 
     return asyncio.run(limited())
+
+
+def run_for_ever():
+    while True:
+        pass
 
 
 def helpers():
@@ -526,3 +533,46 @@ def test_a_process_ends_with_calls_pending(how):
     )
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- a lock that is held ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("call", "side"), [("aget", "consumers"), ("aput", "producers")])
+def test_the_loop_goes_on_while_a_lock_is_held(queue, call, side):
+    """By a holder that needs a CPU, for which get_nowait and put_nowait wait up to a second."""
+    arguments = {"aget": (), "aput": ("more",)}[call]
+
+    async def main(holder):
+        lock_word(queue, side, holder.pid)
+        stood = []
+        try:
+            for _ in range(5):  # a busy machine does not stop the loop each time
+                begun = time.monotonic()
+                task = asyncio.create_task(getattr(queue, call)(*arguments))
+                await turns(2)
+                stood.append(time.monotonic() - begun)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            task = asyncio.create_task(getattr(queue, call)(*arguments))
+            await until(lambda: waiting(queue))
+        finally:
+            lock_word(queue, side, 0)
+        assert min(stood) < 0.5
+        return await task
+
+    queue.put("there")
+    with run_in_process(run_for_ever) as holder:
+        assert run(main(holder)) == ("there" if call == "aget" else None)
+    assert queue.get_many(block=False) == ["there", "more"] if call == "aput" else queue.empty()
+
+
+class Doubling(Queue):
+    def get(self, *args, **kwargs):
+        return 2 * super().get(*args, **kwargs)
+
+
+def test_aget_goes_through_an_overridden_get():
+    with Doubling() as doubling:
+        doubling.put(21)
+        assert run(doubling.aget()) == 42

@@ -54,6 +54,13 @@ MAKERS = {
     "strided": lambda n: np.arange(n * 8)[::2],
     "reversed": lambda n: np.arange(n)[::-1],
     "three axes swapped": lambda n: np.arange(n * 6).reshape(n, 2, 3).transpose(1, 0, 2),
+    "four axes swapped": lambda n: np.arange(n * 6).reshape(n, 2, 3, 1).transpose(2, 3, 0, 1),
+    "axes swapped, read-only": lambda n: _read_only(np.ones((n, 2, 3)).transpose(1, 0, 2)),
+    "axes swapped, dates": lambda n: np.zeros((n, 2, 3), "M8[s]").transpose(1, 0, 2),
+    "axes swapped, strided": lambda n: (
+        np.arange(n * 24).reshape(n, 4, 6)[:, ::2].transpose(2, 0, 1)
+    ),
+    "axes swapped, reversed": lambda n: np.arange(n * 6).reshape(n, 2, 3).transpose(1, 0, 2)[::-1],
     "broadcast": lambda n: np.broadcast_to(np.float32(2), (n, 3)),
     "read-only": lambda n: _read_only(np.arange(n * 2.0)),
     "read-only Fortran": lambda n: _read_only(np.asfortranarray(np.ones((n, 3)))),
@@ -508,9 +515,8 @@ class TestCodecs:
                 assert taken["a"][0] is taken["a"][1]
                 taken = taken["a"][0]
             assert_same(taken, array)
-            stock = ForkingPickler.loads(ForkingPickler.dumps(array))
-            for flag in ("c_contiguous", "f_contiguous"):
-                assert getattr(taken.flags, flag) == getattr(stock.flags, flag)
+            if array.nbytes and not array.dtype.hasobject:  # which numpy encodes
+                assert taken.strides == array.copy("K").strides
             before = np.ma.getdata(array).copy()
             taken[...] = np.zeros(1, taken.dtype)[0]  # and the source does not see it
             assert np.array_equal(np.ma.getdata(array), before)

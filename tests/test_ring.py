@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from multiprocessing import shared_memory
 
 import numpy as np
 import pytest
 
+import shmring
 from shmring import (
     InvalidArgument,
     LayoutMismatch,
@@ -24,6 +26,9 @@ from shmring import (
 )
 from shmring.errors import Empty, Full
 from support import asleep, at_least, own_name, run_in_process, taken_from, wait_for
+
+if shmring.backend == "ring":
+    from header import lock_word
 
 NAME = own_name("ring")
 
@@ -237,6 +242,45 @@ def test_a_block_that_was_dropped_lets_its_thread_go(ring):
     with ring.reserve(2) as view:
         view[:] = b"ok"
     assert ring.get(timeout=10) == b"ok"
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
+@pytest.mark.parametrize("how", ["dropped", "left"])
+def test_a_view_that_ends_while_the_lock_is_held_gives_its_message_back_later(how, closed):
+    with (
+        Ring.create() as ring,
+        Ring.attach(ring.name) as other,
+        run_in_process(signal.pause) as holder,
+    ):
+        ring.put(b"peeked")
+        block = ring.peek()
+        exported = [np.frombuffer(block.__enter__(), "u1")]
+        if how == "left":
+            with pytest.raises(BufferError):
+                block.__exit__(None, None, None)
+        del block
+        lock_word(ring, "consumers", holder.pid)
+
+        def end() -> None:
+            exported.clear()
+            gc.collect()
+            if closed:
+                ring.close()
+
+        thread = threading.Thread(target=end)
+        try:
+            thread.start()
+            if not closed:
+                thread.join(10)
+                assert not thread.is_alive()
+                with pytest.raises(Empty):
+                    other.get(timeout=0.1)
+            else:
+                wait_for(lambda: ring.closed)
+        finally:
+            lock_word(other, "consumers", 0)
+        assert other.get(timeout=10) == b"peeked"
+        thread.join(10)
 
 
 def test_get_inside_ones_own_peek_raises_instead_of_waiting_for_ever(ring):

@@ -94,7 +94,7 @@ cdef class RingCore:
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
-    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume) noexcept nogil
+    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume, int flags) noexcept nogil
     # what is done beside: the slow path
     cdef int lock_producers(self, int flags) noexcept nogil
     cdef void unlock_producers(self) noexcept nogil
@@ -104,8 +104,8 @@ cdef class RingCore:
     cdef void step_back(self) noexcept nogil
     cdef void pass_baton(self) noexcept nogil
     cdef void note_empty(self, uint64_t pos) noexcept nogil
-    cdef void clear_the_way(self, Take *found, int outcome) noexcept nogil
-    cdef void settle(self, uint64_t capacity) noexcept nogil
+    cdef void clear_the_way(self, Take *found, int outcome, int flags) noexcept nogil
+    cdef void settle(self, uint64_t capacity, int flags) noexcept nogil
     cdef uint64_t myself(self) noexcept nogil
     cdef void unmap(self)
     # inside: called directly, not through the table of methods

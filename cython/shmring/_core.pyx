@@ -539,10 +539,10 @@ cdef class RingCore:
         self.wake_consumers()
         return DONE
 
-    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume) noexcept nogil:
+    cdef int finish_lease(self, uint64_t position, uint64_t length, bint consume, int flags) noexcept nogil:
         """Without `consume` the message, of `length` bytes, stays; BUSY: call again."""
         cdef Header *h = self.header
-        cdef int result = self.lock_consumers(MAY_WAIT)
+        cdef int result = self.lock_consumers(flags)
         if result != DONE:
             return result
         if h.lease_owner != self.myself() or h.lease_low != position or h.read_position != position:
@@ -629,14 +629,14 @@ cdef class RingCore:
 
     # ---- on the way --------------------------------------------------------------------------
 
-    cdef void clear_the_way(self, Take *blocked, int outcome) noexcept nogil:
+    cdef void clear_the_way(self, Take *blocked, int outcome, int flags) noexcept nogil:
         """Abort the reservation, or release the lease, of a dead owner."""
         cdef Header *h = self.header
         cdef Take found
         cdef Frame *frame
         if blocked.owner == self.myself() or not owner_is_dead(blocked.owner):
             return
-        if self.lock_consumers(MAY_WAIT) != DONE:
+        if self.lock_consumers(flags) != DONE:
             return
         if outcome == BEHIND_LEASE:
             if h.lease_owner == blocked.owner and h.lease_low == blocked.position:
@@ -650,16 +650,16 @@ cdef class RingCore:
         self.unlock_consumers()
         self.wake_consumers()
 
-    cdef void settle(self, uint64_t capacity) noexcept nogil:
+    cdef void settle(self, uint64_t capacity, int flags) noexcept nogil:
         """Move to a smaller area, if the ring is empty.  Two steps, each under
         its own lock; whoever comes by later takes the second one."""
         cdef Header *h = self.header
         cdef Mapping *m
-        if self.lock_consumers(MAY_WAIT) != DONE:
+        if self.lock_consumers(flags) != DONE:
             return
         self.look_further(h.read_position)
         self.unlock_consumers()
-        if self.lock_producers(MAY_WAIT) != DONE:
+        if self.lock_producers(flags) != DONE:
             return
         if (h.write_position == load_acquire64(&h.read_position)
                 and h.write_generation == load_acquire64(&h.read_generation)
@@ -674,7 +674,7 @@ cdef class RingCore:
             self.producer_mapping = m
             store_relaxed64(&self.write_capacity, m.capacity)
         self.unlock_producers()
-        if self.lock_consumers(MAY_WAIT) != DONE:
+        if self.lock_consumers(flags) != DONE:
             return
         self.look_further(h.read_position)
         self.unlock_consumers()

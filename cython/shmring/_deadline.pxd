@@ -18,4 +18,6 @@ cdef object watching(object peers, object timeout)
 cdef object watch_of(object timeout)
 cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept
 cdef bint newly_dead(object watch, Vigil *vigil) except? True
+cpdef bint set_brief(bint on) noexcept
+cdef bint is_brief() noexcept nogil
 cdef bint is_running(uint32_t *word) noexcept nogil

@@ -15,6 +15,12 @@ from shmring.errors import InvalidArgument
 
 sync_start()  # _core has checked that the kernel can do it
 
+cdef extern from *:
+    """
+    static __thread int shmring_brief;
+    """
+    int brief "shmring_brief"  # of this thread, see set_brief
+
 cdef object PeerWatch = None  # imported when somebody first names peers
 
 
@@ -68,6 +74,19 @@ cdef bint newly_dead(object watch, Vigil *vigil) except? True:
         vigil.pivot = owner_of(pid, start_ticks)
     vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
     return False
+
+
+cpdef bint set_brief(bint on) noexcept:
+    """Whether this thread's *_nowait calls wait for a lock a few milliseconds at most: on an event
+    loop, which stands still meanwhile.  Returns what was before."""
+    global brief
+    cdef bint before = brief != 0
+    brief = on
+    return before
+
+
+cdef bint is_brief() noexcept nogil:
+    return brief != 0
 
 
 cdef bint is_running(uint32_t *word) noexcept nogil:

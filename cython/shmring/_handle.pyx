@@ -21,7 +21,7 @@ from shmring._core cimport (
 )
 from shmring._count cimport count_read
 from shmring._deadline cimport (
-    HOLDER_NS, PEERS_FIRST_NS, Vigil, deadline_of, is_running, newly_dead, slice_end, watch_of,
+    HOLDER_NS, PEERS_FIRST_NS, Vigil, deadline_of, is_brief, is_running, newly_dead, slice_end, watch_of,
 )
 from shmring._layout cimport (
     SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
@@ -307,7 +307,7 @@ cdef class RingHandle(RingCore):
             if ends_wait(result):
                 self.raise_counted(result, count, done)
             if not block:
-                until = monotonic_ns() + HOLDER_NS
+                until = monotonic_ns() + (0 if is_brief() else HOLDER_NS)
             elif timeout is None:
                 until = INT64_MAX
             watch = watch_of(timeout)
@@ -405,7 +405,7 @@ cdef class RingHandle(RingCore):
         announced = wait_announce(&h.data_wait)
         result = self.take(take, MAY_WAIT)
         if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result)
+            self.clear_the_way(take, result, MAY_WAIT)
             result = self.take(take, MAY_WAIT)
         if result != EMPTY and result != BEHIND_LEASE and result != BEHIND_RESERVATION:
             return result
@@ -420,16 +420,16 @@ cdef class RingHandle(RingCore):
             if (woke - began >= (SYNC_SLICE_LEAST_NS if until - began > SYNC_SLICE_NS else IDLE_NS)
                     and (load_relaxed64(&self.read_capacity) != h.min_capacity
                          or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
-                self.settle(h.min_capacity)
+                self.settle(h.min_capacity, MAY_WAIT)
         elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result)
+            self.clear_the_way(take, result, MAY_WAIT)
         return result
 
     cdef int take_now(self, Take *take) noexcept nogil:
         """Never waits for a message; for the lock a millisecond at a time."""
         cdef int result = self.take(take, BRIEFLY)
         if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result)
+            self.clear_the_way(take, result, BRIEFLY)
             result = self.take(take, BRIEFLY)
         return result
 
@@ -453,7 +453,7 @@ cdef class RingHandle(RingCore):
             if ends_wait(result):
                 self.raise_outcome(result)
             if not block:
-                until = monotonic_ns() + HOLDER_NS
+                until = monotonic_ns() + (0 if is_brief() else HOLDER_NS)
             elif timeout is None:
                 until = INT64_MAX
             watch = watch_of(timeout)
@@ -526,7 +526,7 @@ cdef class RingHandle(RingCore):
         store_relaxed64(&self.oversized, 0)
         fetch_add64(&self.inside, 1)
         with nogil:
-            self.settle(capacity)
+            self.settle(capacity, BRIEFLY)  # a get that found its message does not wait for others
         self.leave()
         return 0
 

@@ -1,5 +1,6 @@
 """The map of the compiled half of Queue: objects in, objects out."""
 
+from cython cimport final
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -28,7 +29,9 @@ cdef class ObjectRing(TakingRing):
     cdef int renew_pickler(self) except -1
     cdef int make_pickler(self) except -1
     cdef object encode(self, object obj)
+    @final
     cdef object frame_of(self, object obj, uint32_t *kind)
+    cdef object encoded(self, object obj, uint32_t *kind)
     cdef object parcelled(self, object obj, uint32_t *kind)
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
@@ -48,7 +51,7 @@ cdef class Parcel:
 
     cdef int pack(self, tuple encoded) except -1
 
-cdef inline void item_of_bytes(Item *item, Segment *segment, bytes payload) noexcept:
+cdef inline void item_of_bytes(Item *item, Segment *segment, object payload) noexcept:
     """All but the kind; the payload has to outlive the item."""
     segment.data = PyBytes_AS_STRING(payload)
     item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(payload)

@@ -180,13 +180,18 @@ cdef class ObjectRing(TakingRing):
         store_release32(&self.pickler_free, 1)
         return head
 
+    @cython.final
     cdef object frame_of(self, object obj, uint32_t *kind):
         """What travels for an object: bytes of a kind, or a Parcel, which has its own."""
-        cdef Writer writer
-        cdef char room[SMALL]
         if self.raw and PyBytes_CheckExact(obj):
             kind[0] = RAW
             return obj
+        return self.encoded(obj, kind)
+
+    cdef object encoded(self, object obj, uint32_t *kind):
+        """As `frame_of`, for what has to be encoded."""
+        cdef Writer writer
+        cdef char room[SMALL]
         if self.trees and tree_write(&writer, room, SMALL, obj):
             kind[0] = TREE
             try:

@@ -11,6 +11,7 @@ cdef class BytesRing(TakingRing):
     cdef uint64_t token  # of the ring, as in its header
 
     cdef object check_reentry(self, bint writable, str what)
+    cdef int end_lease_later(self, uint64_t position) except -1
 
 cdef class FrameView:
     cdef BytesRing ring
@@ -32,5 +33,6 @@ cdef class FrameView:
 
     cdef int take_up(self, object entered) except -1
     cdef int finish(self, bint keep) except -1
+    cdef int drop(self) except -1
     cdef int let_go(self) except -1
     cdef int forget(self) except -1

@@ -17,7 +17,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
 from shmring._area cimport area_release
-from shmring._core cimport BUSY, CHANGED, DONE, Item, Segment, Take
+from shmring._core cimport BRIEFLY, BUSY, CHANGED, DONE, MAY_WAIT, Item, Segment, Take
 from shmring._deadline cimport watching
 from shmring._direct cimport put_one
 from shmring._layout cimport SHMRING_FRAME_BYTES
@@ -26,6 +26,7 @@ from shmring._take cimport TakingRing
 
 import operator
 import threading
+from _thread import start_new_thread
 from queue import Empty, Full
 
 from shmring import trouble
@@ -207,6 +208,22 @@ cdef class BytesRing(TakingRing):
         blocks.clear()
         TakingRing._adopt(self)
 
+    cdef int end_lease_later(self, uint64_t position) except -1:
+        """The lock is held: a thread waits for it, since a destructor must not."""
+        fetch_add64(&self.inside, 1)  # close() does not unmap before it is done
+        try:
+            start_new_thread(self._end_lease, (position,))
+        except Exception:  # mostly the interpreter ends, and the lease with its process
+            self.leave()
+        return 0
+
+    def _end_lease(self, uint64_t position):
+        cdef int result = BUSY
+        with nogil:
+            while result == BUSY:
+                result = self.finish_lease(position, 0, False, MAY_WAIT)
+        self.leave()
+
     cdef object check_reentry(self, bint writable, str what):
         """The name of a block that this thread may enter now."""
         self.check_open()
@@ -324,7 +341,7 @@ cdef class FrameView:
         else:
             while result == BUSY:
                 with nogil:
-                    result = ring.finish_lease(self.position, <uint64_t>self.length, keep)
+                    result = ring.finish_lease(self.position, <uint64_t>self.length, keep, MAY_WAIT)
                 PyErr_CheckSignals()
         self.live = False
         self.let_go()
@@ -335,6 +352,17 @@ cdef class FrameView:
             )
         if result != DONE and result != CHANGED:
             ring.raise_outcome(result)
+        return 0
+
+    cdef int drop(self) except -1:
+        """In a destructor: neither publish nor consume, and wait for nothing."""
+        cdef BytesRing ring = self.ring
+        self.live = False
+        if self.writable:
+            ring.finish_reservation(self.payload, self.position, False)
+        elif ring.finish_lease(self.position, <uint64_t>self.length, False, BRIEFLY) == BUSY:
+            ring.end_lease_later(self.position)
+        self.let_go()
         return 0
 
     cdef int let_go(self) except -1:
@@ -380,19 +408,10 @@ cdef class FrameView:
     def __releasebuffer__(self, Py_buffer *buffer):
         self.exports -= 1
         if self.exports == 0 and self.abandoned and self.live and self.epoch == sync_epoch():
-            self.finish(False)
+            self.drop()
 
     def __dealloc__(self):
         # a block that was never left: its generator or frame was dropped
-        cdef int result = BUSY
-        cdef int _turn
         if self.live and self.epoch == sync_epoch() and self.ring.header != NULL:
             blocks.discard(self.entered)
-            if self.writable:
-                self.ring.finish_reservation(self.payload, self.position, False)
-            else:
-                for _turn in range(20):
-                    if result == BUSY:
-                        result = self.ring.finish_lease(self.position, <uint64_t>self.length, False)
-            area_release(self.mapping)
-            fetch_add64(&self.ring.views, -1)
+            self.drop()

@@ -11,8 +11,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Segment, Take
-from shmring._deadline cimport watching
+from shmring._core cimport BRIEFLY, CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Segment, Take
+from shmring._deadline cimport is_brief, watching
 from shmring._direct cimport take_one
 from shmring._handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
@@ -76,7 +76,7 @@ cdef class TakingRing(RingHandle):
             if take.length > GIL_BYTES:
                 fetch_add64(&self.inside, 1)
                 with nogil:
-                    result = self.take(take, MAY_WAIT)
+                    result = self.take(take, BRIEFLY if is_brief() else MAY_WAIT)
                 self.leave()
             else:
                 result = self.take(take, 0)

@@ -17,6 +17,7 @@ cdef class Outgoing:
     cdef Segment segment
     cdef Item item
     cdef uint64_t seen  # where consumers stood before the last attempt
+    cdef bint busy  # what the last attempt did not get was the lock
 
 cdef int glance(RingHandle ring, Take *found, int flags) noexcept nogil
 cdef int look(RingHandle ring, int flags) noexcept nogil

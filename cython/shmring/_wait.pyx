@@ -14,7 +14,7 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from shmring._core cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Item, Segment, Take,
 )
-from shmring._deadline cimport deadline_of
+from shmring._deadline cimport deadline_of, set_brief
 from shmring._handle cimport RingHandle
 from shmring._layout cimport Header
 from shmring._queue cimport ObjectRing, Parcel, item_of_bytes
@@ -68,7 +68,7 @@ cdef int look(RingHandle ring, int flags) noexcept nogil:
         return EMPTY
     result = glance(ring, &found, flags)
     if flags != 0 and (result == BEHIND_LEASE or result == BEHIND_RESERVATION):
-        ring.clear_the_way(&found, result)
+        ring.clear_the_way(&found, result, flags)
         result = glance(ring, &found, flags)
     return result
 
@@ -132,7 +132,7 @@ cdef int shrink_idle(list rings) except -1:
              or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))
                 and load_acquire64(&h.write_position) == load_acquire64(&h.read_position)):
             with nogil:
-                ring.settle(h.min_capacity)
+                ring.settle(h.min_capacity, MAY_WAIT)
     return 0
 
 
@@ -258,6 +258,8 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
     cdef int64_t slept
     cdef uint64_t seen = 0
     cdef bint room = outgoing is not None
+    cdef bint busy = False
+    cdef int locked
     cdef bint may_get = False
     cdef bint may_put = False
     cdef list rings = [ring]
@@ -266,6 +268,7 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
     wait.turn = wait.slot = 0
     if room:
         seen = (<Outgoing>outgoing).seen
+        busy = (<Outgoing>outgoing).busy
     enter(rings)
     try:
         while True:
@@ -283,6 +286,12 @@ def watch(RingHandle ring, Bell bell, bint data, outgoing):
                 # whoever is not woken looks by himself each slice
                 may_put = (may_put or load_acquire64(&h.read_position) != seen
                            or load_acquire32(&h.shutdown) != 0 or load_acquire32(&h.poisoned) != 0)
+            if busy:  # no room is missing: the lock is waited for here and not on the loop
+                with nogil:
+                    locked = ring.lock_producers(MAY_WAIT)
+                    if locked == DONE:
+                        ring.unlock_producers()
+                may_put = may_put or locked != BUSY
             may_get = data and is_ready(ring)
             if may_get or may_put or bell_heard(&bell.word):
                 return may_get, may_put
@@ -345,8 +354,10 @@ cdef class Outgoing:
             self.item = (<Parcel>self.encoded).item
 
     def put(self):
-        """One attempt: whether it went in.  Raises as Queue.put does."""
+        """One attempt, on the loop: whether it went in.  Raises as Queue.put does."""
         cdef Py_ssize_t done = 0
+        cdef bint before = set_brief(True)
+        cdef int result
         cdef Item *item = &self.item
         cdef RingHandle ring = self.ring
         handle_enter(&ring.inside)
@@ -357,7 +368,10 @@ cdef class Outgoing:
                 return True
             ring.check_open()
             # once more, so that smaller messages of others do not take the room for ever
-            return ring.put_items(item, 1, &done, NULL, IS_WAITING) == DONE
+            result = ring.put_items(item, 1, &done, NULL, IS_WAITING)
+            self.busy = result == BUSY
+            return result == DONE
         finally:
+            set_brief(before)
             if handle_leave(&ring.inside):
                 ring.last_out()

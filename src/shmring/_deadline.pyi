@@ -1,1 +1,3 @@
-"""How long to wait, and for whose sake; nothing of it is visible from Python."""
+"""How long to wait, and for whose sake."""
+
+def set_brief(on: bool) -> bool: ...

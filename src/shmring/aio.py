@@ -25,6 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from shmring._deadline import set_brief
 from shmring._queue import ObjectRing
 from shmring._wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.errors import Empty
@@ -66,7 +67,7 @@ class AwaitableRing(ObjectRing):
         desk = _desk_of(self)
         if not desk.getters:
             try:
-                return self.get_nowait()
+                return _take_now(self)
             except Empty:
                 pass
         waiter = _Waiter()
@@ -77,7 +78,7 @@ class AwaitableRing(ObjectRing):
                 await waiter.wait(peer_watch)
                 if waiter.turn.done() or desk.is_first(waiter, desk.getters):
                     try:
-                        obj = self.get_nowait()
+                        obj = _take_now(self)
                     except Empty:  # somebody else was faster
                         pass
                     else:
@@ -130,6 +131,15 @@ class AwaitableRing(ObjectRing):
                     desk.wait_on(waiter)
         finally:
             desk.leave(self, desk.putters, waiter, served)
+
+
+def _take_now(ring: ObjectRing) -> Any:
+    """As `get_nowait`; a lock that is held for longer than a moment is waited for in the thread."""
+    before = set_brief(True)
+    try:
+        return ring.get_nowait()
+    finally:
+        set_brief(before)
 
 
 def _watch_of(peers: Iterable[Any] | None) -> PeerWatch | None:

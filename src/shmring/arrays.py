@@ -35,32 +35,44 @@ def reduce_array(array: Any) -> Any:
     if dtype.hasobject or dtype.num >= _BUILT_IN_TYPES or dtype.itemsize == 0:
         # numpy's way; the old one copies, so that read-only memory does not stay read-only
         return array.__reduce_ex__(5) if array.flags.writeable else array.__reduce__()
-    flags = array.flags
+    strides: tuple[int, ...] | None = None
     order = "C"
-    if not flags.c_contiguous:
-        if flags.f_contiguous:
-            order = "F"
-        else:
-            array = array.copy()
+    laid = array  # its memory, without gaps
+    if array.flags.f_contiguous and not array.flags.c_contiguous:
+        order = "F"
+    elif not array.flags.c_contiguous:
+        laid = _by_strides(array)
+        if not laid.flags.c_contiguous:  # reversed, or with gaps
+            array = array.copy("K")
+            laid = _by_strides(array)
+        strides = array.strides
     simple = dtype.char in _SIMPLE and dtype.isnative and dtype.metadata is None
     described = dtype.char if simple else dtype
     if size < IN_BAND_BYTES:
-        data: Any = bytearray(array.tobytes(order))
+        data: Any = bytearray(laid.tobytes(order))
     else:
         try:
-            data = PickleBuffer(array.view("i8") if dtype.kind in "mM" else array)
+            data = PickleBuffer(laid.view("i8") if dtype.kind in "mM" else laid)
         except (BufferError, ValueError):  # a structure that no buffer can describe
             return array.__reduce__()
         if not array.flags.writeable:
-            return _writable, (array.shape, described, data, order)
-    return type(array), (array.shape, described, data, 0, None, order)
+            return _writable, (array.shape, described, data, strides, order)
+    return type(array), (array.shape, described, data, 0, strides, order)
 
 
-def _writable(shape: tuple[int, ...], dtype: Any, data: Any, order: Any) -> Any:
+def _by_strides(array: Any) -> Any:
+    """A view with the axes in the order of memory: C-contiguous where they were only swapped."""
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return array.transpose(axes)
+
+
+def _writable(
+    shape: tuple[int, ...], dtype: Any, data: Any, strides: tuple[int, ...] | None, order: Any
+) -> Any:
     """An array whose source was read-only: pickle wraps its buffer to say so."""
     import numpy
 
     inner = data.obj if type(data) is memoryview else data
     if type(inner) is not bytearray or len(inner) != memoryview(data).nbytes:
         inner = bytearray(data)
-    return numpy.ndarray(shape, dtype, inner, 0, None, order)
+    return numpy.ndarray(shape, dtype, inner, 0, strides, order)
