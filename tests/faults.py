@@ -210,6 +210,41 @@ FAULTS = {
         "It puts the second back, and another one ends by it; workers take one message at a time, "
         "so theirs never holds two",
     ),
+    43: Fault(
+        "The interpreter ends with daemon threads inside a call, or after the globals are gone",
+        "Nothing is printed, nothing is left",
+    ),
+    44: Fault(
+        "`close()` from several threads, beside any other call, or in a signal "
+        "handler that interrupted a call of its thread",
+        "It returns at once, each descriptor is closed once, and the calls raise `RingClosed`",
+    ),
+    45: Fault(
+        "`os.fork` without multiprocessing, parents that leave by `os._exit`, a fork "
+        "while another thread is inside a call",
+        "The last process gives the name back, and the child's handle works",
+    ),
+    46: Fault(
+        "Warnings are errors, and an open handle is dropped",
+        "It leaves and gives its name back before it warns",
+    ),
+    47: Fault(
+        "Descriptors are closed behind the handle and their numbers used again",
+        "No file of anybody else is touched or closed",
+    ),
+    48: Fault(
+        "An exception while a batch is decoded",
+        "It carries the other objects of the batch as `items`",
+    ),
+    49: Fault(
+        "`worker_process` is entered again in a process; a task's time runs out "
+        "at the moment when it ends",
+        "Each task is answered once, and only an overdue one is charged",
+    ),
+    50: Fault(
+        "An index that answers differently when it is asked again",
+        "It is asked once",
+    ),
 }
 
 

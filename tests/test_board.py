@@ -213,7 +213,7 @@ def test_one_killed_while_it_allocates_stops_nobody(shared: Board) -> None:
 
 
 def test_a_full_board_says_so(shared: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "_SLOTS", 3)
+    monkeypatch.setattr(board, "SLOTS", 3)
     for each in range(3):
         shared.register(f"p{each}")
     with pytest.raises(ShmringError, match="all 3 slots"):

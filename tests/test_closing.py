@@ -301,11 +301,13 @@ def use_at_once(make: Callable[[], Any], rounds: int) -> int:
 
 
 @pytest.mark.parametrize("make", [Queue, JoinableQueue, Ring.create])
+@pytest.mark.fault(44)
 def test_a_handle_that_eight_threads_use_is_closed_by_two_of_them(make):
     in_a_child(lambda: use_at_once(make, 40))
 
 
 @pytest.mark.parametrize("make", [Queue, Ring.create])
+@pytest.mark.fault(44)
 def test_threads_that_close_one_handle_at_once_close_each_descriptor_once(make):
     def scene() -> None:
         for _ in range(300):
@@ -353,6 +355,7 @@ INSIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 
 
 @pytest.mark.parametrize("call", INSIDE)
+@pytest.mark.fault(44)
 def test_close_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts(call):
     make, enter = INSIDE[call]
 
@@ -377,6 +380,7 @@ def test_close_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts
     in_a_child(scene)
 
 
+@pytest.mark.fault(44)
 def test_cleanup_in_a_signal_handler_does_not_wait_for_the_call_that_it_interrupts():
     def scene() -> None:
         with HighPerformanceIPC("a", namespace=own_name("closing")) as ipc:
@@ -433,6 +437,7 @@ def run_program(program: str, *options: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(46)
 def test_a_handle_that_is_dropped_gives_its_name_back_where_warnings_are_errors(kind):
     name = own_name("closing")
     made = KINDS[kind][0].format(name=name)
@@ -444,6 +449,7 @@ def test_a_handle_that_is_dropped_gives_its_name_back_where_warnings_are_errors(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(47)
 def test_a_descriptor_that_another_file_got_is_left_alone(kind):
     name = own_name("closing")
     make, end = KINDS[kind]
@@ -460,6 +466,7 @@ def test_a_descriptor_that_another_file_got_is_left_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(45)
 def test_the_last_of_processes_that_were_forked_without_multiprocessing_leaves(kind):
     name = own_name("closing")
     made = KINDS[kind][0].format(name=name)
@@ -476,6 +483,7 @@ def test_the_last_of_processes_that_were_forked_without_multiprocessing_leaves(k
     assert not [each for each in os.listdir("/dev/shm") if name in each]
 
 
+@pytest.mark.fault(45)
 def test_a_child_that_is_forked_while_a_thread_is_inside_uses_the_same_handle():
     name = own_name("closing")
     done = run_program(
@@ -506,6 +514,7 @@ def test_a_child_that_is_forked_while_a_thread_is_inside_uses_the_same_handle():
 
 @pytest.mark.parametrize("ended", [True, False], ids=["closed", "open"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(43)
 def test_a_program_that_imported_dill_ends_silently(kind, ended):
     pytest.importorskip("dill")
     make, end = KINDS[kind]
@@ -548,6 +557,7 @@ def run():
 
 @pytest.mark.parametrize("where", ["the program", "a forked child", "a spawned child"])
 @pytest.mark.parametrize("call", DAEMONS)
+@pytest.mark.fault(43)
 def test_a_daemon_thread_that_waits_ends_silently_with_its_process(call, where, tmp_path):
     program = tmp_path / "program.py"
     setup = DAEMONS[call].format(name=own_name("closing"))
@@ -571,6 +581,7 @@ def test_a_daemon_thread_that_waits_ends_silently_with_its_process(call, where, 
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.fault(43)
 def test_a_daemon_thread_that_writes_memory_ends_silently():
     done = run_program(INSIDE_MEMORY.format(name=own_name("closing")))
     assert (done.returncode, done.stderr) == (0, "")

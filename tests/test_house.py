@@ -26,6 +26,7 @@ FLOORS = [
     ["deadline"],
     ["descriptors"],
     ["leaving"],
+    ["threads"],
     ["_lazy"],
     ["statistics"],
     ["trouble"],

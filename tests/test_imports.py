@@ -45,7 +45,7 @@ NEEDLESS = {
 }
 # What a queue stands on, beside the compiled floor, whose modules cost little.
 FLOORS = {
-    *("_lazy", "errors", "trouble", "segment", "deadline", "leaving"),
+    *("_lazy", "errors", "trouble", "segment", "deadline", "leaving", "threads"),
     *("handle", "aio", "arrays", "codec", "queues"),
 }
 

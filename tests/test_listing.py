@@ -63,6 +63,21 @@ def test_a_named_queue_and_who_waits_on_it() -> None:
         assert f"process {waiter.pid} waits in get for a message, " in text
 
 
+def test_a_stopped_reader_that_holds_nothing_is_marked_as_stopped() -> None:
+    with Queue[int](name=NAME) as queue, run_in_process(_read_for_ever, queue) as reader:
+        assert queue.get(timeout=30) == 0  # it has the queue open, and is in no call of it
+        os.kill(reader.pid or 0, signal.SIGSTOP)
+        wait_for(lambda: f"{reader.pid} (stopped)" in ls())
+        assert f"process {reader.pid}" not in ls()
+        os.kill(reader.pid or 0, signal.SIGCONT)
+        wait_for(lambda: f"{reader.pid} (stopped)" not in ls())
+
+
+def _read_for_ever(queue: Queue[int]) -> None:
+    queue.put(0)
+    signal.pause()
+
+
 def test_an_anonymous_ring_is_found_by_who_has_it_open() -> None:
     with Ring.create() as ring, run_in_process(_hold_for_ever, ring) as holder:
         wait_for(lambda: ring.statistics().holders)

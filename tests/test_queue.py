@@ -284,6 +284,7 @@ class Reserved(BaseException):
 @pytest.mark.parametrize(
     "raised", [KeyboardInterrupt, SystemExit, MemoryError, RingCorrupted, DecodeError]
 )
+@pytest.mark.fault(48)
 def test_get_many_hands_out_the_others_whatever_decoding_raises(raised, size):
     before, after = [[i, bytes(100)] for i in range(5)], [[i, bytes(100)] for i in range(5, 300)]
     with Queue(codec=Raising()) as queue:

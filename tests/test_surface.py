@@ -368,6 +368,7 @@ def _past_the_end(call: Callable[[], object]) -> None:
         ),
     ],
 )
+@pytest.mark.fault(50)
 def test_an_integer_is_asked_for_its_value_once(use: Callable[[Any], object]) -> None:
     number = Fickle()
     use(number)

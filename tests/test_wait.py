@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -396,3 +398,37 @@ def test_several_waiters_share_the_work(queues):
         for _ in range(3):
             queues[0].put(None)
         assert sum(answers.get(timeout=20) for _ in range(3)) == 4000
+
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import asyncio, multiprocessing, threading
+import shmring
+
+def put(queue):
+    queue.put(1)
+
+async def get(queue):
+    return await queue.aget()
+
+queue, other = shmring.Queue(), shmring.Queue()
+child = multiprocessing.get_context("fork").Process(target=put, args=(queue,))
+child.start()
+assert shmring.wait([queue, child], 30)
+assert queue.get(timeout=30) == 1
+assert shmring.wait([other, child], 30) == [child]
+try:
+    asyncio.run(get(queue))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_program_that_gevent_patched_waits_in_slices_and_is_told_where_it_cannot():
+    pytest.importorskip("gevent")
+    done = subprocess.run(
+        [sys.executable, "-c", GEVENT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gevent has replaced threads" in done.stdout

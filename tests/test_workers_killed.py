@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
+import functools
 import logging
 import multiprocessing
 import os
@@ -21,11 +23,11 @@ from header import is_stopped
 from shmring import Queue, board, coordinator
 from shmring.board import Role, State
 from shmring.coordinator import coordinator_process
-from shmring.errors import WorkerDied
+from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import HighPerformanceIPC
 from shmring.message import MessageType
-from shmring.worker import Worker
-from shmring.workforce import VisitingWorkers
+from shmring.worker import Worker, worker_process
+from shmring.workforce import SpawnedWorkers, VisitingWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30
@@ -310,11 +312,13 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
 
         (departure,) = workers.departed()
         assert departure.worker_id == "ghost"
-        assert departure.was(entry.pid, entry.start_ticks - 1)
-        assert not departure.was(entry.pid, entry.start_ticks), "claims of the living are its own"
+        assert departure.held(entry.pid, entry.start_ticks - 1, slot.key)
+        assert departure.held(entry.pid, entry.start_ticks - 1, 0), "killed before it wrote its key"
+        own = entry.pid, entry.start_ticks, entry.key
+        assert not departure.held(*own), "claims of the living are its own"
         workers.bury(departure, useful=False)
         assert workers.departed() == []
-        holders = [(entry.pid, entry.start_ticks - 1), (entry.pid, entry.start_ticks)]
+        holders = [(entry.pid, entry.start_ticks - 1, slot.key), own]
         assert [each.start_ticks for each in workers.strays(holders)] == [entry.start_ticks - 1]
 
         living.kill()
@@ -326,8 +330,107 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
 @pytest.mark.fault(17)
 def test_claims_say_when_their_holder_started() -> None:
     with Queue[Any]() as queue:
-        slot = queue._claim_open()
+        slot = queue._claim_open(7)
         ticks = board.process_start_ticks(os.getpid())
-        assert queue._claims() == [(slot, os.getpid(), ticks, 0, 0)]
+        assert queue._claims() == [(slot, os.getpid(), ticks, 7, 0, 0)]
         queue._claim_close(slot)
         assert queue._claims() == []
+
+
+# ---- entered again ---------------------------------------------------------------------------
+
+
+def give_up_twice(folder: Path, task: int) -> int:
+    if task == 0:
+        times = len(list(folder.iterdir()))
+        (folder / str(times)).touch()
+        if times < 2:
+            raise KeyboardInterrupt
+    return task
+
+
+def enter_again(folder: Path, queue_name: str, namespace: str) -> None:
+    """A supervisor's loop: it starts the worker again in the same process."""
+    ended = False
+    while not ended:
+        with contextlib.suppress(KeyboardInterrupt):
+            worker_process(
+                1,
+                queue_name,
+                handler=functools.partial(give_up_twice, folder),
+                namespace=namespace,
+            )
+            ended = True
+
+
+def work_in_threads(folder: Path, queue_name: str, namespace: str) -> None:
+    threads = [
+        threading.Thread(target=enter_again, args=(folder, queue_name, namespace)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("supervisor", [enter_again, work_in_threads])
+def test_a_worker_that_is_entered_again_in_its_process_loses_no_task(
+    ipc: HighPerformanceIPC, tmp_path: Path, supervisor: Callable[..., None]
+) -> None:
+    number = 1 if supervisor is enter_again else 3
+    with run_in_process(supervisor, tmp_path, "tasks", ipc.namespace):
+        report = coordinator_process(ipc, number, tasks=range(20), queue_name="tasks")
+    assert report.results == list(range(20))
+    assert report.retried == 2
+
+
+def wait_for_the_file(task: Path) -> str:
+    wait_for(task.exists, timeout=30)
+    return task.name
+
+
+@pytest.mark.fault(49)
+def test_a_task_timeout_spares_the_task_that_began_since_the_look(
+    ipc: HighPerformanceIPC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look that finds task 0 overdue and the kill its worker goes on to task 1."""
+    tasks = [tmp_path / "0", tmp_path / "1"]
+    living = SpawnedWorkers.living
+    moved = []
+
+    def look_and_let_go_on(workers: SpawnedWorkers) -> list[board.Entry]:
+        seen = living(workers)
+        if any(entry.task == 0 for entry in seen) and not moved:
+            wait_for(lambda: time.monotonic_ns() > seen[0].task_started_ns + 500_000_000)
+            tasks[0].touch()
+            wait_for(lambda: [entry.task for entry in living(workers)] == [1])
+            moved.append(seen)
+        elif moved:
+            tasks[1].touch()
+        return seen
+
+    monkeypatch.setattr(SpawnedWorkers, "living", look_and_let_go_on)
+    report = coordinator_process(
+        ipc, 1, tasks=tasks, spawn=True, handler=wait_for_the_file, task_timeout=0.4, max_retries=0
+    )
+    assert moved
+    assert report.results == ["0", "1"]
+    assert report.died == 0
+
+
+@pytest.mark.fault(49)
+def test_only_the_overdue_task_is_charged(ipc: HighPerformanceIPC, tmp_path: Path) -> None:
+    tasks = [tmp_path / "never", tmp_path]
+    report = coordinator_process(
+        ipc,
+        1,
+        tasks=tasks,
+        spawn=True,
+        handler=wait_for_the_file,
+        task_timeout=0.3,
+        max_retries=0,
+        return_exceptions=True,
+    )
+    assert isinstance(report.results[0], TaskTimeout)
+    assert report.results[1] == tmp_path.name

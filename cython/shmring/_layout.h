@@ -19,7 +19,7 @@
  *     3072 +--------------------------------------------------------------+
  *          | waiters: 32 records (owner, since, what for)                  |
  *     4096 +--------------------------------------------------------------+
- *          | claims: 128 records (owner, low, high)                        |
+ *          | claims: 128 records (owner, low, high, key)                   |
  *     8192 +--------------------------------------------------------------+
  *          | the first area; later ones lie wherever a gap was found       |
  *          +--------------------------------------------------------------+
@@ -47,7 +47,7 @@
 
 #define SHMRING_MAGIC 0x474e4952204d4853 /* "SHM RING", little-endian */
 #define SHMRING_BLOCK_MAGIC 0x4b4e4952204d4853 /* "SHM RINK": in a block of the user's, not ours to remove */
-#define SHMRING_VERSION 2
+#define SHMRING_VERSION 3
 #define SHMRING_HEADER_BYTES 8192
 #define SHMRING_WAITING_OFFSET 128
 #define SHMRING_PRODUCERS_OFFSET 256
@@ -93,7 +93,7 @@ typedef struct {
     uint64_t owner; /* 0 is a free slot */
     uint64_t low;   /* a claim is held while low < high */
     uint64_t high;
-    uint64_t spare;
+    uint64_t key; /* which worker of the owner's process; 0 while the slot is opened or closed */
 } shmring_claim;
 
 /* The next two are for those who look (_witness.h); nothing is decided by them. */

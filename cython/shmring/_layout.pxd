@@ -41,6 +41,7 @@ cdef extern from "_layout.h" nogil:
         uint64_t owner  # 0 is a free slot
         uint64_t low  # held while low < high
         uint64_t high
+        uint64_t key  # which worker of the owner's process
 
     ctypedef struct Death "shmring_death":
         uint64_t pid

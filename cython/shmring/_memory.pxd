@@ -23,3 +23,10 @@ cdef class LockedMemory(MappedFile):
 
     cdef int copy(self, char *target, const char *source, uint64_t bytes) except -1
     cdef uint64_t check_range(self, object length, object offset) except? 0xFFFFFFFFFFFFFFFF
+
+cdef class Words:
+    cdef Py_buffer view
+    cdef uint64_t *words  # NULL once released
+    cdef Py_ssize_t count
+
+    cdef uint64_t *word(self, Py_ssize_t index) except NULL

@@ -6,7 +6,7 @@ old and half new (there is no message to be whole), but nobody is blocked.
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer,
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -14,7 +14,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._sync cimport (
-    LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, lock_release, lock_wait, sync_start,
+    LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, load_acquire64, lock_release, lock_wait, store_release64, sync_start,
 )
 
 import operator
@@ -143,3 +143,58 @@ cdef class LockedMemory(MappedFile):
         taken = PyBytes_FromStringAndSize(NULL, length)
         self.copy(PyBytes_AS_STRING(taken), self.data + at, <uint64_t>len(taken))
         return taken
+
+
+@cython.binding(False)
+cdef class Words:
+    """Words of eight bytes in a writable buffer: every load acquires, every store releases.
+
+    Args:
+        buffer: contiguous, writable, a whole number of words.
+    """
+
+    def __cinit__(self, buffer):
+        PyObject_GetBuffer(buffer, &self.view, PyBUF_WRITABLE)
+        if self.view.len % 8 != 0 or <size_t>self.view.buf % 8 != 0:
+            PyBuffer_Release(&self.view)
+            raise InvalidArgument(f"a buffer of {self.view.len} bytes is no row of aligned words")
+        self.words = <uint64_t *>self.view.buf
+        self.count = self.view.len // 8
+
+    def __dealloc__(self):
+        if self.words != NULL:
+            PyBuffer_Release(&self.view)
+
+    cdef uint64_t *word(self, Py_ssize_t index) except NULL:
+        if self.words == NULL:
+            raise ValueError("the words have been released")
+        if not 0 <= index < self.count:
+            raise IndexError(f"word {index} of {self.count}")
+        return self.words + index
+
+    @cython.critical_section
+    def __getitem__(self, Py_ssize_t index):
+        return load_acquire64(self.word(index))
+
+    @cython.critical_section
+    def __setitem__(self, Py_ssize_t index, uint64_t value):
+        store_release64(self.word(index), value)
+
+    @cython.critical_section
+    def copy(self, Py_ssize_t start, Py_ssize_t count):
+        """The bytes of `count` words from `start` on, loaded one by one in this order."""
+        cdef Py_ssize_t i
+        cdef uint64_t *out
+        self.word(start + count - 1)
+        copied = PyBytes_FromStringAndSize(NULL, 8 * count)
+        out = <uint64_t *>PyBytes_AS_STRING(copied)
+        for i in range(count):
+            out[i] = load_acquire64(self.word(start + i))
+        return copied
+
+    @cython.critical_section
+    def release(self):
+        """Let go of the buffer; any later use is a ValueError."""
+        if self.words != NULL:
+            self.words = NULL
+            PyBuffer_Release(&self.view)

@@ -531,11 +531,18 @@ cdef class ObjectRing(TakingRing):
     # answered.  It is written under the consumers' lock before read_position,
     # and counts only up to read_position; so it is there whenever the message
     # is gone, whatever instruction the holder died at.
+    #
+    # `key` tells the workers of one process apart.  It is stored when the slot
+    # has been taken and cleared before the slot is given back: a key that stands
+    # beside an owner is never that of an earlier holder.
 
-    def _claim_open(self):
+    def _claim_open(self, uint64_t key=0):
         """Claim what this handle takes from now on; returns the slot.
 
         The claims' page of the file must have been allocated.
+
+        Args:
+            key: names the worker within its process; 0 is the process as a whole.
         """
         cdef Claim *claims
         cdef uint64_t i, me
@@ -547,6 +554,7 @@ cdef class ObjectRing(TakingRing):
                 if load_acquire64(&claims[i].owner) == 0 and compare_exchange64(&claims[i].owner, 0, me):
                     store_release64(&claims[i].high, 0)
                     store_release64(&claims[i].low, 0)
+                    store_release64(&claims[i].key, key)
                     self.claim = &claims[i]
                     return i
         finally:
@@ -574,12 +582,13 @@ cdef class ObjectRing(TakingRing):
         claim = &self.header.claims[slot]
         store_release64(&claim.low, claim.high)
         if free:
+            store_release64(&claim.key, 0)
             store_release64(&claim.owner, 0)
         self.leave()
         return 0
 
     def _claims(self):
-        """[(slot, pid, start_ticks, low, high)] of all holders; low < high is a claim.
+        """[(slot, pid, start_ticks, key, low, high)] of all holders; low < high is a claim.
 
         Takes and releases each lock once, the producers' first: that recovers
         them if their owner died, which cancels claims that were not committed.
@@ -593,7 +602,8 @@ cdef class ObjectRing(TakingRing):
             for i in range(SHMRING_CLAIM_COUNT):
                 claim = self.header.claims[i]
                 if claim.owner != 0:
-                    found.append((i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.low, claim.high))
+                    found.append((
+                        i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.key, claim.low, claim.high))
         finally:
             self.leave()
         return found

@@ -29,6 +29,7 @@ from shmring._deadline import set_brief
 from shmring._queue import ObjectRing
 from shmring._wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.errors import Empty
+from shmring.threads import are_greenlets
 
 if TYPE_CHECKING:
     import asyncio
@@ -212,6 +213,12 @@ class _Desk:
         with self._lock:
             line[waiter] = None
             if self._thread is None:
+                if are_greenlets():
+                    del line[waiter]
+                    raise RuntimeError(
+                        "aget and aput wait in a thread, and gevent has replaced threads by"
+                        " greenlets: patch with thread=False, or use get_nowait and put_nowait"
+                    )
                 thread = threading.Thread(
                     target=self._serve, args=(ring,), name="shmring-asyncio", daemon=True
                 )

@@ -24,7 +24,9 @@ Layout, little-endian words of eight bytes::
 
 All-zero is a valid empty board, so nobody ever waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
-killed; the PID is stored last, so that a half-made slot is still free.
+killed; the PID is cleared first and stored last, so that a half-made slot is
+free.  Words are stored with release and loaded with acquire (``_memory.Words``):
+whoever reads a PID reads the start time that belongs to it.
 Nothing is wiped when a process ends or dies: its slot stays readable until
 another process takes it, which for ten seconds none does while there is room.
 """
@@ -38,9 +40,10 @@ import errno
 import math
 import os
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shmring.descriptors import close_own, identity_of
 from shmring.errors import (
@@ -56,6 +59,7 @@ __all__ = [
     "BOARD_BYTES",
     "BOARD_MAGIC",
     "MAX_PROCESS_ID_BYTES",
+    "SLOTS",
     "Board",
     "BoardStorage",
     "Entry",
@@ -70,8 +74,8 @@ __all__ = [
 BOARD_MAGIC = int.from_bytes(b"SHMBOARD", "little")
 _VERSION = 1
 _SLOT_WORDS = 32
-_SLOTS = 255
-BOARD_BYTES = (_SLOTS + 1) * _SLOT_WORDS * 8
+SLOTS = 255
+BOARD_BYTES = (SLOTS + 1) * _SLOT_WORDS * 8
 
 _H_MAGIC, _H_VERSION, _H_USED = 1, 2, 3
 
@@ -151,6 +155,11 @@ class Entry:
     nbytes: int
     messages: int
 
+    @property
+    def key(self) -> int:
+        """Tells this registration from every other on the board; never 0."""
+        return _key_of(self.index, self.incarnation)
+
     def is_dead(self) -> bool:
         """Whether the process has ended: it said so, or the kernel proves it."""
         return self.state is State.EXITED or is_process_dead(self.pid, self.start_ticks)
@@ -168,15 +177,55 @@ class Entry:
         return self.silent_for() > limit
 
 
-class Slot:
-    """The calling process's own slot; get one from :meth:`Board.register`."""
+class _PlainWords:
+    """Words in a buffer without the extension: whole, and in no certain order.
 
-    def __init__(self, words: memoryview, octets: memoryview, base: int) -> None:
+    Only the lock of the storage orders them: whoever needs more than one word reads under it.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._words = buffer.cast("Q")
+
+    def __getitem__(self, index: int) -> int:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._words[index] = value
+
+    def copy(self, start: int, count: int) -> bytes:
+        return self._words[start : start + count].tobytes()
+
+    def release(self) -> None:
+        self._words.release()
+
+
+if TYPE_CHECKING:
+    from shmring._memory import Words
+
+    _in_order: bool
+else:
+    try:
+        from shmring._memory import Words
+
+        _in_order = True
+    except ImportError:  # no extension: the fallback
+        Words = _PlainWords
+        _in_order = False
+
+
+class Slot:
+    """The calling process's own slot; get one from :meth:`Board.register`.
+
+    Attributes:
+        key: tells this registration from every other on the board; never 0.
+    """
+
+    def __init__(self, words: Words, base: int) -> None:
         self._words = words
-        self._octets = octets
         self._base = base
         self.index = base // _SLOT_WORDS - 1
         self.incarnation = words[base + _INCARNATION]
+        self.key = _key_of(self.index, self.incarnation)
         self.pid = os.getpid()
 
     def beat(self) -> None:
@@ -208,7 +257,7 @@ class Slot:
             on: what for: the name of a queue; cut to 64 bytes.
         """
         words, base = self._words, self._base
-        _write_text(self._octets, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
+        _write_text(words, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
         words[base + _ON_LENGTH] = min(len(on.encode()), _ON_BYTES)
         words[base + _WAITING_SINCE] = time.monotonic_ns()
         words[base + _STATE] = State.WAITING
@@ -266,8 +315,7 @@ class Board:
         octets = storage.buffer
         if octets.nbytes < BOARD_BYTES:
             raise InvalidArgument(f"board of {octets.nbytes} bytes: {BOARD_BYTES} are needed")
-        self._octets = octets[:BOARD_BYTES]
-        self._words = self._octets.cast("Q")
+        self._words = Words(octets[:BOARD_BYTES])
         self._closed = False
         try:
             with storage.exclusive():
@@ -282,7 +330,6 @@ class Board:
                 )
         except BaseException:
             self._words.release()
-            self._octets.release()
             raise
 
     def register(self, process_id: str, role: Role = Role.PEER) -> Slot:
@@ -313,13 +360,13 @@ class Board:
             words[base + _INCARNATION] = (words[base + _INCARNATION] + 1) & _U64
             for word in range(_HEARTBEAT, _SLOT_WORDS):
                 words[base + word] = 0
-            _write_text(self._octets, base, _ID_OFFSET, encoded)
+            _write_text(words, base, _ID_OFFSET, encoded)
             words[base + _ID_LENGTH] = len(encoded)
             words[base + _ROLE] = role
             words[base + _START] = process_start_ticks(pid)
             words[base + _HEARTBEAT] = time.monotonic_ns()
             words[base + _PID] = pid
-        return Slot(words, self._octets, base)
+        return Slot(words, base)
 
     def entries(self) -> list[Entry]:
         """Every process that ever had a slot which nobody took since, dead ones included."""
@@ -339,15 +386,16 @@ class Board:
         Returns:
             the entry, or None if the slot is free or is being taken just now.
         """
-        if not 0 <= index < _SLOTS:
-            raise InvalidArgument(f"slot index={index}: 0 to {_SLOTS - 1} exist")
+        if not 0 <= index < SLOTS:
+            raise InvalidArgument(f"slot index={index}: 0 to {SLOTS - 1} exist")
         base = (index + 1) * _SLOT_WORDS
         # One copy, then everything is judged in the copy: another process may write meanwhile.
-        copy = bytes(self._octets[base * 8 : (base + _SLOT_WORDS) * 8])
-        words = memoryview(copy).cast("Q")
-        same = self._words[base + _INCARNATION] == words[_INCARNATION]
-        if not words[_PID] or not same or words[_PID] != self._words[base + _PID]:
-            return None
+        with contextlib.nullcontext() if _in_order else self._storage.exclusive():
+            copy = self._words.copy(base, _SLOT_WORDS)
+            words = memoryview(copy).cast("Q")
+            same = self._words[base + _INCARNATION] == words[_INCARNATION]
+            if not words[_PID] or not same or words[_PID] != self._words[base + _PID]:
+                return None
         return Entry(
             index=index,
             pid=words[_PID],
@@ -372,7 +420,6 @@ class Board:
         if not self._closed:
             self._closed = True
             self._words.release()
-            self._octets.release()
             self._storage.close()
 
     def __enter__(self) -> Board:
@@ -382,7 +429,7 @@ class Board:
         self.close()
 
     def _used(self) -> int:
-        return min(self._words[_H_USED], _SLOTS)
+        return min(self._words[_H_USED], SLOTS)
 
     def _find_free(self) -> int:
         words, used = self._words, self._used()
@@ -398,11 +445,11 @@ class Board:
             if words[base + _STATE] == State.EXITED or is_process_dead(pid, words[base + _START]):
                 oldest = heartbeat, base
         # What the dead did last is kept for those who ask, as long as there is room.
-        if oldest is not None and (used == _SLOTS or now - oldest[0] > _KEPT_NS):
+        if oldest is not None and (used == SLOTS or now - oldest[0] > _KEPT_NS):
             return oldest[1]
-        if used == _SLOTS:
+        if used == SLOTS:
             raise ShmringError(
-                f"all {_SLOTS} slots of the board are held by living processes: "
+                f"all {SLOTS} slots of the board are held by living processes: "
                 "use another namespace for some of them"
             )
         self._words[_H_USED] = used + 1
@@ -471,9 +518,14 @@ def _key(entry: Entry) -> tuple[int, int, int]:
     return entry.index, entry.incarnation, entry.pid
 
 
-def _write_text(octets: memoryview, base: int, offset: int, text: bytes) -> None:
-    start = base * 8 + offset
-    octets[start : start + len(text)] = text
+def _key_of(index: int, incarnation: int) -> int:
+    return (incarnation << 8 | index) & _U64
+
+
+def _write_text(words: Words, base: int, offset: int, text: bytes) -> None:
+    start = base + offset // 8
+    for at in range(0, len(text), 8):
+        words[start + at // 8] = int.from_bytes(text[at : at + 8].ljust(8, b"\0"), sys.byteorder)
 
 
 def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:

@@ -201,7 +201,9 @@ def _heading(block: dict[str, Any]) -> str:
     parts = [block["kind"], f"{block['nbytes'] // 1024:,} KiB"]
     if "messages" in block:
         parts.insert(1, _many(block["messages"], "message"))
-    pids = ", ".join(map(str, block["pids"]))
+    pids = ", ".join(
+        f"{pid} (stopped)" if pid in block["stopped"] else str(pid) for pid in block["pids"]
+    )
     parts.append(f"open in {pids}" if pids else "open nowhere: shmring rm --stale removes it")
     if block.get("poisoned") or block.get("shut_down"):
         parts.append("poisoned" if block["poisoned"] else "shut down")

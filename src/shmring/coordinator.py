@@ -383,8 +383,8 @@ class _Run:
         self._take_in(0)
         for departure in departed:
             lost_any = False
-            for slot, pid, start_ticks, low, high in claims:
-                if not departure.was(pid, start_ticks):
+            for slot, pid, start_ticks, key, low, high in claims:
+                if not departure.held(pid, start_ticks, key):
                     continue
                 if low < high:
                     lost_any = True
@@ -399,7 +399,7 @@ class _Run:
             self.next_look_for_strays = now + _STRAYS
             claims = self.ipc.message_queues[self.queue_name]._claims()
             strays = self.workers.strays(
-                (pid, start_ticks) for _, pid, start_ticks, low, high in claims if low < high
+                (pid, start_ticks, key) for _, pid, start_ticks, key, _, _ in claims
             )
             if strays:
                 self._settle(strays)
@@ -426,10 +426,10 @@ class _Run:
             # A handler may work for long without a beat: then only who is stopped is reported.
             if (
                 entry.is_silent(_SILENCE)
-                and entry.pid not in self.silent
+                and entry.key not in self.silent
                 and (entry.task is None or is_process_stopped(entry.pid))
             ):
-                self.silent.add(entry.pid)
+                self.silent.add(entry.key)
                 _LOG.warning(
                     "%s (process %d) is silent for %.1f s: hung, stopped or starved; "
                     "its tasks are not given to others",
@@ -441,9 +441,9 @@ class _Run:
                 entry.task is not None
                 and self.task_timeout is not None
                 and seconds > self.task_timeout
+                and self.workers.kill(entry)
             ):
                 self.ledger.expire(entry.task, self.task_timeout)
-                self.workers.kill(entry.pid)
 
     def _dismiss(self, grace: float) -> None:
         """One SHUTDOWN message a worker, then wait for their end, or see to it."""

@@ -38,8 +38,9 @@ def listing() -> list[dict[str, Any]]:
     Returns:
         for each block: ``name`` (None: anonymous), ``kind`` ("ring", "queue",
         "board" or "memory"), ``nbytes`` (of memory that it takes), ``pids`` (that
-        have it open); of rings and queues the fields of ``statistics()``, of a
-        board ``processes``; ``trouble`` where it cannot be looked into.
+        have it open) and ``stopped`` (those of them that are stopped); of rings and
+        queues the fields of ``statistics()``, of a board ``processes``; ``trouble``
+        where it cannot be looked into.
     """
     return [each for block in _blocks() if (each := _look_into(block)) is not None]
 
@@ -97,6 +98,7 @@ def _look_into(block: _Block) -> dict[str, Any] | None:
             "kind": "memory",
             "nbytes": os.fstat(fd).st_blocks * 512,
             "pids": block.pids,
+            "stopped": [pid for pid in block.pids if is_process_stopped(pid)],
         }
         try:
             if words[0] in (LAYOUT["MAGIC"], LAYOUT["BLOCK_MAGIC"]):

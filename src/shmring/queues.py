@@ -137,10 +137,10 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 
     # ---- claims, for the coordinator ----------------------------------------------------------
 
-    def _claim_open(self) -> int:
+    def _claim_open(self, key: int = 0) -> int:
         # the page is backed only when the first worker asks for it
         segment.allocate(RingHandle._fileno(self), 4096, 4096)
-        return super()._claim_open()
+        return super()._claim_open(key)
 
 
 class _Shadowable:

@@ -58,7 +58,7 @@ __all__ = [
 DIRECTORY = "/dev/shm"
 MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_layout.h
 MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 HEADER_BYTES = 8192
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own

@@ -20,6 +20,7 @@ from shmring._handle import RingHandle
 from shmring._wait import Bell, wait_rings
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument
+from shmring.threads import are_greenlets
 
 __all__ = ["wait"]
 
@@ -125,7 +126,9 @@ class _FileWatcher:
 
     @classmethod
     def start(cls, fds: set[int], bell: Bell) -> _FileWatcher | None:
-        """None where threads or descriptors have run out: slices serve as well."""
+        """None where there are no threads or descriptors to be had: slices serve as well."""
+        if are_greenlets():
+            return None
         try:
             end = os.eventfd(0, os.EFD_CLOEXEC)
         except OSError:

@@ -20,6 +20,7 @@ behind, and with it the one task that another must do.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import signal
 import threading
@@ -60,7 +61,7 @@ DATA_BUFFER_BYTES = 1 << 20
 # A waiting worker beats, and looks after its coordinator, this often, in seconds.
 _SLICE = 0.25
 
-_current: Worker | None = None
+_current: contextvars.ContextVar[Worker | None] = contextvars.ContextVar("_current", default=None)
 
 
 def echo(task: Any) -> Any:
@@ -81,7 +82,7 @@ def current_worker() -> Worker | None:
     Returns:
         the worker, for its ``beat()`` and its ``ipc``; None outside of a handler.
     """
-    return _current
+    return _current.get()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Worker:
             return  # the coordinator made them first and removed them first: it has ended
         self._watched = self._find_coordinator()
         queue = self.ipc.message_queues[self._task_queue]
-        claim = queue._claim_open() if backend == "ring" else None
+        claim = queue._claim_open(self._slot.key) if backend == "ring" else None
         try:
             self._work(queue, claim)
         except (RingClosed, RingNotFound):
@@ -164,13 +165,12 @@ class Worker:
         return self.ipc.receive_message(self._task_queue, _SLICE)
 
     def _answer(self, message: Message) -> None:
-        global _current
         sealed = message.data
         if not isinstance(sealed, Envelope):
             raise DecodeError(f"a task is an Envelope, not {type(sealed).__name__}: who sent this?")
         number, attempt = sealed.number, sealed.attempt
         self._slot.working(number)
-        _current = self
+        token = _current.set(self)
         try:
             answer = Envelope.seal(number, attempt, True, self._handler(sealed.open()))
         except KeyboardInterrupt:
@@ -178,7 +178,7 @@ class Worker:
         except BaseException as error:
             answer = _seal_error(number, attempt, error)
         finally:
-            _current = None
+            _current.reset(token)
         try:
             self._send(MessageType.DATA, answer)
         except MessageTooLarge as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +19,10 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from shmring.board import Entry, Role, State
+from shmring.board import SLOTS, Entry, Role, State
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc import HighPerformanceIPC
-from shmring.liveness import is_process_dead, process_start_ticks
+from shmring.liveness import is_process_dead, is_process_stopped, process_start_ticks
 from shmring.worker import run_spawned_worker
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
 
 # Workers that die one after another without having done anything: not tried for ever.
 _MOST_FALSE_STARTS = 3
+# How long a worker may take to stop, in seconds; one in a system call may be slow.
+_MOST_STOPPING = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class Departure:
     """A worker that has ended.
 
     ``clean`` says that it left by itself, as it does when nobody needs it;
-    ``start_ticks`` tell it from one that has its PID now, 0 where that is not known.
+    ``start_ticks`` tell it from one that has its PID now, 0 where that is not known;
+    ``key`` tells it from other workers of its process, 0 where the process has ended.
     """
 
     worker_id: str
@@ -68,16 +72,22 @@ class Departure:
     start_ticks: int
     exitcode: int | None
     clean: bool
+    key: int = 0
 
-    def was(self, pid: int, start_ticks: int) -> bool:
-        """Whether it was this process.
+    def held(self, pid: int, start_ticks: int, key: int) -> bool:
+        """Whether a claim was its own.
 
         Args:
-            pid: of a process.
-            start_ticks: when that one started; 0 where that is not known.
+            pid: of the claim's owner.
+            start_ticks: when that process started; 0 where that is not known.
+            key: of the worker; 0 where it died before it wrote it, or is about to.
         """
         known = self.start_ticks != 0 and start_ticks != 0
-        return pid == self.pid and (not known or start_ticks == self.start_ticks)
+        if pid != self.pid or (known and start_ticks != self.start_ticks):
+            return False
+        if self.key != 0 and key != 0:
+            return key == self.key
+        return self.key == 0 or is_process_dead(pid, start_ticks)
 
 
 class Workers(Protocol):
@@ -95,8 +105,8 @@ class Workers(Protocol):
         """A departure has been dealt with: forget its process."""
         ...
 
-    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
-        """Of (pid, start ticks) that hold claims, those that ended and that nobody saw leave."""
+    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """Of (pid, start ticks, key) with a claim slot, those that ended and were not seen to."""
         ...
 
     def living(self) -> list[Entry]:
@@ -123,8 +133,8 @@ class Workers(Protocol):
         """Whether nobody is left to be waited for."""
         ...
 
-    def kill(self, pid: int) -> bool:
-        """Kill one; False if it is not ours to kill."""
+    def kill(self, seen: Entry) -> bool:
+        """Kill one if it still is at the task of this look; False if not, or not ours."""
         ...
 
     def stop(self, grace: float) -> None:
@@ -156,6 +166,23 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         release()
 
 
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """Keep a child stopped in the block, where the system can; bounded."""
+    if not hasattr(signal, "SIGSTOP") or is_process_stopped(pid):
+        yield
+        return
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + _MOST_STOPPING
+        while not is_process_stopped(pid) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def _start_servants(method: str) -> None:
     """Start what multiprocessing starts on the side, before Ctrl-C is blocked."""
     if method == "fork" or not hasattr(signal, "pthread_sigmask"):
@@ -175,14 +202,14 @@ class _Roll:
     def __init__(self, ipc: HighPerformanceIPC) -> None:
         self._ipc = ipc
         # Those of an earlier run; a visitor may well have come before its coordinator.
-        self._earlier = {self._key(entry) for entry in self._entries() if entry.is_dead()}
-        self.last_seen: dict[tuple[int, int], Entry] = {}
+        self._earlier = {entry.key for entry in self._entries() if entry.is_dead()}
+        self.last_seen: dict[int, Entry] = {}
 
     def look(self) -> list[Entry]:
         """Read the board; returns the workers that stand there, also dead ones."""
-        found = [each for each in self._entries() if self._key(each) not in self._earlier]
+        found = [each for each in self._entries() if each.key not in self._earlier]
         for entry in found:
-            self.last_seen[self._key(entry)] = entry
+            self.last_seen[entry.key] = entry
         return found
 
     def report(self, exitcodes: dict[int, int | None]) -> list[WorkerReport]:
@@ -205,9 +232,20 @@ class _Roll:
     def _entries(self) -> list[Entry]:
         return [each for each in self._ipc.board_entries() if each.role is Role.WORKER]
 
-    @staticmethod
-    def _key(entry: Entry) -> tuple[int, int]:
-        return entry.index, entry.incarnation
+    def stands(self, key: int) -> bool:
+        """Whether a worker of this key has its slot on the board."""
+        index = key & 0xFF
+        entry = self._ipc.board_entry(index) if index < SLOTS else None
+        return entry is not None and entry.key == key
+
+    def is_at(self, seen: Entry) -> bool:
+        """Whether a worker is at the task still at which it was seen."""
+        entry = self._ipc.board_entry(seen.index)
+        return entry is not None and (entry.key, entry.task, entry.task_started_ns) == (
+            seen.key,
+            seen.task,
+            seen.task_started_ns,
+        )
 
 
 def _state_of(entry: Entry) -> str:
@@ -317,11 +355,11 @@ class SpawnedWorkers:
                 process.close()
         self._false_starts = 0 if useful else self._false_starts + 1
 
-    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
-        """None: the sentinels tell of everybody.
+    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """None: the sentinels tell of all.
 
         Args:
-            holders: (pid, start ticks) of processes that hold claims.
+            holders: (pid, start ticks, key) of those that have a claim slot.
         """
         return []
 
@@ -360,19 +398,24 @@ class SpawnedWorkers:
             self._processes
         )
 
-    def kill(self, pid: int) -> bool:
-        """Kill one with SIGKILL.
+    def kill(self, seen: Entry) -> bool:
+        """Kill one with SIGKILL if it still is at the task of this look.
+
+        It is stopped first, so that what the second look shows is true at the kill.
 
         Args:
-            pid: the worker.
+            seen: the worker, as it stood on the board.
 
         Returns:
-            whether it was ours and alive.
+            whether it was killed.
         """
         for process in self._processes:
-            if process.pid == pid and process.is_alive():
-                process.kill()
-                return True
+            if process.pid == seen.pid and process.is_alive():
+                with _stopped(seen.pid):
+                    if not self._roll.is_at(seen):
+                        return False
+                    process.kill()
+                    return True
         return False
 
     def stop(self, grace: float) -> None:
@@ -428,7 +471,7 @@ class VisitingWorkers:
         self._number = number
         self._patience = patience
         self._roll = _Roll(ipc)
-        self._buried: set[tuple[int, int]] = set()  # as PIDs are used again, with start ticks
+        self._buried: set[int] = set()  # their keys
         self._last_company = time.monotonic()
 
     def start(self) -> None:
@@ -448,8 +491,7 @@ class VisitingWorkers:
 
     def departed(self) -> list[Departure]:
         """Those that have ended since the last call."""
-        self._roll.look()
-        standing = {(each.index, each.incarnation) for each in self._roll.look()}
+        standing = {each.key for each in self._roll.look()}
         return [
             Departure(
                 entry.process_id,
@@ -457,11 +499,11 @@ class VisitingWorkers:
                 entry.start_ticks,
                 None,
                 clean=entry.state is State.EXITED,
+                key=key,
             )
             for key, entry in self._roll.last_seen.items()
             # A slot is taken again only from the dead: no longer standing proves it too.
-            if (entry.pid, entry.start_ticks) not in self._buried
-            and (key not in standing or entry.is_dead())
+            if key not in self._buried and (key not in standing or entry.is_dead())
         ]
 
     def bury(self, departure: Departure, useful: bool) -> None:
@@ -471,18 +513,18 @@ class VisitingWorkers:
             departure: from :meth:`departed`.
             useful: of no use here.
         """
-        self._buried.add((departure.pid, departure.start_ticks))
+        self._buried.add(departure.key)
 
-    def strays(self, holders: Iterable[tuple[int, int]]) -> list[Departure]:
-        """Those that ended, and lost their slot to the next before anybody looked.
+    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """Those that ended, and lost their slot to the next before the coordinator looked.
 
         Args:
-            holders: (pid, start ticks) of processes that hold claims.
+            holders: (pid, start ticks, key) of those that have a claim slot.
         """
         return [
-            Departure(f"process {pid}", pid, start_ticks, None, clean=False)
-            for pid, start_ticks in sorted(set(holders))
-            if is_process_dead(pid, start_ticks)
+            Departure(f"process {pid}", pid, start_ticks, None, clean=False, key=key)
+            for pid, start_ticks, key in sorted(set(holders))
+            if is_process_dead(pid, start_ticks) or (key != 0 and not self._roll.stands(key))
         ]
 
     def exitcode_of(self, pid: int) -> int | None:
@@ -514,7 +556,7 @@ class VisitingWorkers:
         living = self.living()
         return not living and len(self._roll.last_seen) >= self._number
 
-    def kill(self, pid: int) -> bool:
+    def kill(self, seen: Entry) -> bool:
         """Never: they are not ours."""
         return False
 
