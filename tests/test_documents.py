@@ -18,7 +18,7 @@ def examples() -> list[tuple[str, str]]:
     found = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        for block in re.finditer(r"^```(?:python|pycon)\n(.*?)^```$", text, re.M | re.S):
             line = text.count("\n", 0, block.start()) + 1
             found.append((f"{path.relative_to(ROOT).as_posix()}:{line}", block[1]))
     return found
