@@ -60,7 +60,7 @@ def extension(source: Path) -> Extension:
         compile_args += ["-O1", *flags]
         link_args += flags
         if sanitizers == "thread":
-            compile_args.append("-Wno-tsan")  # it cannot see fences: docs/design.md
+            compile_args.append("-Wno-tsan")  # it cannot see fences: docs/notes/sanitizers.md
     if switch("COVERAGE"):
         directives["linetrace"] = True
         macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]

@@ -1,4 +1,4 @@
-"""docs/faults.md and the README promise what tests show, and nothing else."""
+"""docs/faults.md and docs/guarantees.md promise what tests show, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from faults import FAULTS, PAGE, TESTS, files_with_tests, marked_tests, page
 
-README = TESTS.parent / "README.md"
+GUARANTEES = TESTS.parent / "docs" / "guarantees.md"
 
 
 def test_the_page_is_what_the_marks_give() -> None:
@@ -37,8 +37,8 @@ def test_no_mark_is_overlooked() -> None:
 
 
 def promises() -> list[tuple[str, str]]:
-    """The table of guarantees: (who dies, a test that is named as showing it)."""
-    (table,) = re.findall(r"^## What survives$(.*?)^#", README.read_text(), re.M | re.S)
+    """The table of guarantees: (what dies, a test that is named as showing it)."""
+    (table,) = re.findall(r"^## What survives$(.*?)^#", GUARANTEES.read_text(), re.M | re.S)
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")][2:]
     return [
         (" ".join(cell.strip() for cell in row[:-1]), name)
@@ -48,7 +48,7 @@ def promises() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("promise", "named"), promises(), ids=lambda text: text[:40])
-def test_what_the_readme_promises_is_shown(promise: str, named: str) -> None:
+def test_a_guarantee_names_a_marked_test(promise: str, named: str) -> None:
     """`file.py::test_the_begin…`, with the file left out where it is that of the one before."""
     path, _, name = named.rpartition("::")
     begin = name.removesuffix("…")
