@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_VENV := build/wheel-venv
 PLATFORM := manylinux_2_28_$(shell uname -m)
-COMPILED := $(wildcard cython/shmring/*.pyx cython/shmring/*.pxd cython/shmring/*.h)
-PYTHON_SOURCES := $(wildcard src/shmring/*.py)
+COMPILED := $(wildcard cython/shmring/_core/*)
+PYTHON_SOURCES := $(wildcard src/shmring/*.py src/shmring/*/*.py)
 ASAN_READS := 2000000
 TSAN_MESSAGES := 10000
-STUBS = $(patsubst src/shmring/%.pyi,shmring.%,$(wildcard src/shmring/*.pyi))
+STUBS = $(patsubst src/shmring/_core/%.pyi,shmring._core.%,$(wildcard src/shmring/_core/*.pyi))
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 SECONDS := 600
 RESULTS := benchmarks/results
@@ -142,12 +142,12 @@ $(VENV)/.asan: $(VENV)/.editable $(COMPILED) $(PYTHON_SOURCES)
 $(VENV)/.tsan: $(VENV)/.editable $(COMPILED) $(PYTHON_SOURCES) tests/tsan/hammer.pyx
 	SHMRING_SANITIZE=thread $(SANITIZED) --build-base build/tsan --build-lib build/tsan/lib
 	$(BIN)/cython -3 -I cython -o build/tsan/hammer.c tests/tsan/hammer.pyx
-	$${CC:-gcc} -shared -fPIC -O1 -g1 -w -fsanitize=thread -fno-omit-frame-pointer -I cython/shmring \
+	$${CC:-gcc} -shared -fPIC -O1 -g1 -w -fsanitize=thread -fno-omit-frame-pointer -I cython/shmring/_core \
 	  -I "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
 	  -o build/tsan/lib/hammer.so build/tsan/hammer.c
 	touch $@
 
 clean:  ## forget everything that was built or installed here
-	rm -rf $(VENV) build dist wheelhouse src/*.egg-info src/shmring/*.so
+	rm -rf $(VENV) build dist wheelhouse src/*.egg-info src/shmring/_core/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

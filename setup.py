@@ -20,7 +20,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).resolve().parent)
-SOURCES = Path("cython", "shmring")
+SOURCES = Path("cython", "shmring", "_core")
 
 
 def switch(name: str) -> str:
@@ -65,7 +65,7 @@ def extension(source: Path) -> Extension:
         directives["linetrace"] = True
         macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
     built = Extension(
-        f"shmring.{source.stem}",
+        f"shmring._core.{source.stem}",
         [source.as_posix()],
         include_dirs=[SOURCES.as_posix()],
         depends=sorted(path.as_posix() for end in ("*.h", "*.pxd") for path in SOURCES.glob(end)),
@@ -76,7 +76,7 @@ def extension(source: Path) -> Extension:
     )
     # Read by Cython's build_ext, to which setuptools hands the .pyx.
     built.cython_c_in_temp = True
-    built.cython_include_dirs = [SOURCES.parent.as_posix()]
+    built.cython_include_dirs = ["cython"]
     built.cython_directives = directives
     return built
 

@@ -156,7 +156,7 @@ def judge(allowed: Mapping[str, float], counted: Mapping[str, float]) -> bool:
 # ---- guards ---------------------------------------------------------------------------------
 
 _MODULES = ("_core", "_handle", "_queue")
-_WITNESS, _COUNT = "cython/shmring/_witness.h", "cython/shmring/_count.h"
+_WITNESS, _COUNT = "cython/shmring/_core/diagnostics.h", "cython/shmring/_core/count.h"
 _LOOP = """
 import sys, shmring
 queue = shmring.Queue()

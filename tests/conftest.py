@@ -112,7 +112,9 @@ def start_method(request: pytest.FixtureRequest) -> str:
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The queues of each back end in turn; programs that are started take the same one."""
-    chosen, module = {"ring": ("ring", "queues"), "fallback": ("queue", "fallback")}[request.param]
+    chosen, module = {"ring": ("ring", "queues.queue"), "fallback": ("queue", "fallback.queues")}[
+        request.param
+    ]
     monkeypatch.setenv("SHMRING_BACKEND", chosen)
     return importlib.import_module(f"shmring.{module}")
 

@@ -27,10 +27,10 @@ from shmring import (
     SharedMemoryManager,
     ShmringError,
     cleanup_stale,
-    segment,
 )
-from shmring.board import open_segment
-from shmring.cli import main
+from shmring.cli.main import main
+from shmring.ipc.registry import open_segment
+from shmring.shm import segment
 from support import own_name, run_in_process, run_with_mounts
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
@@ -75,14 +75,14 @@ made = pytest.mark.parametrize(("make", "attach"), MADE.values(), ids=MADE)
 # ---- another PID namespace -----------------------------------------------------------------
 
 ELSEWHERE = """
-import os, sys, shmring, shmring.board
+import os, sys, shmring, shmring.ipc.registry
 assert os.getpid() == 1, "no PID namespace of its own"
 name = sys.argv[1]
 for attach in (
     lambda: shmring.Ring.attach(name + "-ring"),
     lambda: shmring.Queue.attach(name + "-queue"),
     lambda: shmring.SharedMemoryManager(name + "-memory", 100).connect(),
-    lambda: shmring.board.open_segment(name + "-board"),
+    lambda: shmring.ipc.registry.open_segment(name + "-board"),
 ):
     try:
         attach()
@@ -313,7 +313,7 @@ def test_a_place_that_takes_no_files_is_done_without(monkeypatch, start_method, 
 WITHOUT_PLACE = """
 import multiprocessing, sys
 import shmring
-from shmring.cli import main
+from shmring.cli.main import main
 
 print("removed", shmring.cleanup_stale())
 with shmring.Queue() as there, shmring.JoinableQueue() as back:

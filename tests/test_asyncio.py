@@ -25,7 +25,8 @@ from traced import Traced
 
 if shmring.backend == "ring":
     from header import lock_word
-    from shmring import _wait, aio
+    from shmring._core import wait
+    from shmring.queues import aio
 
 
 def run(main):
@@ -66,9 +67,9 @@ def queue(request):
 
 @pytest.fixture(params=[False, True], ids=["waitv", "no-waitv"])
 def kernel(request):
-    before = _wait._set_waitv_absent(request.param)
+    before = wait._set_waitv_absent(request.param)
     yield
-    _wait._set_waitv_absent(before)
+    wait._set_waitv_absent(before)
 
 
 def put_range(queue, count):

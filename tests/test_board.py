@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from shmring import board
 from shmring._backend import backend
-from shmring.board import (
+from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
+from shmring.fallback.files import SharedFile, fallback_folder
+from shmring.ipc import registry
+from shmring.ipc.registry import (
     BOARD_BYTES,
     Board,
     Role,
     State,
     open_segment,
 )
-from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
-from shmring.fallback_files import SharedFile, fallback_folder
-from shmring.liveness import is_process_dead, process_start_ticks
+from shmring.process.liveness import is_process_dead, process_start_ticks
 from support import run_in_process, wait_for
 
 pytestmark = [
@@ -154,7 +154,7 @@ def test_the_dead_keep_their_slots_for_a_while(shared: Board) -> None:
 def test_slots_of_the_dead_and_the_departed_are_used_again(
     shared: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "_KEPT_NS", 0)
+    monkeypatch.setattr(registry, "_KEPT_NS", 0)
     shared.register("keeps its slot")
     with run_in_process(stay, NAME, "mortal") as process:
         wait_for(lambda: find(shared, "mortal"), what="the slot")
@@ -213,7 +213,7 @@ def test_one_killed_while_it_allocates_stops_nobody(shared: Board) -> None:
 
 
 def test_a_full_board_says_so(shared: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "SLOTS", 3)
+    monkeypatch.setattr(registry, "SLOTS", 3)
     for each in range(3):
         shared.register(f"p{each}")
     with pytest.raises(ShmringError, match="all 3 slots"):

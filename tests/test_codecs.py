@@ -23,10 +23,10 @@ import pytest
 
 import shmring
 from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
-from shmring import codec as codec_module
-from shmring.blame import culprit_of
-from shmring.codec import PickleCodec
-from shmring.message import Envelope, Message, MessageCodec, MessageType
+from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
+from shmring.queues import codec as codec_module
+from shmring.queues.codec import PickleCodec
+from shmring.queues.pickle_errors import culprit_of
 from support import own_name, run_in_process
 
 if shmring.backend == "ring":
@@ -267,7 +267,7 @@ try:
         small.put(bytes(30_000), timeout=0.3)
 except Full:
     print("full")
-print("shmring.blame" in sys.modules)
+print("shmring.queues.pickle_errors" in sys.modules)
 small.cancel_join_thread()
 """
 

@@ -130,7 +130,7 @@ def test_a_pool(ctx: Any, queue: Queue[Any]) -> None:
         assert sorted(queue.get(timeout=60) for _ in range(20)) == list(range(20))
         assert pool.apply(_put_in, (queue, 7)) == -7
         assert queue.get(timeout=60) == 7
-        assert pool.apply(_made_with_new, (ctx,)) == "shmring.queues"
+        assert pool.apply(_made_with_new, (ctx,)) == "shmring.queues.queue"
         pool.close()
         pool.join()
 

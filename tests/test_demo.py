@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import shmring
-from shmring import demo
+from shmring.cli import demo
 from support import shared_memory_names, wait_for
 
 KEYS = {
@@ -53,7 +53,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 def run_patched(patch: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command with something changed in its process, before it starts."""
     program = (
-        "import sys, os, shmring.cli as cli, shmring.demo as demo\n"
+        "import sys, os, shmring.cli.main as cli, shmring.cli.demo as demo\n"
         f"{patch}\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(cli.main(sys.argv[1:]))\n"
@@ -177,7 +177,7 @@ def test_any_start_method_will_do(tree: Path, method: str) -> None:
     script = tree / "run.py"
     script.write_text(
         "import multiprocessing, sys\n"
-        "from shmring.cli import main\n"
+        "from shmring.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    multiprocessing.set_start_method({method!r})\n"
         "    sys.exit(main(sys.argv[1:]))\n",

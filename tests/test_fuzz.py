@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("shmring._core", reason="the extension is not built")
+pytest.importorskip("shmring._core.ring", reason="the extension is not built")
 
 from fuzz.runner import DRIVERS
 

@@ -19,65 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / "src" / "shmring"
 CYTHON = ROOT / "cython" / "shmring"
 
-# The floors, from the ground up: a module imports only from lines above its own.
-# The compiled modules share a floor, and may import one another.
-FLOORS = [
-    ["errors"],
-    ["deadline"],
-    ["descriptors"],
-    ["leaving"],
-    ["threads"],
-    ["_lazy"],
-    ["statistics"],
-    ["trouble"],
-    ["liveness"],
-    ["peers"],
-    [
-        "_layout",
-        "_core",
-        "_deadline",
-        "_handle",
-        "_inspect",
-        "_tree",
-        "_take",
-        "_watch",
-        "_ring",
-        "_queue",
-        "_memory",
-        "_wait",
-    ],
-    ["insight"],
-    ["segment"],
-    ["handle"],
-    ["aio"],
-    ["waiting"],
-    ["memory"],
-    ["arrays"],
-    ["blame"],
-    ["codec"],
-    ["board"],
-    ["listing"],
-    ["message"],
-    ["ring"],
-    ["queues"],
-    ["fallback_files"],
-    ["fallback_server"],
-    ["fallback"],
-    ["_backend"],
-    ["context"],
-    ["named"],
-    ["ipc"],
-    ["worker"],
-    ["ledger"],
-    ["workforce"],
-    ["coordinator"],
-    ["example"],
-    ["executor"],
-    ["demo"],
-    ["cli"],
-    ["__main__"],
+# The packages, from the ground up: each imports only from those above it here.
+ORDER = [
+    *("errors", "deadline", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
+    *("queues", "fallback", "_backend", "context", "ipc", "pool", "cli", "__main__"),
 ]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+# Imported when peers= is used first: the compiled wait asks process.peers who is dead.
+LATE = {("_core", "process")}
 
 TOP_LEVEL = {
     ".ci",
@@ -100,8 +48,20 @@ TOP_LEVEL = {
     "tests",
 }
 
-MODULES = sorted(PYTHON.glob("*.py"), key=lambda path: path.stem)
-PUBLIC = [path.stem for path in MODULES if not path.stem.startswith("_")]
+MODULES = sorted(PYTHON.rglob("*.py"))
+SOURCES = sorted((CYTHON / "_core").glob("*.pyx"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PYTHON).with_suffix("").parts)
+
+
+PUBLIC = [module_of(path) for path in MODULES if not path.stem.startswith("_")]
+
+
+def package_of(path: Path) -> str:
+    """The package of a module, or the name of one that is in none."""
+    return path.relative_to(PYTHON).with_suffix("").parts[0]
 
 
 class Imports(ast.NodeVisitor):
@@ -135,9 +95,7 @@ class Imports(ast.NodeVisitor):
         if path:
             self.names.add(path[0])
         else:  # from shmring import X: a module, or else something of __init__
-            for alias in node.names:
-                module = alias.name in FLOOR or (PYTHON / f"{alias.name}.py").exists()
-                self.names.add(alias.name if module else "__init__")
+            self.names |= {each.name if each.name in ORDER else "__init__" for each in node.names}
 
 
 def imported_by_python(path: Path) -> set[str]:
@@ -153,26 +111,23 @@ def imported_by_cython(path: Path) -> set[str]:
 
 
 def importers() -> list[tuple[str, set[str]]]:
-    python = [(path.stem, imported_by_python(path)) for path in MODULES]
-    compiled = [(path.stem, imported_by_cython(path)) for path in sorted(CYTHON.glob("*.pyx"))]
+    python = [(package_of(path), imported_by_python(path)) for path in MODULES]
+    compiled = [("_core", imported_by_cython(path)) for path in SOURCES]
     return [(name, names) for name, names in python + compiled if name != "__init__"]
 
 
-def test_every_module_has_its_floor() -> None:
-    unknown = {name for name, _ in importers()} - FLOOR.keys()
-    assert not unknown, f"add {sorted(unknown)} to FLOORS in {Path(__file__).name}"
+def test_every_package_has_its_place() -> None:
+    assert {name for name, _ in importers()} == {*ORDER}
 
 
 def test_no_import_turns_round() -> None:
-    compiled = FLOOR["_core"]
-    wrong = [
-        f"{name} imports {other}"
+    wrong = {
+        (name, other)
         for name, others in importers()
-        for other in sorted(others - {name})
-        if FLOOR.get(other, len(FLOORS)) >= FLOOR.get(name, -1)
-        and not FLOOR.get(other) == FLOOR.get(name) == compiled
-    ]
-    assert not wrong, f"{wrong}: only from a floor above its own in FLOORS"
+        for other in others - {name}
+        if other not in ORDER or ORDER.index(other) > ORDER.index(name)
+    }
+    assert wrong - LATE == set(), f"{wrong}: a package imports from those above it in ORDER"
 
 
 def load(name: str) -> ModuleType:
@@ -199,14 +154,14 @@ def test_the_package_exports_what_it_has() -> None:
 
 
 def layout_in_c() -> dict[str, int]:
-    text = (CYTHON / "_layout.h").read_text(encoding="utf-8")
+    text = (CYTHON / "_core" / "layout.h").read_text(encoding="utf-8")
     defines = re.findall(r"^#define SHMRING_(\w+)[ \t]+(\w+?)[uUlL]*\b", text, re.MULTILINE)
     return {name: int(value, 0) for name, value in defines}
 
 
 def layout_in_pxd() -> set[str]:
     """The constants; SHMRING_ stands in no other kind of declaration there."""
-    text = (CYTHON / "_layout.pxd").read_text(encoding="utf-8")
+    text = (CYTHON / "_core" / "layout.pxd").read_text(encoding="utf-8")
     return set(re.findall(r"\bSHMRING_(\w+)", text))
 
 
@@ -217,7 +172,7 @@ def test_the_pxd_declares_the_layout_of_the_header() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is Linux only")
 def test_the_compiled_layout_is_that_of_the_header() -> None:
-    compiled, in_c = load("_layout").LAYOUT, layout_in_c()
+    compiled, in_c = load("_core.layout").LAYOUT, layout_in_c()
     assert compiled == {name: in_c.get(name) for name in compiled}
     placed = {name for name in in_c if name.endswith(("_OFFSET", "_BYTES", "_COUNT"))}
     assert {"MAGIC", "VERSION", *placed} <= compiled.keys(), "what makes a layout is shown"
@@ -225,7 +180,7 @@ def test_the_compiled_layout_is_that_of_the_header() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stands on the extension, Linux only")
 def test_python_has_the_layout_of_the_header() -> None:
-    segment, layout = load("segment"), layout_in_c()
+    segment, layout = load("shm.segment"), layout_in_c()
     assert layout["MAGIC"] == segment.MAGIC
     assert layout["VERSION"] == segment.LAYOUT_VERSION
 
@@ -257,7 +212,7 @@ def test_the_top_level_is_bare() -> None:
 
 def test_what_runs_on_both_back_ends_can_be_collected_without_the_extension() -> None:
     """As on macOS, on Windows, and on kernels without robust futexes."""
-    compiled = [f"shmring.{path.stem}" for path in CYTHON.glob("*.pyx")]
+    compiled = [f"shmring._core.{path.stem}" for path in SOURCES]
     program = (
         "import pytest, sys\n"
         f"sys.modules.update(dict.fromkeys({compiled}))\n"
@@ -281,8 +236,9 @@ def test_types_travel_with_the_package() -> None:
     """Run against the wheel by `make wheel`, against src otherwise."""
     installed = {entry.name for entry in resources.files("shmring").iterdir()}
     assert "py.typed" in installed
-    stubs = {f"{path.stem}.pyi" for path in CYTHON.glob("*.pyx")}
-    assert stubs <= installed, "each compiled module has a stub"
+    stubs = {f"{path.stem}.pyi" for path in SOURCES}
+    core = {entry.name for entry in resources.files("shmring._core").iterdir()}
+    assert stubs <= core, "each compiled module has a stub"
 
 
 def test_the_floor_calls_no_function_that_newer_c_libraries_rename():

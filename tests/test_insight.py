@@ -13,11 +13,11 @@ import pytest
 
 import shmring
 
-pytest.importorskip("shmring._inspect")
+pytest.importorskip("shmring._core.snapshot")
 
 from header import LAYOUT, LOCKS, OWNER_DIED, lock_word, stopped_under_lock, word
 from shmring import JoinableQueue, Queue, Ring
-from shmring.liveness import process_start_ticks
+from shmring.process.liveness import process_start_ticks
 from support import run_in_process, wait_for
 
 LOCK_NAMES = {"producers": "the producers' lock", "consumers": "the consumers' lock"}

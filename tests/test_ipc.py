@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from shmring import ipc as ipc_module
-from shmring.board import Entry
 from shmring.errors import (
     EncodeError,
     Full,
@@ -22,8 +20,10 @@ from shmring.errors import (
     NameUnknown,
     RingClosed,
 )
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import Message, MessageType
+from shmring.ipc import high_performance_ipc as ipc_module
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import Message, MessageType
+from shmring.ipc.registry import Entry
 from support import at_least, run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shmring.errors import InvalidArgument, NameUnknown, RingClosed
-from shmring.ipc import HighPerformanceIPC
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 
 pytestmark = pytest.mark.both_backends
 

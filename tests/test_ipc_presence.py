@@ -12,11 +12,11 @@ from multiprocessing import util
 
 import pytest
 
-from shmring import board
-from shmring import ipc as ipc_module
-from shmring.fallback_files import fallback_folder
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import Message, MessageType
+from shmring.fallback.files import fallback_folder
+from shmring.ipc import high_performance_ipc as ipc_module
+from shmring.ipc import registry
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import Message, MessageType
 from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
@@ -33,7 +33,7 @@ def stand_on_board(namespace: str, process_id: str) -> None:
 @pytest.fixture
 def slots_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot of a dead process goes to the next, not only after ten seconds."""
-    monkeypatch.setattr(board, "_KEPT_NS", 0)
+    monkeypatch.setattr(registry, "_KEPT_NS", 0)
 
 
 @pytest.mark.usefixtures("slots_go_at_once")
@@ -48,12 +48,12 @@ def test_the_dead_stay_dead_when_another_has_their_slot(
     if seen_dead:
         assert ipc.check_alive_processes(60) == []
     with HighPerformanceIPC("b", namespace=namespace) as heir:
-        assert heir.join_board(board.Role.PEER).index == slot
+        assert heir.join_board(registry.Role.PEER).index == slot
         assert ipc.check_alive_processes(60) == ["b"]
         assert ipc.check_alive_processes(60) == ["b"]
         assert ipc.get_stats()["alive_processes"] == 2, "seen so far"
         with HighPerformanceIPC("a", namespace=namespace) as again:
-            again.join_board(board.Role.PEER)
+            again.join_board(registry.Role.PEER)
             assert ipc.check_alive_processes(60) == ["a", "b"], "a newer sign of life"
         assert ipc.check_alive_processes(60) == ["b"]
 
@@ -68,7 +68,7 @@ def test_an_old_heartbeat_revives_nobody(ipc: HighPerformanceIPC, namespace: str
         assert ipc.check_alive_processes(60) == ["a"]
     assert ipc.check_alive_processes(60) == []
     with HighPerformanceIPC("b", namespace=namespace) as heir:
-        heir.join_board(board.Role.PEER)
+        heir.join_board(registry.Role.PEER)
         assert ipc.receive_message("q", timeout=5) is not None
         assert ipc.check_alive_processes(60) == ["b"], "it was sent before the death"
         queue.put(Message(MessageType.HEARTBEAT, "a", time.time()))
@@ -85,7 +85,7 @@ def test_threads_that_come_first_together_take_one_slot(
     all_here = threading.Barrier(4)
     original = ipc_module.open_board
 
-    def open_together(name: str) -> board.BoardStorage:
+    def open_together(name: str) -> registry.BoardStorage:
         with contextlib.suppress(threading.BrokenBarrierError):
             all_here.wait(0.5)  # without the lock all four get here
         return original(name)

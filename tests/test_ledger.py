@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from shmring.errors import TaskTimeout, WorkerDied
-from shmring.ledger import Failure, Ledger
+from shmring.pool.task_table import Failure, Ledger
 
 pytestmark = pytest.mark.both_backends
 

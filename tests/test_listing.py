@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._inspect")
+pytest.importorskip("shmring._core.snapshot")
 
 from header import word
-from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager, segment
-from shmring.board import Role
-from shmring.listing import listing
+from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager
+from shmring.cli.listing import listing
+from shmring.ipc.registry import Role
+from shmring.shm import segment
 from support import SHARED_MEMORY, own_name, run_in_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")

@@ -25,9 +25,9 @@ from shmring import (
     RingNotFound,
     SharedMemoryManager,
     cleanup_stale,
-    segment,
 )
-from shmring.board import open_segment
+from shmring.ipc.registry import open_segment
+from shmring.shm import segment
 from support import at_least, own_name, run_in_process, shared_memory_names, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
-from shmring.message import Envelope, Message, MessageCodec, MessageType
+from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 
 pytestmark = pytest.mark.both_backends
 

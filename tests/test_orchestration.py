@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 from shmring._backend import backend
-from shmring.board import Role
-from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import (
     DecodeError,
     EncodeError,
@@ -30,10 +28,12 @@ from shmring.errors import (
     TaskTimeout,
     WorkerDied,
 )
-from shmring.example import multiprocessing_example
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import MessageType
-from shmring.worker import current_worker, worker_process
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import MessageType
+from shmring.ipc.registry import Role
+from shmring.pool.coordinator import Progress, Report, coordinator_process
+from shmring.pool.example import multiprocessing_example
+from shmring.pool.worker import current_worker, worker_process
 from support import run_in_process, wait_for
 
 both_backends = pytest.mark.both_backends

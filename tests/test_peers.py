@@ -30,8 +30,8 @@ from shmring import (
     SimpleQueue,
 )
 from shmring.errors import Empty, Full
-from shmring.liveness import process_start_ticks
-from shmring.peers import PeerWatch
+from shmring.process.liveness import process_start_ticks
+from shmring.process.peers import PeerWatch
 from support import asleep, run_in_process, turns, until, wait_for, within
 
 if shmring.backend == "ring":

@@ -32,8 +32,8 @@ from shmring import (
     RingNotFound,
     ShutDown,
 )
-from shmring.codec import PickleCodec
 from shmring.errors import Empty, Full
+from shmring.queues.codec import PickleCodec
 from support import asleep, own_name, run_in_process, taken_from, wait_for
 
 NAME = own_name("queue")

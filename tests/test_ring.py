@@ -551,7 +551,7 @@ class TestMessages:
     @pytest.fixture
     def make(self, backend):
         """A pipe has a capacity of its own, and carries bytes as a Queue does."""
-        if backend.__name__ == "shmring.fallback":
+        if backend.__name__ == "shmring.fallback.queues":
             return lambda capacity=0: backend.Queue(codec="bytes")
         return Ring.create
 

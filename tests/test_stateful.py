@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._core", reason="the extension is not built")
+pytest.importorskip("shmring._core.ring", reason="the extension is not built")
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st

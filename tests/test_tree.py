@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._tree", reason="the extension cannot be loaded", exc_type=ImportError)
+pytest.importorskip(
+    "shmring._core.builtin_codec", reason="the extension cannot be loaded", exc_type=ImportError
+)
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmring
-from shmring._tree import decode, encode
+from shmring._core.builtin_codec import decode, encode
 from shmring.errors import DecodeError
 
 SCALARS = (

@@ -18,7 +18,8 @@ from shmring import InvalidArgument, JoinableQueue, Queue, RingClosed, SimpleQue
 from support import at_least, run_in_process, wait_for, within
 
 if shmring.backend == "ring":
-    from shmring import Ring, _wait
+    from shmring import Ring
+    from shmring._core import wait as core_wait
     from traced import Traced, stop_to_be_traced
 
 both_backends = pytest.mark.both_backends
@@ -32,9 +33,9 @@ def queues():
 
 @pytest.fixture(params=[False, True], ids=["waitv", "no-waitv"])
 def kernel(request):
-    before = _wait._set_waitv_absent(request.param)
+    before = core_wait._set_waitv_absent(request.param)
     yield
-    _wait._set_waitv_absent(before)
+    core_wait._set_waitv_absent(before)
 
 
 def forever():

@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 
 from header import is_stopped
-from shmring import Queue, board, coordinator
-from shmring.board import Role, State
-from shmring.coordinator import coordinator_process
+from shmring import Queue
 from shmring.errors import TaskTimeout, WorkerDied
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import MessageType
-from shmring.worker import Worker, worker_process
-from shmring.workforce import SpawnedWorkers, VisitingWorkers
+from shmring.ipc import registry
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import MessageType
+from shmring.ipc.registry import Role, State
+from shmring.pool import coordinator
+from shmring.pool.coordinator import coordinator_process
+from shmring.pool.worker import Worker, worker_process
+from shmring.pool.workers import SpawnedWorkers, VisitingWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30
@@ -307,8 +309,8 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
         (entry,) = workers.living()
         assert entry.pid == living.pid
         slot = ghost.join_board(Role.WORKER)
-        slot._words[slot._base + board._START] = entry.start_ticks - 1
-        slot._words[slot._base + board._PID] = entry.pid
+        slot._words[slot._base + registry._START] = entry.start_ticks - 1
+        slot._words[slot._base + registry._PID] = entry.pid
 
         (departure,) = workers.departed()
         assert departure.worker_id == "ghost"
@@ -331,7 +333,7 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
 def test_claims_say_when_their_holder_started() -> None:
     with Queue[Any]() as queue:
         slot = queue._claim_open(7)
-        ticks = board.process_start_ticks(os.getpid())
+        ticks = registry.process_start_ticks(os.getpid())
         assert queue._claims() == [(slot, os.getpid(), ticks, 7, 0, 0)]
         queue._claim_close(slot)
         assert queue._claims() == []
@@ -399,7 +401,7 @@ def test_a_task_timeout_spares_the_task_that_began_since_the_look(
     living = SpawnedWorkers.living
     moved = []
 
-    def look_and_let_go_on(workers: SpawnedWorkers) -> list[board.Entry]:
+    def look_and_let_go_on(workers: SpawnedWorkers) -> list[registry.Entry]:
         seen = living(workers)
         if any(entry.task == 0 for entry in seen) and not moved:
             wait_for(lambda: time.monotonic_ns() > seen[0].task_started_ns + 500_000_000)

@@ -11,11 +11,11 @@
  *     low = high; free the slot            claims:  | owner | low | high |  a slot a worker
  *
  * Model               code
- * worker              _claim_open, _claim_release (_queue.pyx); Worker.run, _answer (worker.py)
- * take                take, take_leave (_core.pyx); the triple of counts: ring.pml
+ * worker              _claim_open, _claim_release (object_ring.pyx); Worker.run, _answer (worker.py)
+ * take                take, take_leave (ring.pyx); the triple of counts: ring.pml
  * recover             recover_consumers: claims with high > read_position are cancelled
  * coordinator         _Run._hand_out, _take_in, _settle (coordinator.py)
- * settle              visit_locks, _claims, _claim_free (_queue.pyx); Ledger.lost (ledger.py)
+ * settle              visit_locks, _claims, _claim_free (object_ring.pyx); Ledger.lost (ledger.py)
  * ANSWER              the commit of a put into the result queue
  *
  * Only the coordinator puts tasks, and does not die: of the two locks that visit_locks visits it

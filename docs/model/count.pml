@@ -10,7 +10,7 @@
  * Messages have different sizes: one may be as long as two, so a dead writer's triple may name
  * the position that the next writer commits with another count.
  *
- * Model               code (_count.h)
+ * Model               code (count.h)
  * writer              count_at, count_on, and the commit after it
  * reader              count_read; as many turns as it takes
  */

@@ -12,14 +12,14 @@
  * Model               code
  * put_locked          put_locked: known is known_read, generation the cached mapping's
  * make_room           make_room; how large the next area is to be is left open (area_next_capacity)
- * grow                area_grow, area_living, area_place (_area.h); FAILS: mapping it failed
+ * grow                area_grow, area_living, area_place (area.h); FAILS: mapping it failed
  * look_further        look_further; limit becomes known_limit
  * reap                area_reap
  * shares_none         area_overlaps: else EILSEQ, and the ring is poisoned
  * take                front, take, take_leave
  * tidy                area_tidy, by recover_producers; reap by recover_consumers
  * settle              settle: grow small when empty, then move on
- * attacher            open_areas (_handle.pyx), which takes no lock; look_for_overlap is area_overlaps
+ * attacher            open_areas (handle.pyx), which takes no lock; look_for_overlap is area_overlaps
  * ANY_MAPPING         take without asking whether its mapping is that of read_generation: no error
  *                     comes of it, since known_limit ends with the area; front asks all the same
  * init, at the end    whoever comes next: recovers the locks; no page may then be unaccounted for

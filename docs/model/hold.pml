@@ -9,10 +9,10 @@
  *   who meets it waits; is the owner dead, then under clock, looked at anew:
  *   CAS the state to ABORTED                  lease_owner = 0
  *
- * Model               code (_core.pyx)
+ * Model               code (ring.pyx)
  * producer            put_locked (whole, or with an owner), finish_reservation
  * consumer            take (to have it, or with a leaser), front (skips what was aborted), finish_lease
- * clear_the_way       clear_the_way; dead_process is what owner_is_dead (_owner.h) proves
+ * clear_the_way       clear_the_way; dead_process is what owner_is_dead (owner.h) proves
  * recover_consumers   recover_consumers: a lease that was consumed is dropped
  *
  * Of an exception inside the block: ABORTED, and a peek that leaves the message.

@@ -12,7 +12,7 @@
  * A slice ends by itself when nobody else can move (`timeout`), and EARLY times at any moment;
  * the first kind is counted.  Without a kill none may be needed; each kill may cost one.
  *
- * Model                   code (_sync.h)
+ * Model                   code (sync.h)
  * try, slow, wait, sleep  lock_try, lock_try_slow, lock_wait, futex_wait
  * release                 lock_release
  * died                    the kernel: exit_robust_list, handle_futex_death

@@ -12,10 +12,10 @@
  * Two halves stand for any payload: torn is what has two different ones.
  * Sleeping is the question of wake.pml: here a process that finds nothing waits for a change.
  *
- * Model               code (_core.pyx)
+ * Model               code (ring.pyx)
  * producer            put_items, put_locked; known is known_read; BATCH > 1: put_many
  * the room            make_room without growth (growth.pml)
- * COUNT_ON            count_on (_count.h); counts_right() is what count_at answers
+ * COUNT_ON            count_on (count.h); counts_right() is what count_at answers
  * consumer            take, front, look_further (one area); known is known_limit; BATCH > 1: take_span
  * commit_read         take_leave, commit_read
  * recover             recover_producers, recover_consumers (claims: claim.pml, areas: growth.pml)

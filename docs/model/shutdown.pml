@@ -10,7 +10,7 @@
  * Model               code
  * producer            put_locked
  * consumer            front, look_further: known is known_limit
- * closer              _shutdown, refuse (_handle.pyx)
+ * closer              _shutdown, refuse (handle.pyx)
  */
 #include "robust.inc"
 

@@ -14,8 +14,8 @@
  * cleared, and before waking all, a waker leaves them asleep with nothing that says so.
  *
  * Model               code
- * producer            put_or_wait, put_slice (_handle.pyx), put_items, make_room
- * consumer            take, wake_producers (_core.pyx)
+ * producer            put_or_wait, put_slice (handle.pyx), put_items, make_room
+ * consumer            take, wake_producers (ring.pyx)
  * the store buffer    as in wake.pml, of the consumer
  * recovery            recover_producers, recover_consumers: wake_all
  *

@@ -15,12 +15,12 @@
  * memory later, in order, whenever memory() likes; a fence waits until it has.
  *
  * Model                 code
- * producer              put_items, wake_consumers (_core.pyx); fence_after_unlock (_sync.h)
- * consumer              take_or_wait, take_slice (_handle.pyx), as spin-free as possible
- * take                  take (_core.pyx): under the lock, then pass_baton
+ * producer              put_items, wake_consumers (ring.pyx); fence_after_unlock (sync.h)
+ * consumer              take_or_wait, take_slice (handle.pyx), as spin-free as possible
+ * take                  take (ring.pyx): under the lock, then pass_baton
  * baton                 pass_baton
  * leaving early         take_or_wait: time-out or signal, then pass_baton
- * looker                wait_rings and leave (_wait.pyx): takes nothing, passes the baton on leaving
+ * looker                wait_rings and leave (wait.pyx): takes nothing, passes the baton on leaving
  * closer                _shutdown: wake_all, after which every get ends that finds nothing
  * recovery              recover_producers, recover_consumers: wake_all
  */

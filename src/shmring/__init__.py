@@ -71,7 +71,6 @@ if typing.TYPE_CHECKING:
         SharedMemoryManager as SharedMemoryManager,
     )
     from shmring.context import get_context
-    from shmring.coordinator import Progress, Report, coordinator_process
     from shmring.errors import (
         AccessRefused,
         DecodeError,
@@ -97,32 +96,33 @@ if typing.TYPE_CHECKING:
         TaskTimeout,
         WorkerDied,
     )
-    from shmring.example import multiprocessing_example
-    from shmring.ipc import HighPerformanceIPC
-    from shmring.message import Message, MessageType
-    from shmring.worker import current_worker, worker_process
+    from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+    from shmring.ipc.message import Message, MessageType
+    from shmring.pool.coordinator import Progress, Report, coordinator_process
+    from shmring.pool.example import multiprocessing_example
+    from shmring.pool.worker import current_worker, worker_process
 else:
     __getattr__, __dir__ = _lazy.lazily(
         globals(),
         {
             **dict.fromkeys(__all__, "errors"),
-            "HighPerformanceIPC": "ipc",
+            "HighPerformanceIPC": "ipc.high_performance_ipc",
             "JoinableQueue": "_backend",
-            "Message": "message",
-            "MessageType": "message",
-            "Progress": "coordinator",
+            "Message": "ipc.message",
+            "MessageType": "ipc.message",
+            "Progress": "pool.coordinator",
             "Queue": "_backend",
-            "Report": "coordinator",
+            "Report": "pool.coordinator",
             "Ring": "_backend",
             "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
             "SimpleQueue": "_backend",
             "backend": "_backend",
             "cleanup_stale": "_backend",
-            "coordinator_process": "coordinator",
-            "current_worker": "worker",
+            "coordinator_process": "pool.coordinator",
+            "current_worker": "pool.worker",
             "get_context": "context",
-            "multiprocessing_example": "example",
+            "multiprocessing_example": "pool.example",
             "wait": "_backend",
-            "worker_process": "worker",
+            "worker_process": "pool.worker",
         },
     )

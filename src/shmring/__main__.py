@@ -2,7 +2,7 @@
 
 import sys
 
-from shmring.cli import main
+from shmring.cli.main import main
 
 if __name__ == "__main__":  # a spawned worker imports this module under another name
     sys.exit(main())

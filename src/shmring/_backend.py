@@ -32,11 +32,11 @@ def _choose() -> Literal["ring", "queue"]:
     if wanted == "queue":
         return "queue"
     try:
-        from shmring import _queue  # noqa: F401  (with _core and _handle; the rest when used)
+        from shmring._core import object_ring  # noqa: F401  (the rest when used)
 
-        for name in ("_memory", "_ring", "_wait"):
-            if find_spec(f"shmring.{name}") is None:
-                raise ModuleNotFoundError(f"No module named 'shmring.{name}'")
+        for name in ("bytes_ring", "locked_memory", "wait"):
+            if find_spec(f"shmring._core.{name}") is None:
+                raise ModuleNotFoundError(f"No module named 'shmring._core.{name}'")
     except ImportError as error:
         if wanted == "ring":
             raise
@@ -53,24 +53,24 @@ def _choose() -> Literal["ring", "queue"]:
 backend: Literal["ring", "queue"] = _choose()
 
 if TYPE_CHECKING:
-    from shmring.memory import SharedMemoryManager
-    from shmring.queues import JoinableQueue, Queue, SimpleQueue
-    from shmring.ring import Ring
-    from shmring.segment import cleanup_stale
-    from shmring.waiting import wait
+    from shmring.queues.queue import JoinableQueue, Queue, SimpleQueue
+    from shmring.queues.ring import Ring
+    from shmring.queues.wait import wait
+    from shmring.shm.memory import SharedMemoryManager
+    from shmring.shm.segment import cleanup_stale
 else:
     _names = [name for name in __all__ if name != "backend"]
     __getattr__, __dir__ = lazily(
         globals(),
-        dict.fromkeys(_names, "fallback")
+        dict.fromkeys(_names, "fallback.queues")
         if backend == "queue"
         else {
-            "JoinableQueue": "queues",
-            "Queue": "queues",
-            "Ring": "ring",
-            "SharedMemoryManager": "memory",
-            "SimpleQueue": "queues",
-            "cleanup_stale": "segment",
-            "wait": "waiting",
+            "JoinableQueue": "queues.queue",
+            "Queue": "queues.queue",
+            "Ring": "queues.ring",
+            "SharedMemoryManager": "shm.memory",
+            "SimpleQueue": "queues.queue",
+            "cleanup_stale": "shm.segment",
+            "wait": "queues.wait",
         },
     )

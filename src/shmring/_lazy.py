@@ -22,8 +22,8 @@ def lazily(
 
     Args:
         namespace: the module's ``globals()``, where each name is kept once it is known.
-        homes: the module of this package in which each name is defined.  These modules
-            can be asked for as well, as if they had been imported.
+        homes: the module of this package in which each name is defined.  These modules,
+            and the packages they are in, can be asked for as well, as if they had been imported.
 
     Returns:
         The two functions, for the module to bind.
@@ -34,7 +34,7 @@ def lazily(
         home = homes.get(name)
         if home is not None:
             value = getattr(importlib.import_module(f"shmring.{home}"), name)
-        elif name in homes.values():
+        elif any(f"{each}.".startswith(f"{name}.") for each in homes.values()):
             value = importlib.import_module(f"shmring.{name}")
         else:
             raise AttributeError(f"module {own_name!r} has no attribute {name!r}")

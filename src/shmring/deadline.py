@@ -1,4 +1,4 @@
-"""What a timeout of a caller means; for compiled calls see cython/shmring/_deadline.pyx."""
+"""What a timeout of a caller means; for compiled calls see cython/shmring/_core/deadline.pyx."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ from typing import Any, Generic
 from fuzz.mutations import HEADER_BYTES, Image, Mutation
 from fuzz.scenes import OBJECTS, AnyHandle, Scene, open_queue, open_ring, queue_scenes, ring_scenes
 from header import LOCKS, OWNER
-from shmring import insight
-from shmring._inspect import counters
-from shmring._queue import ObjectRing
-from shmring._ring import BytesRing
-from shmring._wait import Bell, Outgoing, pass_on, ready_now, wait_rings, watch
+from shmring._core.bytes_ring import BytesRing
+from shmring._core.object_ring import ObjectRing
+from shmring._core.snapshot import counters
+from shmring._core.wait import Bell, Outgoing, pass_on, ready_now, wait_rings, watch
+from shmring.diagnostics import snapshot
 from shmring.errors import Empty, Full, ShmringError, ShutDown
 
 BATCH = 2048  # reads,
@@ -152,9 +152,9 @@ def asked(case: AnyCase) -> None:
     handle = case.handle
     handle._qsize()
     counters(handle)
-    insight.waiters(handle)
-    insight.holders(handle)
-    insight.deaths(handle)
+    snapshot.waiters(handle)
+    snapshot.holders(handle)
+    snapshot.deaths(handle)
     handle._identity()
     handle._max_messages()
     handle._put_count()

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from header import LOCKS, OWNER_DIED, WAITERS
-from shmring._layout import LAYOUT
+from shmring._core.layout import LAYOUT
 
 Spot = tuple[int, int]
 
 HEADER_BYTES = LAYOUT["HEADER_BYTES"]
 FRAME_BYTES = LAYOUT["FRAME_BYTES"]
 CLAIMS_BYTES = HEADER_BYTES - LAYOUT["CLAIMS_OFFSET"]
-MULTI = 1 << 31  # as in cython/shmring/_queue.pyx
+MULTI = 1 << 31  # as in cython/shmring/_core/object_ring.pyx
 
 _WAITING = LAYOUT["WAITING_OFFSET"]
 _PRODUCERS = LAYOUT["PRODUCERS_OFFSET"]
@@ -30,7 +30,7 @@ _JOINING = LAYOUT["JOINING_OFFSET"]
 _AREAS = LAYOUT["AREAS_OFFSET"]
 _CLAIMS = LAYOUT["CLAIMS_OFFSET"]
 
-# What stands in every header, beside the areas and the claims; as in cython/shmring/_layout.h.
+# What stands in every header, beside the areas and the claims; as in cython/shmring/_core/layout.h.
 HEADER_SPOTS: dict[str, list[Spot]] = {
     "identity": [(0, 8), (8, 4), (12, 4), (40, 8), (48, 4), (52, 4)],
     "limits": [(16, 8), (24, 8), (32, 8)],

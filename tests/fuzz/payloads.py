@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fuzz.drivers import Broken, Tally
-from shmring._tree import decode, encode
+from shmring._core.builtin_codec import decode, encode
 from shmring.errors import DecodeError
-from shmring.message import Envelope, Message, MessageCodec, MessageType
+from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 
 BATCH = 8192
 

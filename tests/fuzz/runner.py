@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
-import shmring._core
+import shmring._core.ring
 from fuzz.drivers import Tally, patience, queue_driver, ring_driver
 from fuzz.handles import HandleDriver
 from fuzz.payloads import message_driver, tree_driver
@@ -221,7 +221,7 @@ def check_sanitized() -> None:
     Raises:
         SystemExit: saying what is missing.
     """
-    path = Path(shmring._core.__file__)
+    path = Path(shmring._core.ring.__file__)
     program: Any = ctypes.CDLL(None)
     if b"__asan_report_load8" not in path.read_bytes():
         raise SystemExit(f"{path} is not instrumented: build it with SHMRING_SANITIZE=address")

@@ -15,15 +15,16 @@ from typing import Any, Generic, TypeVar
 
 from fuzz.mutations import CLAIMS_BYTES, HEADER_BYTES, Image, spots_of
 from header import WRITE_GENERATION, first_frame, word
-from shmring import Ring, segment
-from shmring._layout import LAYOUT
-from shmring._queue import ObjectRing
-from shmring._ring import BytesRing
+from shmring import Ring
+from shmring._core.bytes_ring import BytesRing
+from shmring._core.layout import LAYOUT
+from shmring._core.object_ring import ObjectRing
 from shmring.errors import DecodeError, Empty, RingNotFound
+from shmring.shm import segment
 
 AnyHandle = TypeVar("AnyHandle", BytesRing, ObjectRing)
 
-SMALL = 4096  # SMALL of _ring.pyx: a longer message is taken in two visits
+SMALL = 4096  # SMALL of bytes_ring.pyx: a longer message is taken in two visits
 PLAIN, KIND_TREE, KIND_MANY = 1, 4, 7
 OBJECTS: list[Any] = [
     b"raw",

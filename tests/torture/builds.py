@@ -84,10 +84,10 @@ class Build:
         return package.parent
 
 
-CORE, HANDLE = "cython/shmring/_core.pyx", "cython/shmring/_handle.pyx"
-DIRECT = "cython/shmring/_direct.pxd"
+CORE, HANDLE = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/handle.pyx"
+DIRECT = "cython/shmring/_core/fast_path.pxd"
 WITH_DIRECT = ("_core", "_take", "_ring", "_queue")  # the general way, and what has this one
-SYNC, AREA = "cython/shmring/_sync.h", "cython/shmring/_area.h"
+SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
 NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 90000000LL", "#define SYNC_SLICE_NS 3600000000000LL")

@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from shmring import segment
-from shmring._layout import LAYOUT
+from shmring._core.layout import LAYOUT
 from shmring.errors import Empty, Full, RingCorrupted
-from shmring.handle import SharedHandle
+from shmring.queues.handle import SharedHandle
+from shmring.shm import segment
 from tally import BROKEN, CORRUPTED, DISORDERED, DOUBLED, HUNG, LEAKED, LOST, MISCOUNTED, TORN, Harm
 
 __all__ = [

@@ -22,9 +22,9 @@ from looking import (
     word,
 )
 from shmring import Ring
-from shmring._layout import LAYOUT
+from shmring._core.layout import LAYOUT
 from shmring.errors import Empty, Full
-from shmring.handle import SharedHandle
+from shmring.queues.handle import SharedHandle
 from trials import Operation, Stage
 
 __all__ = [

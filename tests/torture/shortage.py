@@ -11,7 +11,7 @@ from looking import AT_ONCE, Finding, check_memory, locks_of_the_dead, message
 from operations import BATCH, MIDDLE, RingStage, full_of_one, outcome_of
 from shmring import Ring
 from shmring.errors import Full
-from shmring.segment import DIRECTORY
+from shmring.shm.segment import DIRECTORY
 from tally import DOUBLED, LEAKED, LOST, Harm
 from trials import Operation
 

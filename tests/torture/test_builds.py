@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("shmring._handle", exc_type=ImportError)
+pytest.importorskip("shmring._core.handle", exc_type=ImportError)
 
 from builds import BUILDS, QUICK, ROOT
 

@@ -11,15 +11,15 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from shmring._core cimport (
+from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BUSY, DONE, EMPTY, FULL, FULL_COUNT, Item, Segment, Take,
 )
-from shmring._area cimport area_release
-from shmring._direct cimport put_direct, take_direct
-from shmring._handle cimport RingHandle
-from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport fetch_add64, monotonic_ns, sync_start
-from shmring._witness cimport CALL_GET, CALL_PUT, Wait, witness_leave
+from shmring._core.area cimport area_release
+from shmring._core.fast_path cimport put_direct, take_direct
+from shmring._core.handle cimport RingHandle
+from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
+from shmring._core.sync cimport fetch_add64, monotonic_ns, sync_start
+from shmring._core.diagnostics cimport CALL_GET, CALL_PUT, Wait, witness_leave
 
 sync_start()  # the direct way is compiled into this module, and locks from here
 

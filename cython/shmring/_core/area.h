@@ -16,8 +16,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "_layout.h"
-#include "_sync.h"
+#include "layout.h"
+#include "sync.h"
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>

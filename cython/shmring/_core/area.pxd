@@ -1,10 +1,10 @@
-"""What Cython sees of _area.h: areas of the file and their mappings."""
+"""What Cython sees of area.h: areas of the file and their mappings."""
 
 from libc.stdint cimport int64_t, uint64_t
 
-from shmring._layout cimport Area, Header
+from shmring._core.layout cimport Area, Header
 
-cdef extern from "_area.h" nogil:
+cdef extern from "area.h" nogil:
     ctypedef struct Mapping "area_mapping":
         char *data  # capacity bytes, and the same again behind them
         uint64_t capacity

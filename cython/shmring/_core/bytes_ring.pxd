@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint64_t
 
-from shmring._area cimport Mapping
-from shmring._take cimport TakingRing
+from shmring._core.area cimport Mapping
+from shmring._core.take cimport TakingRing
 
 cdef class BytesRing(TakingRing):
     # With no field of its own, Python would construct subclasses that also derive from

@@ -1,6 +1,6 @@
 """Ring: bytes in, bytes out, and views in place.
 
-`BytesRing` is the compiled half of `shmring.Ring`; `shmring.ring` adds the
+`BytesRing` is the compiled half of `shmring.Ring`; `shmring.queues.ring` adds the
 names.
 """
 
@@ -16,20 +16,20 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
-from shmring._area cimport area_release
-from shmring._core cimport BRIEFLY, BUSY, CHANGED, DONE, MAY_WAIT, Item, Segment, Take
-from shmring._deadline cimport watching
-from shmring._direct cimport put_one
-from shmring._layout cimport SHMRING_FRAME_BYTES
-from shmring._sync cimport fence_full, fetch_add64, sync_epoch, sync_start
-from shmring._take cimport TakingRing
+from shmring._core.area cimport area_release
+from shmring._core.ring cimport BRIEFLY, BUSY, CHANGED, DONE, MAY_WAIT, Item, Segment, Take
+from shmring._core.deadline cimport watching
+from shmring._core.fast_path cimport put_one
+from shmring._core.layout cimport SHMRING_FRAME_BYTES
+from shmring._core.sync cimport fence_full, fetch_add64, sync_epoch, sync_start
+from shmring._core.take cimport TakingRing
 
 import operator
 import threading
 from _thread import start_new_thread
 from queue import Empty, Full
 
-from shmring import trouble
+from shmring import _warnings
 from shmring.errors import InvalidArgument, RingCorrupted
 
 sync_start()
@@ -187,7 +187,7 @@ cdef class BytesRing(TakingRing):
         if nbytes < 0:
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
         if nbytes > self.largest:
-            raise trouble.too_large(nbytes, self.largest + SHMRING_FRAME_BYTES, self.largest)
+            raise _warnings.too_large(nbytes, self.largest + SHMRING_FRAME_BYTES, self.largest)
         return FrameView(self, True, nbytes, block, timeout if peers is None else watching(peers, timeout))
 
     def peek(self, block=True, timeout=None, *, peers=None):

@@ -5,8 +5,8 @@
 #ifndef SHMRING_COUNT_H
 #define SHMRING_COUNT_H
 
-#include "_layout.h"
-#include "_sync.h"
+#include "layout.h"
+#include "sync.h"
 
 /* Under the lock of the side, which stands at `position`. */
 static inline uint64_t count_at(const shmring_count *count, uint64_t position)

@@ -8,8 +8,8 @@ him when a slice has passed in vain, so that calls without peers pay nothing.
 from cpython.float cimport PyFloat_CheckExact
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 
-from shmring._owner cimport owner_goes_on, owner_is_dead, owner_of
-from shmring._sync cimport load_relaxed32, lock_owner, monotonic_ns, sync_start
+from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
+from shmring._core.sync cimport load_relaxed32, lock_owner, monotonic_ns, sync_start
 
 from shmring.errors import InvalidArgument
 
@@ -45,7 +45,7 @@ cdef object watching(object peers, object timeout):
     """A timeout beside which `peers` are watched."""
     global PeerWatch
     if PeerWatch is None:
-        from shmring.peers import PeerWatch as imported
+        from shmring.process.peers import PeerWatch as imported
         PeerWatch = imported
     return PeerWatch(peers, timeout)
 

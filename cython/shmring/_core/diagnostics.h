@@ -9,9 +9,9 @@
 #ifndef SHMRING_WITNESS_H
 #define SHMRING_WITNESS_H
 
-#include "_layout.h"
-#include "_owner.h"
-#include "_sync.h"
+#include "layout.h"
+#include "owner.h"
+#include "sync.h"
 
 /* What somebody called. */
 enum { CALL_GET = 1, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_JOIN, CALL_WAIT, CALL_AIO };

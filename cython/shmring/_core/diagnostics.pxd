@@ -1,10 +1,10 @@
-"""What Cython sees of _witness.h: who waits, and who died holding what."""
+"""What Cython sees of diagnostics.h: who waits, and who died holding what."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._layout cimport Header
+from shmring._core.layout cimport Header
 
-cdef extern from "_witness.h" nogil:
+cdef extern from "diagnostics.h" nogil:
     const uint32_t CALL_GET
     const uint32_t CALL_PEEK
     const uint32_t CALL_PUT

@@ -12,17 +12,17 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._area cimport Mapping
-from shmring._core cimport CPU_BYTES, DONE, Item, RingCore, Segment, Take
-from shmring._count cimport count_on
-from shmring._frame cimport frame_begin, frame_is_possible
-from shmring._handle cimport GIL_BYTES, RingHandle
-from shmring._layout cimport SHMRING_FRAME_BYTES, SHMRING_WHOLE, Frame, Header, shmring_frame_span
-from shmring._sync cimport (
+from shmring._core.area cimport Mapping
+from shmring._core.ring cimport CPU_BYTES, DONE, Item, RingCore, Segment, Take
+from shmring._core.count cimport count_on
+from shmring._core.frame cimport frame_begin, frame_is_possible
+from shmring._core.handle cimport GIL_BYTES, RingHandle
+from shmring._core.layout cimport SHMRING_FRAME_BYTES, SHMRING_WHOLE, Frame, Header, shmring_frame_span
+from shmring._core.sync cimport (
     current_cpu, fence_after_unlock, handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed32,
     load_relaxed64, lock_release, lock_try_free, store_relaxed32, store_release64, wait_wake_one, wait_wants_wake,
 )
-from shmring._witness cimport witness_hold, witness_release
+from shmring._core.diagnostics cimport witness_hold, witness_release
 
 
 cdef inline bint put_direct(RingCore ring, uint32_t kind, const char *data, uint64_t length) noexcept nogil:

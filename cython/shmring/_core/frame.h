@@ -2,8 +2,8 @@
 #ifndef SHMRING_FRAME_H
 #define SHMRING_FRAME_H
 
-#include "_layout.h"
-#include "_sync.h"
+#include "layout.h"
+#include "sync.h"
 
 /* Nobody looks at it before its position is committed. */
 static inline void frame_begin(shmring_frame *frame, uint64_t position, uint64_t length, uint32_t kind,

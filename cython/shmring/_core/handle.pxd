@@ -2,10 +2,10 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from shmring._core cimport (
+from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BUSY, EMPTY, FULL, FULL_COUNT, Item, RingCore, Take,
 )
-from shmring._witness cimport Wait
+from shmring._core.diagnostics cimport Wait
 
 cdef enum:
     GIL_BYTES = 65536  # copies above this size release the GIL
@@ -26,7 +26,7 @@ cdef class RingHandle(RingCore):
     cdef uint64_t slept_ns  # how long a take last slept: advice for the next, an atomic
     cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
 
-    # A `timeout` is what _deadline.pyx says.
+    # A `timeout` is what deadline.pyx says.
     # how many of the items went in; fewer than `count` only when time ran out
     cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
                                 bint block, object timeout) except -1

@@ -1,6 +1,6 @@
 """What every user of a ring has: made, waited on, asked, closed.
 
-`RingHandle` turns the attempts of `_core.pyx` into calls that wait with a
+`RingHandle` turns the attempts of `ring.pyx` into calls that wait with a
 deadline, raise the exceptions of `shmring.errors`, and end well when another
 thread closes the handle.  A wait is a loop of slices: release the GIL, spin
 if the other side runs on another CPU, announce, look, sleep for a slice at most,
@@ -13,29 +13,29 @@ from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from shmring._area cimport File, area_forget, area_is_ours, area_open, area_release, area_stat
-from shmring._core cimport (
+from shmring._core.area cimport File, area_forget, area_is_ours, area_open, area_release, area_stat
+from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CLAIM_HELD, CORRUPT, DONE, EMPTY,
     FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
     POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
-from shmring._count cimport count_read
-from shmring._deadline cimport (
+from shmring._core.count cimport count_read
+from shmring._core.deadline cimport (
     HOLDER_NS, PEERS_FIRST_NS, Vigil, deadline_of, is_brief, is_running, newly_dead, slice_end, watch_of,
 )
-from shmring._layout cimport (
+from shmring._core.layout cimport (
     SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
     shmring_frame_span,
 )
-from shmring._spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
-from shmring._sync cimport (
+from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
+from shmring._core.sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter,
     handle_leave,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
-from shmring._witness cimport (
+from shmring._core.diagnostics cimport (
     CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION, FOR_ROOM,
     Wait, witness_enter, witness_leave,
 )
@@ -43,7 +43,7 @@ from shmring._witness cimport (
 import errno
 import os
 
-from shmring import trouble
+from shmring import _warnings
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -302,7 +302,7 @@ cdef class RingHandle(RingCore):
             for i in range(count):
                 bytes += items[i].length
                 if items[i].length > self.largest:
-                    raise trouble.too_large(items[i].length, self.header.max_capacity, self.largest)
+                    raise _warnings.too_large(items[i].length, self.header.max_capacity, self.largest)
             if bytes <= GIL_BYTES:
                 result = self.put_items(items, count, &done, position, 0)
                 if result == DONE:
@@ -374,7 +374,7 @@ cdef class RingHandle(RingCore):
         """Once a handle: what was meant to grow waits."""
         limit = None if load_relaxed32(&self.full_seen) == FULL_MEMORY else self.header.max_capacity
         store_relaxed32(&self.full_seen, FULL_SAID)
-        trouble.say_full(limit)
+        _warnings.say_full(limit)
         return 0
 
     # ---- take -------------------------------------------------------------------------------
@@ -513,13 +513,13 @@ cdef class RingHandle(RingCore):
         handle; at the second, because a new name is marked before it appears."""
         if self.name_gone == 2 or load_relaxed32(&self.header.named) == 0:
             return 0
-        if not trouble.name_is_gone(self.fd):
+        if not _warnings.name_is_gone(self.fd):
             self.name_gone = 0
             return 0
         self.name_gone += 1
         if self.name_gone == 2:
             _, token, name = self._identity()
-            trouble.say_name_is_gone(name, token)
+            _warnings.say_name_is_gone(name, token)
         return 0
 
     cdef int give_back(self) except -1:
@@ -580,11 +580,11 @@ cdef class RingHandle(RingCore):
         if outcome == CORRUPT and self.header == NULL:
             self.check_open()
         if outcome == CORRUPT:
-            raise trouble.corrupted({
+            raise _warnings.corrupted({
                 0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
             }.get(load_relaxed32(&self.header.poisoned)), self.header.write_position, self.header.read_position)
         if outcome < 0:
-            raise trouble.system_error(-outcome)
+            raise _warnings.system_error(-outcome)
         raise RuntimeError(f"outcome {outcome} has no exception")
 
     # ---- asked ---------------------------------------------------------------------------------
@@ -645,7 +645,7 @@ cdef class RingHandle(RingCore):
         cdef File found
         self.check_open()
         if area_is_ours(self.fd, &self.file, &found) != 0:
-            raise trouble.system_error(errno.EBADF)
+            raise _warnings.system_error(errno.EBADF)
         return self.fd
 
     def _qsize(self):

@@ -96,7 +96,7 @@ typedef struct {
     uint64_t key; /* which worker of the owner's process; 0 while the slot is opened or closed */
 } shmring_claim;
 
-/* The next two are for those who look (_witness.h); nothing is decided by them. */
+/* The next two are for those who look (diagnostics.h); nothing is decided by them. */
 typedef struct {
     uint64_t pid;     /* 0 is nobody knows who */
     uint64_t when_ns; /* his death was found out; 0 while the record is being written */
@@ -134,7 +134,7 @@ typedef struct {
     char pad_waiting[128 - 40];
     /* producers */
     uint32_t producer_lock;
-    uint32_t producer_holder; /* pid, or 0; see _witness.h */
+    uint32_t producer_holder; /* pid, or 0; see diagnostics.h */
     uint64_t write_position;
     uint64_t write_generation;
     shmring_count put_count;

@@ -1,8 +1,8 @@
-"""What Cython sees of _layout.h, where the diagrams and the offsets stand."""
+"""What Cython sees of layout.h, where the diagrams and the offsets stand."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
-cdef extern from "_layout.h" nogil:
+cdef extern from "layout.h" nogil:
     const uint64_t SHMRING_MAGIC
     const uint64_t SHMRING_BLOCK_MAGIC
     const uint64_t SHMRING_VERSION

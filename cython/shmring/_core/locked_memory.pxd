@@ -8,7 +8,7 @@ cdef struct MemoryHeader:
     uint32_t version
     uint32_t spare
     uint64_t padding[5]
-    uint64_t pid_namespace  # inode of the creator's; shmring.segment looks at it
+    uint64_t pid_namespace  # inode of the creator's; shmring.shm.segment looks at it
     uint32_t lock  # on a line of its own
 
 cdef class MappedFile:

@@ -13,7 +13,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._sync cimport (
+from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, load_acquire64, lock_release, lock_wait, store_release64, sync_start,
 )
 

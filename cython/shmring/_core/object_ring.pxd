@@ -4,15 +4,15 @@ from cython cimport final
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport Item, Segment
-from shmring._take cimport TakingRing
-from shmring._watch cimport Watched
+from shmring._core.ring cimport Item, Segment
+from shmring._core.take cimport TakingRing
+from shmring._core.watched cimport Watched
 
 cdef class ObjectRing(TakingRing):
     cdef object encoder  # obj -> (kind, segments); never called under a lock
     cdef object decoder  # kind, head, buffers -> obj
     cdef bint raw  # bytes travel as they are, past the codec,
-    cdef bint trees  # and trees of exact builtins as _tree.pyx writes them
+    cdef bint trees  # and trees of exact builtins as builtin_codec.pyx writes them
 
     # a pickler that is used again and again
     cdef object pickler_type

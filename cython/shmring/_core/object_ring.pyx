@@ -1,7 +1,7 @@
 """The compiled half of Queue: one call from the object to the frame.
 
 `ObjectRing` knows two hooks, an encoder and a decoder, and never imports
-pickle.  `bytes` travel as they are, trees of builtins as `_tree.pyx` writes
+pickle.  `bytes` travel as they are, trees of builtins as `builtin_codec.pyx` writes
 them; everything else is what the codec made of it: a head, and perhaps large
 buffers that travel beside it, out of band.
 
@@ -23,19 +23,19 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmring._core cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
-from shmring._count cimport count_read
-from shmring._deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
-from shmring._direct cimport put_one, take_one
-from shmring._layout cimport SHMRING_CLAIM_COUNT, Claim, Header
-from shmring._owner cimport owner_pid, owner_start_ticks
-from shmring._sync cimport (
+from shmring._core.ring cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
+from shmring._core.count cimport count_read
+from shmring._core.deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
+from shmring._core.fast_path cimport put_one, take_one
+from shmring._core.layout cimport SHMRING_CLAIM_COUNT, Claim, Header
+from shmring._core.owner cimport owner_pid, owner_start_ticks
+from shmring._core.sync cimport (
     compare_exchange32, compare_exchange64, fence_full, load_acquire32, load_acquire64, monotonic_ns,
     store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
-from shmring._take cimport SMALL, TakingRing
-from shmring._tree cimport Writer, tree_free, tree_read, tree_write
-from shmring._witness cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
+from shmring._core.take cimport SMALL, TakingRing
+from shmring._core.builtin_codec cimport Writer, tree_free, tree_read, tree_write
+from shmring._core.diagnostics cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
 
 from queue import Empty, Full
 

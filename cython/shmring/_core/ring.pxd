@@ -3,8 +3,8 @@
 from cython cimport final
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from shmring._area cimport File, Mapping
-from shmring._layout cimport Claim, Header
+from shmring._core.area cimport File, Mapping
+from shmring._core.layout cimport Claim, Header
 
 cdef enum Outcome:
     DONE = 0

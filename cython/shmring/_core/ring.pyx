@@ -2,8 +2,8 @@
 """The ring's machinery: puts, takes, growth and recovery on one shared file.
 
 `RingCore` knows bytes and a file descriptor.  What a message means is decided
-by the classes above it (`_ring.pyx`, `_queue.pyx`); how the file came to be,
-and who may open it, by `shmring.segment`.
+by the classes above it (`bytes_ring.pyx`, `object_ring.pyx`); how the file came to be,
+and who may open it, by `shmring.shm.segment`.
 
 Every operation is one attempt that runs without the GIL's help and never
 blocks on Python: lock, look, copy, commit with one store, unlock, wake.  The
@@ -19,25 +19,25 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
-from shmring._area cimport (
+from shmring._core.area cimport (
     AREA_GARBAGE, File, Mapping, area_grow, area_is_ours, area_may_shrink, area_next_capacity, area_open,
     area_power_of_two, area_reap, area_release, area_tidy,
 )
-from shmring._count cimport count_at, count_on, count_read
-from shmring._frame cimport frame_begin, frame_is_possible
-from shmring._layout cimport (
+from shmring._core.count cimport count_at, count_on, count_read
+from shmring._core.frame cimport frame_begin, frame_is_possible
+from shmring._core.layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
     SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE, Frame, Header, shmring_area_of, shmring_frame_span,
 )
-from shmring._owner cimport owner_is_dead, owner_pid, owner_self
-from shmring._sync cimport (
+from shmring._core.owner cimport owner_is_dead, owner_pid, owner_self
+from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
     monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
     wait_wake_all, wait_wake_one, wait_wants_wake,
 )
-from shmring._witness cimport (
+from shmring._core.diagnostics cimport (
     HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, witness_death, witness_hold,
     witness_holder, witness_release,
 )

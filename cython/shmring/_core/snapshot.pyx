@@ -1,25 +1,25 @@
 """What stands in a ring's header, for those who look: facts, as numbers.
 
-`shmring.insight` says in words what they mean.  Everything here may be old by
+`shmring.diagnostics.snapshot` says in words what they mean.  Everything here may be old by
 the time it is read, and whatever names a process was written by that process:
 it is shown, and nothing is decided by it.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport BEHIND_RESERVATION, BRIEFLY, Take
-from shmring._count cimport count_read
-from shmring._handle cimport RingHandle
-from shmring._layout cimport (
+from shmring._core.ring cimport BEHIND_RESERVATION, BRIEFLY, Take
+from shmring._core.count cimport count_read
+from shmring._core.handle cimport RingHandle
+from shmring._core.layout cimport (
     SHMRING_DEATH_COUNT, SHMRING_WAITER_COUNT, Death, Header, Waiter, shmring_area_of,
 )
-from shmring._owner cimport owner_is_dead, owner_pid, owner_start_ticks
-from shmring._sync cimport (
+from shmring._core.owner cimport owner_is_dead, owner_pid, owner_start_ticks
+from shmring._core.sync cimport (
     compare_exchange64, load_acquire32, load_acquire64, load_relaxed32, lock_is_orphan, lock_owner,
     sync_start,
 )
-from shmring._wait cimport glance
-from shmring._witness cimport (
+from shmring._core.wait cimport glance
+from shmring._core.diagnostics cimport (
     CALL_AIO, CALL_GET, CALL_JOIN, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE,
     FOR_RESERVATION, FOR_ROOM, FOR_TASKS, HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION,
     witness_holder,

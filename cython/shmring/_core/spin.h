@@ -9,7 +9,7 @@
 #ifndef SHMRING_SPIN_H
 #define SHMRING_SPIN_H
 
-#include "_sync.h"
+#include "sync.h"
 
 #define SPIN_NS 20000
 #define SPIN_SLEPT_NS 200000 /* after a longer sleep nothing is expected soon */

@@ -1,8 +1,8 @@
-"""What Cython sees of _sync.h: atomics, the lock word, the wait word."""
+"""What Cython sees of sync.h: atomics, the lock word, the wait word."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-cdef extern from "_sync.h" nogil:
+cdef extern from "sync.h" nogil:
     # atomics; each name carries its memory order
     uint32_t load_relaxed32(const uint32_t *p) noexcept
     uint64_t load_relaxed64(const uint64_t *p) noexcept

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport Take
-from shmring._handle cimport RingHandle
+from shmring._core.ring cimport Take
+from shmring._core.handle cimport RingHandle
 
 cdef enum:
     SMALL = 4096  # taken over the stack

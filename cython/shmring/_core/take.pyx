@@ -11,12 +11,12 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport BRIEFLY, CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Segment, Take
-from shmring._deadline cimport is_brief, watching
-from shmring._direct cimport take_one
-from shmring._handle cimport GIL_BYTES, RingHandle, ends_wait
-from shmring._layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._sync cimport (
+from shmring._core.ring cimport BRIEFLY, CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Segment, Take
+from shmring._core.deadline cimport is_brief, watching
+from shmring._core.fast_path cimport take_one
+from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
+from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
+from shmring._core.sync cimport (
     fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_start,
 )
 

@@ -2,13 +2,13 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmring._core cimport Item, Segment, Take
-from shmring._handle cimport RingHandle
-from shmring._queue cimport ObjectRing
+from shmring._core.ring cimport Item, Segment, Take
+from shmring._core.handle cimport RingHandle
+from shmring._core.object_ring cimport ObjectRing
 
 # Ends the sleep of one thread of this process.
 cdef class Bell:
-    cdef uint32_t word  # see _sync.h
+    cdef uint32_t word  # see sync.h
 
 # An object that was encoded once and is put as often as it takes.
 cdef class Outgoing:

@@ -3,7 +3,7 @@
 A ring is *ready* when a get would return at once: the message in front can be
 taken, or the ring is shut down or broken and get says so.  A waiter here takes
 nothing, so it may have been woken in the place of one who would: it announces
-itself and clears WOKEN like every sleeper (`_sync.h`), and passes the baton
+itself and clears WOKEN like every sleeper (`sync.h`), and passes the baton
 when it leaves.
 """
 
@@ -11,19 +11,19 @@ from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 
-from shmring._core cimport (
+from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Item, Segment, Take,
 )
-from shmring._deadline cimport deadline_of, set_brief
-from shmring._handle cimport RingHandle
-from shmring._layout cimport Header
-from shmring._queue cimport ObjectRing, Parcel, item_of_bytes
-from shmring._sync cimport (
+from shmring._core.deadline cimport deadline_of, set_brief
+from shmring._core.handle cimport RingHandle
+from shmring._core.layout cimport Header
+from shmring._core.object_ring cimport ObjectRing, Parcel, item_of_bytes
+from shmring._core.sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, fence_full, fetch_add64,
     handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed64, monotonic_ns,
     sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
 )
-from shmring._witness cimport CALL_AIO, CALL_WAIT, FOR_MESSAGE, FOR_ROOM, Wait, witness_enter, witness_leave
+from shmring._core.diagnostics cimport CALL_AIO, CALL_WAIT, FOR_MESSAGE, FOR_ROOM, Wait, witness_enter, witness_leave
 
 sync_start()  # _core has checked that the kernel can do it
 

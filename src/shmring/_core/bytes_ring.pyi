@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typing_extensions import Buffer
 
-from shmring._take import TakingRing
+from shmring._core.take import TakingRing
 
 class BytesRing(TakingRing):
     def put(

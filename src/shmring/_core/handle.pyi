@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from shmring._core import RingCore
+from shmring._core.ring import RingCore
 
 class RingHandle(RingCore):
     closed: bool

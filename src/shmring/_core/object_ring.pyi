@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shmring._take import TakingRing
+from shmring._core.take import TakingRing
 
 class Parcel: ...
 

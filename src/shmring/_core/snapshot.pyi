@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shmring._handle import RingHandle
+from shmring._core.handle import RingHandle
 
 CALLS: dict[int, str]
 REASONS: dict[int, str]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from shmring._handle import RingHandle
+from shmring._core.handle import RingHandle
 
 class TakingRing(RingHandle):
     def get_many(

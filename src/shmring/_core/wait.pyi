@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from shmring._handle import RingHandle
-from shmring._queue import ObjectRing
+from shmring._core.handle import RingHandle
+from shmring._core.object_ring import ObjectRing
 
 class Bell:
     def ring(self) -> None: ...

@@ -12,7 +12,7 @@
                                                            |
                       multiprocessing.Queue and Queue: the same messages, timed
 
-Nothing is printed here; :mod:`shmring.cli` does that.
+Nothing is printed here; :mod:`shmring.cli.main` does that.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from multiprocessing import connection
 from typing import Any, NamedTuple
 
 from shmring import _backend as backends
-from shmring.coordinator import Progress, Report, coordinator_process
 from shmring.errors import Full, NotSupportedByFallback, ShmringError
-from shmring.ipc import HighPerformanceIPC
-from shmring.worker import DATA_BUFFER, current_worker
-from shmring.workforce import WorkerReport, interrupts_held
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.pool.coordinator import Progress, Report, coordinator_process
+from shmring.pool.worker import DATA_BUFFER, current_worker
+from shmring.pool.workers import WorkerReport, interrupts_held
 
 __all__ = [
     "MOST_WORKERS",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmring import _backend as backends
-from shmring.demo import (
+from shmring.cli.demo import (
     MOST_WORKERS,
     Outcome,
     Skipped,
@@ -171,7 +171,7 @@ def _no_place() -> str | None:
     """The line that says so where there is no place to look at."""
     if backends.backend != "ring":
         return None
-    from shmring.segment import DIRECTORY
+    from shmring.shm.segment import DIRECTORY
 
     return None if os.path.isdir(DIRECTORY) else f"there is no {DIRECTORY}: nothing to look at"
 
@@ -182,7 +182,7 @@ def _no_place() -> str | None:
 def _ls(options: argparse.Namespace) -> int:
     if backends.backend != "ring":
         raise _Stop("ls needs the ring, this is the fallback: a pipe shows nothing", _IMPOSSIBLE)
-    from shmring.listing import listing
+    from shmring.cli.listing import listing
 
     found = listing()
     if options.json:

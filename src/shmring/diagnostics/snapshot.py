@@ -1,7 +1,7 @@
 """Who waits on a ring for what since when, and who died holding what: in words.
 
 What is shown was written by those who wait and by those who cleared up after
-the dead (``cython/shmring/_witness.h``); it is true at an instant during the
+the dead (``cython/shmring/_core/diagnostics.h``); it is true at an instant during the
 call, for those who play by the rules, and nothing is ever decided by it.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from shmring import _inspect
-from shmring._handle import RingHandle
-from shmring.liveness import is_process_dead, is_process_stopped
+from shmring._core import snapshot
+from shmring._core.handle import RingHandle
+from shmring.process.liveness import is_process_dead, is_process_stopped
 
 __all__ = ["deaths", "holders", "waiters"]
 
@@ -34,13 +34,13 @@ def waiters(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid,
             "tid": tid,
             "state": _state(pid, False),
-            "call": _inspect.CALLS.get(call, "unknown"),
-            "waits_for": _inspect.REASONS.get(reason, "unknown"),
+            "call": snapshot.CALLS.get(call, "unknown"),
+            "waits_for": snapshot.REASONS.get(reason, "unknown"),
             "since_ns": since_ns,
             "seconds": _seconds(since_ns, now),
         }
         for pid, _, tid, call, reason, since_ns in sorted(
-            _inspect.waiters(ring), key=lambda each: each[-1]
+            snapshot.waiters(ring), key=lambda each: each[-1]
         )
     ]
 
@@ -61,9 +61,9 @@ def holders(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid or None,
             "tid": tid or None,
             "state": _state(pid, died or is_process_dead(pid, start_ticks)),
-            "holds": _inspect.HELD[held],
+            "holds": snapshot.HELD[held],
         }
-        for pid, start_ticks, tid, held, died in _inspect.holders(ring)
+        for pid, start_ticks, tid, held, died in snapshot.holders(ring)
     ]
 
 
@@ -82,11 +82,11 @@ def deaths(ring: RingHandle) -> list[dict[str, Any]]:
     return [
         {
             "pid": pid or None,
-            "held": _inspect.HELD[held],
+            "held": snapshot.HELD[held],
             "when_ns": when_ns,
             "seconds": _seconds(when_ns, now),
         }
-        for pid, held, when_ns in sorted(_inspect.deaths(ring), key=lambda each: each[-1])
+        for pid, held, when_ns in sorted(snapshot.deaths(ring), key=lambda each: each[-1])
     ]
 
 

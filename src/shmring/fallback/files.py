@@ -25,9 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shmring.board import wait_for_lock
 from shmring.deadline import checked_timeout
-from shmring.descriptors import close_own, identity_of
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -36,7 +34,8 @@ from shmring.errors import (
     RingExists,
     RingNotFound,
 )
-from shmring.leaving import end_thread_at_exit
+from shmring.process.leaving import end_thread_at_exit
+from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 
 if TYPE_CHECKING:
     import numpy

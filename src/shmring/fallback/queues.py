@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable
 from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
-from shmring.codec import Codec, find_codec
 from shmring.deadline import checked_timeout
 from shmring.errors import (
     DecodeError,
@@ -36,10 +35,11 @@ from shmring.errors import (
     RingClosed,
     ShutDown,
 )
-from shmring.fallback_files import SharedFile, SharedMemoryManager, cleanup_stale
-from shmring.fallback_server import ServedQueue, checked_maxsize
-from shmring.leaving import end_thread_at_exit
-from shmring.peers import PeerWatch
+from shmring.fallback.files import SharedFile, SharedMemoryManager, cleanup_stale
+from shmring.fallback.server import ServedQueue, checked_maxsize
+from shmring.process.leaving import end_thread_at_exit
+from shmring.process.peers import PeerWatch
+from shmring.queues.codec import Codec, find_codec
 
 __all__ = [
     "JoinableQueue",

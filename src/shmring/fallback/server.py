@@ -2,7 +2,7 @@
 
 The queue itself is a ``queue.Queue`` in the creator; the others reach it
 through a socket.  Where it listens, and the key, stand in a file of
-:func:`~shmring.fallback_files.fallback_folder` that only this user can read::
+:func:`~shmring.fallback.files.fallback_folder` that only this user can read::
 
     creator                                   another process
       queue.Queue  <-- one thread a client <-- socket <-- proxy
@@ -34,9 +34,9 @@ from shmring.errors import (
     RingClosed,
     RingNotFound,
 )
-from shmring.fallback_files import SharedFile
-from shmring.leaving import end_thread_at_exit
-from shmring.peers import PeerWatch
+from shmring.fallback.files import SharedFile
+from shmring.process.leaving import end_thread_at_exit
+from shmring.process.peers import PeerWatch
 
 __all__ = ["ServedQueue"]
 

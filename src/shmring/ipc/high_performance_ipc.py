@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from shmring._backend import SharedMemoryManager
-from shmring.board import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
 from shmring.deadline import checked_timeout
 from shmring.errors import (
     Empty,
@@ -37,9 +36,8 @@ from shmring.errors import (
     RingNotFound,
     ShmringError,
 )
-from shmring.leaving import Exit, end_thread_at_exit
-from shmring.message import Message, MessageType
-from shmring.named import (
+from shmring.ipc.message import Message, MessageType
+from shmring.ipc.names import (
     attach_queue,
     create_queue,
     full_name,
@@ -47,7 +45,9 @@ from shmring.named import (
     open_board,
     remove_queue,
 )
-from shmring.statistics import IPCStatistics
+from shmring.ipc.registry import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
+from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.queues.statistics import IPCStatistics
 
 __all__ = ["HighPerformanceIPC", "IPCStatistics"]
 

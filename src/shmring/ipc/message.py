@@ -30,8 +30,8 @@ import struct
 import time
 from typing import Protocol
 
-from shmring.codec import PickleCodec
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
+from shmring.queues.codec import PickleCodec
 
 __all__ = ["Envelope", "Message", "MessageCodec", "MessageType"]
 
@@ -83,7 +83,7 @@ class Message:
 
 
 class DataCodec(Protocol):
-    """What carries the data of a message: :class:`shmring.codec.PickleCodec`, or alike."""
+    """What carries the data of a message: :class:`shmring.queues.codec.PickleCodec`, or alike."""
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
         """Turn ``obj`` into a kind (1 to 254) and segments: the head, then large buffers."""

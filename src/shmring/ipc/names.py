@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 from shmring._backend import Queue, backend
-from shmring.board import BOARD_BYTES, BoardStorage, open_segment
 from shmring.errors import InvalidArgument, RingClosed, RingNotFound
-from shmring.message import MessageCodec
+from shmring.ipc.message import MessageCodec
+from shmring.ipc.registry import BOARD_BYTES, BoardStorage, open_segment
 
 __all__ = [
     "attach_queue",
@@ -25,7 +25,7 @@ _MAX_NAME_BYTES = 100
 
 
 if backend == "ring":
-    from shmring import segment
+    from shmring.shm import segment
 
     def create_queue(name: str, maxsize: int) -> Any:
         """Make a queue of messages; RingExists if the name is in use."""
@@ -53,7 +53,7 @@ if backend == "ring":
         return open_segment(name)
 
 else:
-    from shmring.fallback import ServedQueue, SharedFile
+    from shmring.fallback.queues import ServedQueue, SharedFile
 
     def create_queue(name: str, maxsize: int) -> Any:
         """Make a queue of messages; RingExists if the name is in use."""

@@ -30,7 +30,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from shmring._backend import backend
-from shmring.board import Role
 from shmring.deadline import checked_timeout
 from shmring.errors import (
     EncodeError,
@@ -43,18 +42,19 @@ from shmring.errors import (
     RemoteTraceback,
     ShmringError,
 )
-from shmring.ipc import HighPerformanceIPC, IPCStatistics
-from shmring.ledger import Failure, Ledger
-from shmring.liveness import is_process_stopped
-from shmring.message import Envelope, Message, MessageType
-from shmring.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
-from shmring.workforce import (
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
+from shmring.ipc.message import Envelope, Message, MessageType
+from shmring.ipc.registry import Role
+from shmring.pool.task_table import Failure, Ledger
+from shmring.pool.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
+from shmring.pool.workers import (
     Departure,
     SpawnedWorkers,
     VisitingWorkers,
     WorkerReport,
     Workers,
 )
+from shmring.process.liveness import is_process_stopped
 
 __all__ = ["Progress", "Report", "WorkerReport", "coordinator_process"]
 
@@ -131,7 +131,7 @@ def coordinator_process(
     It makes a task queue, a result queue ("result_queue") and 1 MiB of shared
     memory ("data_buffer") in the namespace of ``ipc``, and removes them at the
     end, however it ends; so there is one coordinator a namespace at a time.
-    Workers are :func:`~shmring.worker.worker_process`; each gets one SHUTDOWN
+    Workers are :func:`~shmring.pool.worker.worker_process`; each gets one SHUTDOWN
     message at the end.
 
     Args:

@@ -8,9 +8,9 @@ import secrets
 from typing import Any
 
 from shmring._backend import backend
-from shmring.coordinator import Report, coordinator_process
-from shmring.ipc import HighPerformanceIPC
-from shmring.worker import worker_process
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.pool.coordinator import Report, coordinator_process
+from shmring.pool.worker import worker_process
 
 __all__ = ["multiprocessing_example", "square"]
 
@@ -45,7 +45,7 @@ def multiprocessing_example(
 
     Raises:
         InvalidArgument: an impossible number of workers.
-        ShmringError: as :func:`~shmring.coordinator.coordinator_process`.
+        ShmringError: as :func:`~shmring.pool.coordinator.coordinator_process`.
     """
     namespace = f"example-{os.getpid()}-{secrets.token_hex(4)}"
     context: Any = multiprocessing.get_context(method)

@@ -30,7 +30,6 @@ from collections.abc import Callable
 from typing import Any
 
 from shmring._backend import backend
-from shmring.board import Role, Slot
 from shmring.errors import (
     DecodeError,
     Full,
@@ -40,8 +39,9 @@ from shmring.errors import (
     RingClosed,
     RingNotFound,
 )
-from shmring.ipc import HighPerformanceIPC
-from shmring.message import Envelope, Message, MessageType
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import Envelope, Message, MessageType
+from shmring.ipc.registry import Role, Slot
 
 __all__ = [
     "DATA_BUFFER",

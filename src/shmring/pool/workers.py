@@ -19,11 +19,11 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from shmring.board import SLOTS, Entry, Role, State
 from shmring.errors import InvalidArgument, ShmringError
-from shmring.ipc import HighPerformanceIPC
-from shmring.liveness import is_process_dead, is_process_stopped, process_start_ticks
-from shmring.worker import run_spawned_worker
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.registry import SLOTS, Entry, Role, State
+from shmring.pool.worker import run_spawned_worker
+from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
 
 __all__ = [
     "Departure",

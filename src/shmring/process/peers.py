@@ -2,7 +2,7 @@
 
 A process is known by its number and the time it started, so that a later one
 of the same number is not taken for it.  That it is dead is proved as on the
-board (:mod:`shmring.liveness`), or its parent knows how it ended: of our own
+board (:mod:`shmring.process.liveness`), or its parent knows how it ended: of our own
 child the system tells without reaping it (``waitid`` with ``WNOWAIT``), and of
 one that was reaped the object that was given remembers it (``exitcode`` of a
 multiprocessing.Process, which looks itself, or ``returncode`` of a Popen).
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shmring.errors import InvalidArgument, NotSupportedByFallback, PeerDied
-from shmring.liveness import is_process_dead, process_start_ticks
+from shmring.process.liveness import is_process_dead, process_start_ticks
 
 __all__ = ["PeerWatch"]
 

@@ -25,16 +25,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from shmring._deadline import set_brief
-from shmring._queue import ObjectRing
-from shmring._wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
+from shmring._core.deadline import set_brief
+from shmring._core.object_ring import ObjectRing
+from shmring._core.wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.errors import Empty
-from shmring.threads import are_greenlets
+from shmring.process.threads import are_greenlets
 
 if TYPE_CHECKING:
     import asyncio
 
-    from shmring.peers import PeerWatch
+    from shmring.process.peers import PeerWatch
 
 __all__ = ["AwaitableRing"]
 
@@ -146,7 +146,7 @@ def _take_now(ring: ObjectRing) -> Any:
 def _watch_of(peers: Iterable[Any] | None) -> PeerWatch | None:
     if peers is None:
         return None
-    from shmring.peers import PeerWatch  # like asyncio, imported where it is used
+    from shmring.process.peers import PeerWatch  # like asyncio, imported where it is used
 
     return PeerWatch(peers)
 

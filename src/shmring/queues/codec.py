@@ -16,15 +16,15 @@ from multiprocessing.reduction import ForkingPickler
 from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
-from shmring.arrays import IN_BAND_BYTES, array_reducers
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
+from shmring.queues.arrays import IN_BAND_BYTES, array_reducers
 
-_tree: ModuleType | None
-_watch: ModuleType | None
+builtin_codec: ModuleType | None
+watched: ModuleType | None
 try:
-    from shmring import _tree, _watch
+    from shmring._core import builtin_codec, watched
 except ImportError:
-    _tree = _watch = None  # the fallback, where pickle carries everything
+    builtin_codec = watched = None  # the fallback, where pickle carries everything
 
 
 __all__ = [
@@ -43,7 +43,7 @@ KIND_BYTES = 0
 KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
-KIND_TREE = 4  # as in cython/shmring/_queue.pyx
+KIND_TREE = 4  # as in cython/shmring/_core/object_ring.pyx
 
 Reducer = Callable[[Any], Any]
 
@@ -102,9 +102,9 @@ class ReusedPickler:
             SimpleNamespace(write=chunks.append), protocol=5, buffer_callback=keep_in_band
         )
         self.watched = None
-        if _watch is not None:  # before they are copied: what is registered meanwhile is noticed
+        if watched is not None:  # before they are copied: what is registered meanwhile is noticed
             awaited = None if array_reducers() else "numpy"
-            self.watched = _watch.Watched((copyreg.dispatch_table, _registered), awaited)
+            self.watched = watched.Watched((copyreg.dispatch_table, _registered), awaited)
         pickler.dispatch_table = reducers()
         self.chunks = chunks
         self.buffers = buffers
@@ -119,7 +119,7 @@ _spare_picklers: list[ReusedPickler] = []
 class PickleCodec:
     """Pickle protocol 5 with large buffers out of band; the default.
 
-    What is made of exact builtins alone is encoded by ``_tree`` instead, which
+    What is made of exact builtins alone is encoded by ``builtin_codec`` instead, which
     carries the same in a fraction of the time.
     """
 
@@ -133,7 +133,7 @@ class PickleCodec:
         Raises:
             EncodeError: naming the type, and the attribute that failed.
         """
-        if _tree is not None and (tree := _tree.encode(obj)) is not None:
+        if builtin_codec is not None and (tree := builtin_codec.encode(obj)) is not None:
             return KIND_TREE, [tree]
         pickler = _spare_picklers.pop() if _spare_picklers else ReusedPickler()
         if pickler.watched is None or pickler.watched.changed():
@@ -158,8 +158,8 @@ class PickleCodec:
         """
         if kind == KIND_BYTES and not buffers:
             return head
-        if kind == KIND_TREE and not buffers and _tree is not None:
-            return _tree.decode(bytes(head))
+        if kind == KIND_TREE and not buffers and builtin_codec is not None:
+            return builtin_codec.decode(bytes(head))
         if kind != KIND_PICKLE:
             raise DecodeError(
                 f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}"
@@ -300,7 +300,9 @@ def encode_error(obj: Any, error: BaseException) -> EncodeError:
     """Say which object could not be pickled and, if it can be found, which part."""
     culprit = None
     with contextlib.suppress(Exception):  # the import fails where descriptors have run out
-        from shmring.blame import culprit_of  # not at the top: seldom needed, and it imports much
+        from shmring.queues.pickle_errors import (
+            culprit_of,  # not at the top: seldom needed, and it imports much
+        )
 
         culprit = culprit_of(obj, reducers())
     where = f": {culprit} is the part that cannot travel" if culprit else ""
@@ -311,7 +313,7 @@ def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> D
     """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
     kind = None
     with contextlib.suppress(Exception):
-        from shmring.blame import first_type_in
+        from shmring.queues.pickle_errors import first_type_in
 
         kind = first_type_in(head)
     return _undecodable(head, buffers, error, kind)

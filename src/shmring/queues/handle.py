@@ -1,7 +1,7 @@
 """What Ring and Queue have in common beyond bytes: a file, a name, an end.
 
 :class:`SharedHandle` puts a compiled ring into a block of
-:mod:`shmring.segment`, carries it to other processes (as a descriptor to a
+:mod:`shmring.shm.segment`, carries it to other processes (as a descriptor to a
 child that is being started, by name to everybody else), and closes it.
 """
 
@@ -22,15 +22,15 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from shmring import segment
-from shmring._handle import RingHandle
-from shmring._layout import LAYOUT
+from shmring._core.handle import RingHandle
+from shmring._core.layout import LAYOUT
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
-from shmring.leaving import Exit, end_thread_at_exit
+from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.shm import segment
 
 if TYPE_CHECKING:
-    from shmring.statistics import RingStatistics
+    from shmring.queues.statistics import RingStatistics
 
 __all__ = ["SharedHandle"]
 
@@ -238,16 +238,18 @@ class SharedHandle(RingHandle):
 
     def statistics(self) -> RingStatistics:
         """What stands in the header now; works from every process."""
-        from shmring import insight
-        from shmring._inspect import counters
-        from shmring.statistics import RingStatistics  # not at the top: dataclasses cost 10 ms
+        from shmring._core.snapshot import counters
+        from shmring.diagnostics import snapshot
+        from shmring.queues.statistics import (
+            RingStatistics,  # not at the top: dataclasses cost 10 ms
+        )
 
         facts = counters(self)  # first: to look who holds something recovers what the dead held
         return RingStatistics(
             **facts,
-            waiters=insight.waiters(self),
-            holders=insight.holders(self),
-            deaths=insight.deaths(self),
+            waiters=snapshot.waiters(self),
+            holders=snapshot.holders(self),
+            deaths=snapshot.deaths(self),
         )
 
     def close(self) -> None:

@@ -24,10 +24,10 @@ import pickle
 from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeVar
 
-from shmring import segment
-from shmring._handle import RingHandle
-from shmring.aio import AwaitableRing
-from shmring.codec import (
+from shmring._core.handle import RingHandle
+from shmring.errors import InvalidArgument, RingClosed
+from shmring.queues.aio import AwaitableRing
+from shmring.queues.codec import (
     BytesCodec,
     PickleCodec,
     ReusedPickler,
@@ -36,8 +36,8 @@ from shmring.codec import (
     find_codec,
     portable,
 )
-from shmring.errors import InvalidArgument, RingClosed
-from shmring.handle import SharedHandle, rounded_capacity
+from shmring.queues.handle import SharedHandle, rounded_capacity
+from shmring.shm import segment
 
 __all__ = ["JoinableQueue", "Queue", "SimpleQueue"]
 

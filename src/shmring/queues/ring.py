@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from shmring import segment
-from shmring._ring import BytesRing
+from shmring._core.bytes_ring import BytesRing
 from shmring.errors import InvalidArgument
-from shmring.handle import SharedHandle, rounded_capacity
-from shmring.statistics import RingStatistics
+from shmring.queues.handle import SharedHandle, rounded_capacity
+from shmring.queues.statistics import RingStatistics
+from shmring.shm import segment
 
 __all__ = ["Ring", "RingStatistics"]
 

@@ -22,10 +22,10 @@ class RingStatistics:
         recoveries: lock owners that were found dead.
         consumers_waiting, producers_waiting: somebody sleeps (or did last).
         shut_down, poisoned: no more puts; no more anything.
-        waiters: who waits for what since when, see :func:`shmring.insight.waiters`.
+        waiters: who waits for what since when, see :func:`shmring.diagnostics.snapshot.waiters`.
         holders: who holds a lock, the reservation in front, or the message in
-            front by a peek, see :func:`shmring.insight.holders`.
-        deaths: who died last holding what, see :func:`shmring.insight.deaths`.
+            front by a peek, see :func:`shmring.diagnostics.snapshot.holders`.
+        deaths: who died last holding what, see :func:`shmring.diagnostics.snapshot.deaths`.
     """
 
     capacity: int

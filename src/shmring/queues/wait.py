@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from multiprocessing import connection
 from typing import Any
 
-from shmring._handle import RingHandle
-from shmring._wait import Bell, wait_rings
+from shmring._core.handle import RingHandle
+from shmring._core.wait import Bell, wait_rings
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument
-from shmring.threads import are_greenlets
+from shmring.process.threads import are_greenlets
 
 __all__ = ["wait"]
 

@@ -1,11 +1,15 @@
-"""File descriptors that are kept for long, whose numbers a program may close and use again."""
+"""File descriptors that are kept for long, and file locks."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable
 
-__all__ = ["close_own", "identity_of"]
+from shmring.errors import ShmringError
+
+__all__ = ["close_own", "identity_of", "wait_for_lock"]
 
 
 def identity_of(fd: int) -> tuple[int, int]:
@@ -26,3 +30,27 @@ def close_own(fd: int, identity: tuple[int, int]) -> None:
     with contextlib.suppress(OSError):
         if identity_of(fd) == identity:
             os.close(fd)
+
+
+def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Try for a file lock until it is there: a blocking one could not be given up.
+
+    Args:
+        try_lock: tries once, without waiting, and says whether it was granted.
+        what: the name of what is locked, for the error.
+        timeout: in seconds.
+
+    Raises:
+        ShmringError: the holder, which is alive or the kernel would have
+            released its lock, did not let go in time.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.0002
+    while not try_lock():
+        if time.monotonic() >= deadline:
+            raise ShmringError(
+                f"the lock of {what} was not free within {timeout:g} s: "
+                "the process that holds it is stopped or starved"
+            )
+        time.sleep(pause)
+        pause = min(pause * 2, 0.01)

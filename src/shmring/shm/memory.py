@@ -12,19 +12,19 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from shmring import segment
-from shmring._layout import LAYOUT
-from shmring._memory import MEMORY_HEADER_BYTES, LockedMemory
-from shmring.descriptors import close_own, identity_of
+from shmring._core.layout import LAYOUT
+from shmring._core.locked_memory import MEMORY_HEADER_BYTES, LockedMemory
 from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
-from shmring.leaving import Exit, end_thread_at_exit
+from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.shm import segment
+from shmring.shm.descriptors import close_own, identity_of
 
 if TYPE_CHECKING:
     import numpy
 
 __all__ = ["SharedMemoryManager"]
 
-_HEADER = struct.pack("<QQ", segment.MEMORY_MAGIC, 1)  # as MemoryHeader in _memory.pxd
+_HEADER = struct.pack("<QQ", segment.MEMORY_MAGIC, 1)  # as MemoryHeader in locked_memory.pxd
 
 
 class SharedMemoryManager:

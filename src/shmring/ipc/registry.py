@@ -25,7 +25,7 @@ Layout, little-endian words of eight bytes::
 All-zero is a valid empty board, so nobody ever waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
 killed; the PID is cleared first and stored last, so that a half-made slot is
-free.  Words are stored with release and loaded with acquire (``_memory.Words``):
+free.  Words are stored with release and loaded with acquire (``_core.locked_memory.Words``):
 whoever reads a PID reads the start time that belongs to it.
 Nothing is wiped when a process ends or dies: its slot stays readable until
 another process takes it, which for ten seconds none does while there is room.
@@ -42,10 +42,9 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from shmring.descriptors import close_own, identity_of
 from shmring.errors import (
     InvalidArgument,
     LayoutMismatch,
@@ -53,7 +52,8 @@ from shmring.errors import (
     RingNotFound,
     ShmringError,
 )
-from shmring.liveness import is_process_dead, process_start_ticks
+from shmring.process.liveness import is_process_dead, process_start_ticks
+from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 
 __all__ = [
     "BOARD_BYTES",
@@ -68,7 +68,6 @@ __all__ = [
     "Slot",
     "State",
     "open_segment",
-    "wait_for_lock",
 ]
 
 BOARD_MAGIC = int.from_bytes(b"SHMBOARD", "little")
@@ -200,12 +199,12 @@ class _PlainWords:
 
 
 if TYPE_CHECKING:
-    from shmring._memory import Words
+    from shmring._core.locked_memory import Words
 
     _in_order: bool
 else:
     try:
-        from shmring._memory import Words
+        from shmring._core.locked_memory import Words
 
         _in_order = True
     except ImportError:  # no extension: the fallback
@@ -532,30 +531,6 @@ def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:
     return slot[offset : offset + min(length, limit)].decode("utf-8", "replace")
 
 
-def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    """Try for a file lock until it is there: a blocking one could not be given up.
-
-    Args:
-        try_lock: tries once, without waiting, and says whether it was granted.
-        what: the name of what is locked, for the error.
-        timeout: in seconds.
-
-    Raises:
-        ShmringError: the holder, which is alive or the kernel would have
-            released its lock, did not let go in time.
-    """
-    deadline = time.monotonic() + timeout
-    pause = 0.0002
-    while not try_lock():
-        if time.monotonic() >= deadline:
-            raise ShmringError(
-                f"the lock of {what} was not free within {timeout:g} s: "
-                "the process that holds it is stopped or starved"
-            )
-        time.sleep(pause)
-        pause = min(pause * 2, 0.01)
-
-
 def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
     """Open the board of that name in /dev/shm, whoever comes first makes it.
 
@@ -570,7 +545,7 @@ def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
         RingNotFound: the race was lost until the deadline.
         AccessRefused: it is somebody else's, or of another PID namespace.
     """
-    from shmring import segment  # the fallback has no such floor
+    from shmring.shm import segment  # the fallback has no such floor
 
     deadline = time.monotonic() + timeout
     while True:
@@ -589,7 +564,7 @@ class _SegmentStorage:
         self._name = name
         self._fd = fd
         self._identity = identity_of(fd)
-        from shmring._memory import MappedFile
+        from shmring._core.locked_memory import MappedFile
 
         self.buffer = memoryview(MappedFile(fd, BOARD_BYTES))
 
@@ -622,7 +597,7 @@ class _SegmentStorage:
             os.close(fd)
 
     def close(self) -> None:
-        from shmring import segment
+        from shmring.shm import segment
 
         self.buffer.release()
         close_own(self._fd, self._identity)

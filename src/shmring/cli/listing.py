@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from shmring import insight, segment
-from shmring._handle import RingHandle
-from shmring._inspect import counters, user_kind
-from shmring._layout import LAYOUT
-from shmring.board import BOARD_BYTES, BOARD_MAGIC, Board, Entry
+from shmring._core.handle import RingHandle
+from shmring._core.layout import LAYOUT
+from shmring._core.snapshot import counters, user_kind
+from shmring.diagnostics import snapshot
 from shmring.errors import AccessRefused, ShmringError
-from shmring.liveness import is_process_stopped
+from shmring.ipc.registry import BOARD_BYTES, BOARD_MAGIC, Board, Entry
+from shmring.process.liveness import is_process_stopped
+from shmring.shm import segment
 
 __all__ = ["listing"]
 
@@ -123,9 +124,9 @@ def _ring(fd: int) -> dict[str, Any]:
         return {
             "kind": _KINDS.get(user_kind(ring), "ring"),
             **counters(ring),
-            "waiters": insight.waiters(ring),
-            "holders": insight.holders(ring),
-            "deaths": insight.deaths(ring),
+            "waiters": snapshot.waiters(ring),
+            "holders": snapshot.holders(ring),
+            "deaths": snapshot.deaths(ring),
         }
     finally:
         ring._close()

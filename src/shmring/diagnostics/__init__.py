@@ -1,0 +1,1 @@
+"""What goes on in shared memory, for people: nothing depends on it."""

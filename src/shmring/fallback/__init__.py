@@ -1,0 +1,1 @@
+"""The same classes on multiprocessing, where the extension cannot run."""

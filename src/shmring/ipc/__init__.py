@@ -1,0 +1,1 @@
+"""Messages between named processes: Message, HighPerformanceIPC."""

@@ -1,0 +1,1 @@
+"""Work spread over processes: coordinator, workers, the table of tasks."""

@@ -1,0 +1,1 @@
+"""Processes: proof of death, peers of a wait, the registry with heartbeats, exit and fork."""

@@ -1,0 +1,1 @@
+"""Ring and the Queue family: handles, codecs, asyncio, waiting on several."""

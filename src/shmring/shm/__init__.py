@@ -1,0 +1,1 @@
+"""Blocks of shared memory: how they are made, named, opened and removed."""
