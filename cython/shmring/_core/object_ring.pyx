@@ -294,7 +294,11 @@ cdef class ObjectRing(TakingRing):
                     if longer == NULL:
                         raise MemoryError
                     items = longer
-                held.append(self.frame_of(obj, &items[n].kind))
+                if self.raw and PyBytes_CheckExact(obj):  # as frame_of, without the call
+                    items[n].kind = RAW
+                    held.append(obj)
+                else:
+                    held.append(self.frame_of(obj, &items[n].kind))
                 n += 1
             if n == 0:
                 self.check_open()
