@@ -35,7 +35,7 @@ __all__ = [
 
 LIFETIME = 600  # seconds, longer than anybody watches a kill
 # What touches the shared file.
-EXTENSION = ("_core", "_handle", "_take", "_ring", "_queue", "_wait")
+EXTENSION = ("ring", "handle", "take", "bytes_ring", "object_ring", "wait")
 
 
 def build_stepper(folder: Path) -> Path:
