@@ -63,11 +63,11 @@ class Build:
         shutil.copytree(ROOT / "cython", tree / "cython")
         package = tree / "src" / "shmring"
         shutil.copytree(Path(shmring.__file__).parent, package)
-        for source in (tree / "cython" / "shmring").glob("*.pyx"):
+        for source in (tree / "cython" / "shmring" / "_core").glob("*.pyx"):
             if source.stem not in self.modules:
                 source.unlink()
         for name in self.modules:
-            for built in package.glob(f"{name}.*.so"):
+            for built in (package / "_core").glob(f"{name}.*.so"):
                 built.unlink()
         for patch in (*[QUICK] * self.quick, *self.patches):
             patch.apply(tree)

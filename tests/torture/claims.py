@@ -78,7 +78,7 @@ class Desk(Stage):
         claims = self.tasks._claims()  # takes both locks once
         answers = drain(self.results)
         back: list[bytes] = []
-        for slot, owner, _, low, high in claims:
+        for slot, owner, _, _, low, high in claims:
             if owner != pid:
                 continue
             if low < high:
