@@ -52,7 +52,7 @@ class Build:
     """
 
     patches: Sequence[Patch]
-    modules: Sequence[str] = ("_core",)
+    modules: Sequence[str] = ("ring",)
     quick: bool = True
 
     def make(self, tree: Path) -> Path:
@@ -86,14 +86,15 @@ class Build:
 
 CORE, HANDLE = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/handle.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
-WITH_DIRECT = ("_core", "_take", "_ring", "_queue")  # the general way, and what has this one
+# The general way, and what has the direct one compiled in.
+WITH_DIRECT = ("ring", "take", "bytes_ring", "object_ring")
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
 NO_END = Patch(SYNC, "#define SYNC_SLICE_NS 90000000LL", "#define SYNC_SLICE_NS 3600000000000LL")
 
 BUILDS = {
-    "endless sleeps": Build([NO_END], ["_core", "_handle", "_wait"]),
+    "endless sleeps": Build([NO_END], ["ring", "handle", "wait"]),
     "commit before the payload": Build(
         [
             Patch(
@@ -182,7 +183,7 @@ BUILDS = {
                 "        announced = wait_announce(&h.data_wait)\n        result = EMPTY\n",
             ),
         ],
-        ["_core", "_handle"],
+        ["ring", "handle"],
     ),
     "no second look of a producer": Build(
         [
@@ -193,7 +194,7 @@ BUILDS = {
                 "FULL\n",
             ),
         ],
-        ["_core", "_handle"],
+        ["ring", "handle"],
     ),
     "shutdown after the position": Build(
         [
@@ -213,6 +214,6 @@ BUILDS = {
                 "        if h == NULL and load_acquire64(&h.write_position)",
             ),
         ],
-        ["_core", "_handle", "_wait"],
+        ["ring", "handle", "wait"],
     ),
 }
