@@ -87,7 +87,7 @@ asan: $(VENV)/.asan $(VENV)/.with-test  ## mutated memory under AddressSanitizer
 tsan: $(VENV)/.tsan $(VENV)/.with-test  ## threads in one handle under ThreadSanitizer; TSAN_MESSAGES=20000
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
 	  TSAN_OPTIONS=history_size=7:exitcode=66 \
-	  PYTHONPATH=build/tsan/lib:tests $(BIN)/python tests/tsan/run.py --messages $(TSAN_MESSAGES)
+	  PYTHONPATH=build/tsan/lib:tests:tests/process $(BIN)/python tests/tsan/run.py --messages $(TSAN_MESSAGES)
 
 lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs against the extension
 	$(BIN)/ruff check .
@@ -98,7 +98,7 @@ lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs agains
 	  --ignore-unused-allowlist --ignore-disjoint-bases $(STUBS))
 
 # Of the tree, and not of the package: not run again over the wheel.
-OF_THE_TREE := $(patsubst %,--ignore=test_%.py,house model fault_table leaks benchmarks)
+OF_THE_TREE := --ignore=repository --ignore=core/test_model.py
 
 # From the sdist, as a user without our tree would get it; then away from src.
 wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the wheel

@@ -38,12 +38,12 @@ TEST_WHEELS = ["hypothesis", "msgspec", "numpy", "psutil", "pytest>=9"]
 SKIP = 77  # the exit status of what could not be tried
 
 FALLBACK_TESTS = [
-    "board",
+    "registry",
     "fallback",
     "imports",
     "ipc",
     "ipc_memory",
-    "ledger",
+    "task_table",
     "message",
 ]
 RING_TESTS = [
@@ -54,7 +54,7 @@ RING_TESTS = [
     "poked",
     "queue",
     "ring",
-    "tree",
+    "builtin_codec",
     "unbounded",
     "wait",
 ]
@@ -240,7 +240,10 @@ def test(python: Path, names: Sequence[str], left_out: Sequence[str], *more: str
         *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=900"),
         # this Python's compiler trips over the source that pytest shows
         *("--tb=native", "-k", " and ".join(f"not {word}" for word in left_out)),
-        *(*more, *(f"tests/test_{name}.py" for name in names)),
+        *(
+            *more,
+            *(str(path) for name in names for path in Path("tests").glob(f"*/test_{name}.py")),
+        ),
         cwd=TREE,
         env={"OPENBLAS_NUM_THREADS": "1"},  # it aborts in a child that was forked beside threads
     )

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-MODELS = Path(__file__).resolve().parents[1] / "docs" / "model"
+MODELS = Path(__file__).resolve().parents[2] / "docs" / "model"
 CHECK = MODELS / "check.py"
 
 if not CHECK.exists():

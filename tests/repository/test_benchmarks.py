@@ -15,7 +15,7 @@ import pytest
 
 import shmring
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 if sys.platform != "linux" or shmring.backend != "ring":
     pytest.skip("the benchmarks fork, read /proc and compare the ring", allow_module_level=True)

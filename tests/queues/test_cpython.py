@@ -28,18 +28,18 @@ import shmring
 LEFT_OUT = {
     "test_queue_feeder_donot_stop_onexc": (
         "deliberate: an object that cannot be pickled raises in put; there is no feeder thread",
-        "test_queue.py::test_what_cannot_be_pickled_raises_in_put_and_names_the_part",
+        "queues/test_queue.py::test_what_cannot_be_pickled_raises_in_put_and_names_the_part",
     ),
     "test_queue_feeder_on_queue_feeder_error": (
         "private: the hook _on_queue_feeder_error of the feeder thread, on the stock class itself",
-        "test_queue.py::test_what_cannot_be_pickled_raises_in_put_and_names_the_part",
+        "queues/test_queue.py::test_what_cannot_be_pickled_raises_in_put_and_names_the_part",
     ),
     "test_closed": (
         "private: SimpleQueue's attributes _reader and _writer",
-        "test_surface.py::test_a_closed_simple_queue_raises_os_error",
+        "queues/test_surface.py::test_a_closed_simple_queue_raises_os_error",
     ),
 }
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def package(name: str) -> ModuleType:

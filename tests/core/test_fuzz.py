@@ -17,7 +17,7 @@ pytest.importorskip("shmring._core.ring", reason="the extension is not built")
 
 from fuzz.runner import DRIVERS
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 READS = 3000  # a driver rounds up to whole batches
 
 

@@ -526,7 +526,7 @@ print("end")
 def test_a_process_ends_with_calls_pending(how):
     done = subprocess.run(
         [sys.executable, "-c", END, how],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,
         timeout=20,
