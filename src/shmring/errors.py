@@ -208,6 +208,30 @@ class TaskTimeout(ShmringError, TimeoutError):
         return f"task {self.task} ran longer than task_timeout={self.seconds:g} s"
 
 
+class MemoryExceeded(ShmringError, MemoryError):
+    """A call outgrew ``max_memory_per_worker`` and its worker was killed.
+
+    Attributes:
+        task: the number of the task.
+        pid: the worker.
+        nbytes: its resident memory when it was looked at.
+        limit: in bytes.
+    """
+
+    def __init__(self, task: int, pid: int, nbytes: int, limit: int) -> None:
+        super().__init__(task, pid, nbytes, limit)
+        self.task = task
+        self.pid = pid
+        self.nbytes = nbytes
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task} grew its worker (process {self.pid}) to {self.nbytes} bytes of"
+            f" resident memory: max_memory_per_worker={self.limit}"
+        )
+
+
 class RemoteError(ShmringError):
     """A handler raised something that cannot travel itself; the text says what."""
 

@@ -16,7 +16,8 @@ Layout, little-endian words of eight bytes::
     slot, 256 bytes:
       0 pid, 0 = never used      1 start time (ticks)    2 incarnation
       3 heartbeat (ns)           4 state                 5 waiting since (ns)
-      6 task started (ns)        7 task + 1, 0 = none    8 tasks
+      6 task started (ns)        7 task + 1, 0 = none;   8 tasks
+                                   from bit 40 the call of a chunk
       9 bytes                   10 messages             11 heartbeats
      12 role                    13 length of the id     14 length of waiting-on
      15 .. 23 process id, UTF-8, 72 bytes
@@ -85,6 +86,8 @@ _ID_OFFSET, MAX_PROCESS_ID_BYTES = 15 * 8, 72
 _ON_OFFSET, _ON_BYTES = 24 * 8, 64
 
 _U64 = (1 << 64) - 1
+_ITEM_SHIFT = 40
+_TASK_MASK = (1 << _ITEM_SHIFT) - 1
 
 # For so long the slot of a dead process is not taken while there are others.
 _KEPT_NS = 10_000_000_000
@@ -149,6 +152,7 @@ class Entry:
     waiting_on: str
     waiting_since_ns: int
     task: int | None
+    task_item: int
     task_started_ns: int
     tasks: int
     nbytes: int
@@ -244,10 +248,9 @@ class Slot:
     def idle(self) -> None:
         """Say that nothing is being done or waited for."""
         words, base = self._words, self._base
-        words[base + _WAITING_SINCE] = 0
         words[base + _TASK] = 0
         words[base + _STATE] = State.IDLE
-        self.beat()
+        words[base + _HEARTBEAT] = time.monotonic_ns()
 
     def waiting(self, on: str) -> None:
         """Say that the process starts to wait; :meth:`beat` on while it does.
@@ -262,18 +265,17 @@ class Slot:
         words[base + _STATE] = State.WAITING
         self.beat()
 
-    def working(self, task: int) -> None:
+    def working(self, task: int, item: int = 0) -> None:
         """Say that a task begins.
 
         Args:
             task: its number, from 0.
+            item: which call of a chunk, from 0.
         """
         words, base = self._words, self._base
-        words[base + _WAITING_SINCE] = 0
-        words[base + _TASK_STARTED] = time.monotonic_ns()
-        words[base + _TASK] = task + 1
+        words[base + _TASK_STARTED] = words[base + _HEARTBEAT] = time.monotonic_ns()
+        words[base + _TASK] = (task + 1) | item << _ITEM_SHIFT
         words[base + _STATE] = State.WORKING
-        self.beat()
 
     def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
         """Add to the counters.
@@ -331,12 +333,15 @@ class Board:
             self._words.release()
             raise
 
-    def register(self, process_id: str, role: Role = Role.PEER) -> Slot:
+    def register(
+        self, process_id: str, role: Role = Role.PEER, index: int | None = None
+    ) -> Slot:
         """Take a slot for the calling process: a free one, or one whose owner is dead.
 
         Args:
             process_id: the name of the process, 1 to 72 bytes of UTF-8.
             role: what it is to the others.
+            index: the slot to take, where something else chooses; None to find one.
 
         Returns:
             the slot, which a forked child must not go on using.
@@ -354,7 +359,7 @@ class Board:
         pid = os.getpid()
         words = self._words
         with self._storage.exclusive():
-            base = self._find_free()
+            base = self._find_free() if index is None else self._chosen(index)
             words[base + _PID] = 0
             words[base + _INCARNATION] = (words[base + _INCARNATION] + 1) & _U64
             for word in range(_HEARTBEAT, _SLOT_WORDS):
@@ -406,8 +411,9 @@ class Board:
             heartbeat_ns=words[_HEARTBEAT],
             heartbeats=words[_HEARTBEATS],
             waiting_on=_read_text(copy, _ON_OFFSET, words[_ON_LENGTH], _ON_BYTES),
-            waiting_since_ns=words[_WAITING_SINCE],
-            task=words[_TASK] - 1 if words[_TASK] else None,
+            waiting_since_ns=words[_WAITING_SINCE] if words[_STATE] == State.WAITING else 0,
+            task=(words[_TASK] & _TASK_MASK) - 1 if words[_TASK] else None,
+            task_item=words[_TASK] >> _ITEM_SHIFT,
             task_started_ns=words[_TASK_STARTED],
             tasks=words[_TASKS],
             nbytes=words[_BYTES],
@@ -429,6 +435,10 @@ class Board:
 
     def _used(self) -> int:
         return min(self._words[_H_USED], SLOTS)
+
+    def _chosen(self, index: int) -> int:
+        self._words[_H_USED] = max(self._used(), index + 1)
+        return (index + 1) * _SLOT_WORDS
 
     def _find_free(self) -> int:
         words, used = self._words, self._used()

@@ -1,186 +1,236 @@
-"""The ledger: which task is where, how often it was tried, what its answer is.
+"""Task table: which task is where, how often it was tried, what is still unanswered.
 
-It does no input or output, so every order of events can be played through it::
+It does no input or output, so that every order of events can be played through it::
 
-    new tasks --+                      answered ---------> results, in task order
-                +--> next_task() --> sent(position) --+
-    retries ----+                                     +--> lost(position)
-       ^                                                       |
-       +------------------ attempts <= max_retries ------------+--> failed: WorkerDied
+    add() ----> backlog --next_task()--> sent(position) ----> answered(), failed()
+                  ^                           |
+                  +--- requeue: attempts <=   +----> lost(position): its worker is dead
+                       max_retries ---------------<          |
+                                                             +--> failed: WorkerDied
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from shmring.errors import TaskTimeout, WorkerDied
+from shmring.errors import ShmringError, WorkerDied
 
-__all__ = ["Failure", "Ledger"]
+__all__ = ["Failure", "PartialResults", "Task", "TaskTable"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
-    """What stands for a result in the ledger where there is an exception."""
+    """An exception in the place of a result."""
 
-    error: BaseException
+    __slots__ = ("error",)
 
-
-@dataclasses.dataclass(slots=True)
-class _Task:
-    """One task that has no answer yet."""
-
-    number: int
-    payload: Any
-    attempts: int = 0  # by workers that took it and died
-    position: int | None = None  # in the task queue; None while it is not there
-    nbytes: int = 0
-    timeout: float | None = None  # set when its worker was killed for it
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
-class Ledger:
-    """All tasks of one run.
+class PartialResults(list[Any]):
+    """Results of a chunk among which there are Failures."""
 
-    Args:
-        tasks: taken one by one, as they are needed.
-        max_retries: how often a task whose worker died is tried again.
+
+class Task:
+    """One call, or one chunk of calls, that has no complete answer yet.
+
+    Attributes:
+        number: from 0, in the order of submission.
+        function: what to call, or its reference.
+        args: the arguments; of a chunk, a list of argument tuples.
+        kwargs: keyword arguments; None for a chunk.
+        done: called once with the result, or with a Failure. For a chunk with a list
+            that holds the results and Failures of its calls in order.
+        retries: how often it may be tried again after the death of a worker.
     """
 
-    def __init__(self, tasks: Iterable[Any], max_retries: int) -> None:
-        self._new: Iterator[tuple[int, Any]] = enumerate(tasks)
-        self._max_retries = max_retries
-        self._exhausted = False
-        self._retries: collections.deque[_Task] = collections.deque()
-        self._open: dict[int, _Task] = {}
-        self._by_position: dict[int, _Task] = {}
-        self._results: dict[int, Any] = {}
-        self.first_failure: BaseException | None = None
+    __slots__ = (
+        "args",
+        "attempts",
+        "careful",
+        "charged",
+        "done",
+        "expired",
+        "failed",
+        "first",
+        "function",
+        "kwargs",
+        "number",
+        "position",
+        "results",
+        "retries",
+    )
+
+    def __init__(
+        self,
+        function: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None,
+        done: Callable[[Any], object],
+        retries: int,
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.done = done
+        self.retries = retries
+        self.number = -1
+        self.position = -1  # in the task queue; -1 while it is not there
+        self.attempts = 0  # of the call `charged`, by workers that died of it
+        self.charged = 0
+        self.failed = False
+        self.expired: ShmringError | None = None  # why its worker was killed
+        self.results: list[Any] | None = None if kwargs is not None else []
+        self.first = 0  # the call of a chunk that stands first in `args`
+        # Whether a worker is to send each result of a chunk before it begins the next call.
+        self.careful = retries == 0
+
+    def fail(self, error: BaseException) -> None:
+        """Note the failure of the next call of a chunk."""
+        if self.results is not None:
+            self.results.append(Failure(error))
+            self.failed = True
+
+    def outcome(self) -> list[Any] | None:
+        """The results of a chunk."""
+        return PartialResults(self.results or ()) if self.failed else self.results
+
+    def message(self) -> tuple[Any, ...]:
+        """What travels to a worker."""
+        if self.results is None:
+            return self.number, self.function, self.args, self.kwargs
+        return self.number, self.function, self.args, self.careful or None
+
+
+class TaskTable:
+    """All tasks that have no answer yet."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.backlog: collections.deque[Task] = collections.deque()
+        self.sent: dict[int, Task] = {}
+        self._by_position: dict[int, Task] = {}
         self.retried = 0
-        self.outstanding = 0
-        self.outstanding_nbytes = 0
+        self.answered_count = 0
+
+    def __len__(self) -> int:
+        return len(self.backlog) + len(self.sent)
+
+    def __iter__(self) -> Iterator[Task]:
+        yield from self.sent.values()
+        yield from self.backlog
 
     @property
-    def done(self) -> int:
-        """How many tasks have an answer."""
-        return len(self._results)
+    def submitted(self) -> int:
+        """How many tasks there were."""
+        return self._count
 
-    @property
-    def finished(self) -> bool:
-        """Whether every task has an answer."""
-        return self._exhausted and not self._open
+    def take_all(self) -> list[Task]:
+        """Take out all tasks."""
+        tasks = [*self.sent.values(), *self.backlog]
+        self.sent.clear()
+        self._by_position.clear()
+        self.backlog.clear()
+        return tasks
 
-    def next_task(self) -> tuple[int, int, Any] | None:
-        """Choose what to send next; to be followed by :meth:`sent`, :meth:`unsent` or an answer.
+    def number(self, task: Task) -> None:
+        """Give a new task its number."""
+        task.number = self._count
+        self._count += 1
 
-        Returns:
-            number, attempt (from 0) and payload; None if there is nothing to send now.
-        """
-        if self._retries:
-            task = self._retries.popleft()
-        elif self._exhausted:
-            return None
-        else:
-            try:
-                number, payload = next(self._new)
-            except StopIteration:
-                self._exhausted = True
-                return None
-            task = self._open[number] = _Task(number, payload)
-        return task.number, task.attempts, task.payload
-
-    def sent(self, number: int, position: int, nbytes: int) -> None:
-        """Note that a task stands in the task queue.
-
-        Args:
-            number: the task.
-            position: where, as claims will name it.
-            nbytes: the size of its message.
-        """
-        task = self._open[number]
-        task.position, task.nbytes = position, nbytes
+    def note_sent(self, task: Task, position: int) -> None:
+        """Note that a task stands in the task queue at this position."""
+        task.position = position
+        self.sent[task.number] = task
         self._by_position[position] = task
-        self.outstanding += 1
-        self.outstanding_nbytes += nbytes
 
-    def unsent(self, number: int) -> None:
-        """Note that a task could not be sent now: it comes next again."""
-        self._retries.appendleft(self._open[number])
+    def answered(self, number: int) -> Task | None:
+        """Take out a task whose answer is here; None if it has had one, or never existed."""
+        task = self.sent.pop(number, None)
+        if task is not None:
+            del self._by_position[task.position]
+            self.answered_count += 1
+        return task
 
-    def answered(self, number: int, result: Any) -> bool:
-        """Note an answer; only the first one of a task counts.
+    def part_answered(self, number: int, index: int, values: list[Any]) -> Task | None:
+        """Note results of a chunk.
 
         Args:
-            number: the task.
-            result: its result, or a :class:`Failure`.
+            number: the chunk.
+            index: of the first value, as the worker counts: from the first call it was sent.
+            values: results, and perhaps Failures.
 
         Returns:
-            False for a task that has its answer already, or never existed.
+            the chunk if it is complete now; it is taken out.
         """
-        task = self._open.pop(number, None)
-        if task is None:
-            return False
-        self._take_back(task)
-        if task in self._retries:
-            self._retries.remove(task)
-        self._results[number] = result
-        if isinstance(result, Failure) and self.first_failure is None:
-            self.first_failure = result.error
-        return True
+        task = self.sent.get(number)
+        if task is None or task.results is None:
+            return None
+        task.results[task.first + index :] = values
+        if len(task.results) < task.first + len(task.args):
+            return None
+        return self.answered(number)
 
-    def expire(self, number: int, timeout: float) -> None:
-        """Note that the worker of this task is being killed because of it.
+    def requeue(self, task: Task) -> None:
+        """Put a task that was sent back to the front of the backlog."""
+        if task.position >= 0:
+            self.sent.pop(task.number, None)
+            self._by_position.pop(task.position, None)
+            task.position = -1
+        if task.results is not None:  # of a chunk only what has no result
+            have = len(task.results) - task.first
+            task.args = task.args[have:]
+            task.first += have
+        self.backlog.appendleft(task)
+
+    def lost(
+        self, position: int, item: int, pid: int, exitcode: int | None
+    ) -> tuple[Task, ShmringError | None] | None:
+        """Note that the worker which had taken the task at this position is dead.
+
+        The call at which it died is charged with it; calls of the chunk that had not
+        begun are not. What is not given up goes back to the front of the backlog.
 
         Args:
-            number: the task.
-            timeout: the limit that it exceeded, in seconds.
-        """
-        task = self._open.get(number)
-        if task is not None:
-            task.timeout = timeout
-
-    def lost(self, position: int, pid: int, exitcode: int | None) -> int | None:
-        """Note that the worker which had claimed the task at this position is dead.
-
-        Args:
-            position: the low end of the claim.
-            pid: the dead worker.
+            position: of the task.
+            item: the call of a chunk that began last, as the worker counts.
+            pid: the worker.
             exitcode: how it ended, if that is known.
 
         Returns:
-            the number of the task; None if none without an answer stood there.
+            the task, and why the call is given up if it is; None if no task without an
+            answer stood there.
         """
         task = self._by_position.get(position)
         if task is None:
             return None
-        self._take_back(task)
+        call = task.first + item
+        self.requeue(task)
+        if call < task.first:  # its result is here: the worker died before the next one began
+            return task, None
+        if call != task.charged:
+            task.charged, task.attempts = call, 0
         task.attempts += 1
-        if task.timeout is not None:
-            self.answered(task.number, Failure(TaskTimeout(task.number, task.timeout)))
-        elif task.attempts > self._max_retries:
+        error, task.expired = task.expired, None
+        if error is None and task.attempts > task.retries:
             error = WorkerDied(task.number, pid, exitcode, task.attempts)
-            self.answered(task.number, Failure(error))
-        else:
+        if error is None or call > task.first:  # what ended before it has to run again first
+            task.careful = True
             self.retried += 1
-            self._retries.append(task)
-        return task.number
+            return task, None
+        self.backlog.popleft()
+        if task.results is not None:
+            task.fail(error)
+            task.args = task.args[1:]
+            task.first += 1
+            if task.args:
+                self.backlog.appendleft(task)
+                return task, error
+        self.answered_count += 1
+        return task, error
 
-    def results(self, exceptions: bool) -> list[Any]:
-        """All answers in the order of the tasks.
-
-        Args:
-            exceptions: whether an exception stands where a task failed; failed
-                tasks are left out otherwise.
-        """
-        ordered = (self._results[number] for number in sorted(self._results))
-        if exceptions:
-            return [each.error if isinstance(each, Failure) else each for each in ordered]
-        return [each for each in ordered if not isinstance(each, Failure)]
-
-    def _take_back(self, task: _Task) -> None:
-        if task.position is not None:
-            del self._by_position[task.position]
-            task.position = None
-            self.outstanding -= 1
-            self.outstanding_nbytes -= task.nbytes
+    def at(self, position: int) -> Task | None:
+        """The task that was sent at this position and has no answer."""
+        return self._by_position.get(position)

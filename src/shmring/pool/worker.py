@@ -2,36 +2,40 @@
 
 ::
 
-    task queue --take----------> claim [low, high): "this is mine", in shared memory,
-        |                          |                written before the task leaves the queue
-        |                          v
-        |                       handler(task) --raises--> exception and traceback, as text
-        |                          |                                 |
-        |                          v                                 v
-        |                       result ------------commit-----> result queue
-        |                          |
-        +<------next-------- claim released: answered
+    task queue --take--> delivery [low, high): written to shared memory
+        |                   |          before the task leaves the queue
+        |                   v
+        |                function(*args) --raises--> exception and traceback
+        |                   |                              |
+        |                   v                              v
+        |                result -------commit-------> answer queue
+        |                   |
+        +<-----next----- delivery released
 
-While it waits it stores heartbeats on the board, sends a HEARTBEAT message now
-and then, and looks whether its coordinator is still there: without one it
-exits by itself.  A worker that dies between claim and release leaves the claim
-behind, and with it the one task that another must do.
+While it waits it stores heartbeats in its slot and looks whether the process it
+works for is still there; without that it exits by itself. A worker that dies between
+delivery and release leaves the delivery behind, and with it the one task that
+another worker must do.
 """
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
+import logging
+import pickle
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from shmring._backend import backend
 from shmring.errors import (
     DecodeError,
+    Empty,
+    EncodeError,
     Full,
     MessageTooLarge,
     NameUnknown,
@@ -40,16 +44,19 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.ipc.message import Envelope, Message, MessageType
+from shmring.ipc.message import MessageType
 from shmring.ipc.registry import Role, Slot
+from shmring.pool.channel import Functions, isolate_failures
 
 __all__ = [
     "DATA_BUFFER",
     "DATA_BUFFER_BYTES",
     "RESULT_QUEUE",
+    "TaskLoop",
     "Worker",
     "current_worker",
     "echo",
+    "run_pool_worker",
     "run_spawned_worker",
     "worker_process",
 ]
@@ -58,14 +65,16 @@ RESULT_QUEUE = "result_queue"
 DATA_BUFFER = "data_buffer"
 DATA_BUFFER_BYTES = 1 << 20
 
-# A waiting worker beats, and looks after its coordinator, this often, in seconds.
+# A waiting worker beats, and looks after whom it works for, this often, in seconds.
 _SLICE = 0.25
+# Results of a chunk are sent on when they are older than this, in nanoseconds.
+_FLUSH_NS = 1_000_000
 
-_current: contextvars.ContextVar[Worker | None] = contextvars.ContextVar("_current", default=None)
+_current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current", default=None)
 
 
 def echo(task: Any) -> Any:
-    """The handler that is used when none is given: the task is its own result.
+    """Return the task: the handler that is used when none is given.
 
     Args:
         task: anything.
@@ -76,7 +85,7 @@ def echo(task: Any) -> Any:
     return task
 
 
-def current_worker() -> Worker | None:
+def current_worker() -> Any:
     """The worker in whose handler the caller runs.
 
     Returns:
@@ -85,39 +94,262 @@ def current_worker() -> Worker | None:
     return _current.get()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _CoordinatorWatch:
-    """Whom the worker works for, as that process stood on the board."""
+class Employer(Protocol):
+    """The process for which a worker works, as the worker sees it."""
 
+    def is_gone(self) -> bool:
+        """Whether nothing will take answers any more."""
+        ...
+
+
+class CancelTask(BaseException):
+    """Raised in a running task by the signal of ``cancel_running()``."""
+
+
+class TaskLoop:
+    """Takes tasks from one queue and puts answers into another until it is told to stop.
+
+    Args:
+        worker_id: the name of the worker.
+        tasks: the task queue.
+        answers: the answer queue.
+        slot: of this worker; it says which task is being done and since when.
+        employer: asked between two waits.
+        handler: called for tasks that name no function.
+        max_tasks: leave after so many tasks; None for no limit.
+        is_too_large: asked between two tasks, at most every 50 ms: leave if it is true.
+
+    Attributes:
+        answered: how many calls were answered.
+    """
+
+    def __init__(
+        self,
+        worker_id: str,
+        tasks: Any,
+        answers: Any,
+        slot: Slot,
+        employer: Employer,
+        *,
+        handler: Callable[[Any], Any] = echo,
+        max_tasks: int | None = None,
+        is_too_large: Callable[[], bool] | None = None,
+    ) -> None:
+        self.worker_id = worker_id
+        self.answered = 0
+        self._tasks = tasks
+        self._answers = answers
+        self._slot = slot
+        self._employer = employer
+        self._handler = handler
+        self._max_tasks = max_tasks
+        self._is_too_large = is_too_large
+        self._next_look = 0
+        self._functions = Functions()
+        self._failures = isolate_failures(tasks) if backend == "ring" else []
+        self._cancellable = False
+
+    def beat(self) -> None:
+        """Say in the slot that the worker is alive; a long task may call this."""
+        self._slot.beat()
+
+    def run(self) -> None:
+        """Work until a STOP, until a limit is reached, or until the employer is gone.
+
+        Raises:
+            RingClosed: the queues were closed while the employer lives.
+        """
+        delivery = self._tasks._claim_open(self._slot.key) if backend == "ring" else None
+        try:
+            self._work(delivery)
+        except (RingClosed, RingNotFound):
+            if not self._employer.is_gone():
+                raise
+        # Not after an error: the delivery then says which task is unanswered.
+        if delivery is not None:
+            self._tasks._claim_close(delivery)
+
+    def tell(self, kind: str, content: Any = None) -> None:
+        """Send something that answers no task.
+
+        Args:
+            kind: "beat", "log", "left" or "broken".
+            content: anything that can be pickled.
+        """
+        self._send((None, kind, self.worker_id, content))
+
+    def _work(self, delivery: int | None) -> None:
+        take = self._tasks.get
+        release = self._tasks._claim_release if delivery is not None else None
+        reason = None
+        self._slot.idle()
+        while reason is None:
+            try:
+                number, function, args, kwargs = take(True, _SLICE)
+            except Empty:
+                self._slot.beat()
+                if self._employer.is_gone():
+                    return
+                continue
+            except DecodeError as error:
+                number, error = self._failures.pop() if self._failures else (-1, error)
+                self._send((number, 0, *_described(error)))
+            else:
+                if number < 0:
+                    reason = "stop"
+                elif type(kwargs) is dict:
+                    self._call(number, function, args, kwargs)
+                else:
+                    self._call_each(number, function, args, kwargs is True)
+            if release is not None:
+                release(delivery)
+            self._slot.idle()
+            reason = reason or self._limit_reached()
+        if reason != "stop":
+            self.tell("left", reason)
+
+    def _limit_reached(self) -> str | None:
+        if self._max_tasks is not None and self.answered >= self._max_tasks:
+            return f"max_tasks_per_child={self._max_tasks}"
+        if self._is_too_large is not None and time.monotonic_ns() >= self._next_look:
+            self._next_look = time.monotonic_ns() + 50_000_000
+            if self._is_too_large():
+                return "max_memory_per_worker"
+        return None
+
+    def _call(self, number: int, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._slot.working(number)
+        token = _current.set(self)
+        try:
+            call = self._handler if function is None else self._functions.get(function)
+            self._cancellable = True
+            value = call(*args, **kwargs)
+            self._cancellable = False
+        except BaseException as error:
+            self._cancellable = False
+            answer = (number, 0, *_described(error))
+        else:
+            answer = (number, value)
+        finally:
+            _current.reset(token)
+        try:
+            self._send(answer)
+        except (EncodeError, MessageTooLarge) as error:
+            self._send((number, 0, *_described(error)))
+        self.answered += 1
+        self._slot.count(tasks=1)
+
+    def _call_each(self, number: int, function: Any, items: list[Any], careful: bool) -> None:
+        """The calls of a chunk; it ends at the first one that raises."""
+        token = _current.set(self)
+        values: list[Any] = []
+        first = 0  # the index of the first of them
+        working, clock = self._slot.working, time.monotonic_ns
+        due = 0 if careful else clock() + _FLUSH_NS
+        last = len(items) - 1
+        try:
+            call = self._functions.get(function)
+            for index, args in enumerate(items):
+                working(number, index)
+                self._cancellable = True
+                values.append(call(*args))
+                self._cancellable = False
+                if clock() >= due and index != last:
+                    self._send_part(number, first, values)
+                    first, values = index + 1, []
+                    due = 0 if careful else clock() + _FLUSH_NS
+        except BaseException as error:
+            self._cancellable = False
+            if values:
+                self._send_part(number, first, values)
+            self._send((number, first + len(values), *_described(error)))
+        else:
+            self._send_part(number, first, values)
+        finally:
+            _current.reset(token)
+        self.answered += len(items)
+        self._slot.count(tasks=len(items))
+
+    def _send_part(self, number: int, first: int, values: list[Any]) -> None:
+        try:
+            self._send((number, first, values))
+        except (EncodeError, MessageTooLarge) as whole:
+            if len(values) == 1:
+                self._send((number, first, *_described(whole)))
+                return
+            for index, value in enumerate(values):  # it is told of the right one
+                self._send_part(number, first + index, [value])
+
+    def _send(self, answer: tuple[Any, ...]) -> None:
+        while True:
+            try:
+                self._answers.put(answer, True, _SLICE)
+                return
+            except Full:
+                if self._employer.is_gone():
+                    raise RingClosed("the pool is gone, nothing takes answers") from None
+
+    def cancel(self, signum: int, frame: Any) -> None:
+        """Signal handler: end the task that is running, if it is at a point to be ended."""
+        if self._cancellable:
+            self._cancellable = False
+            raise CancelTask
+
+
+def _described(error: BaseException) -> tuple[bytes | None, str]:
+    """An exception as a pickle that is known to load, or None, and its traceback as text."""
+    if isinstance(error, CancelTask):
+        return None, ""
+    text = "".join(traceback.format_exception(error))
+    try:
+        error.__traceback__ = None
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)  # many exceptions can be pickled and not unpickled
+    except Exception:
+        pickled = pickle.dumps(RemoteError(f"{type(error).__qualname__}: {_text_of(error)}"))
+    return pickled, text
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be made)"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Coordinator:
+    """A coordinator, as it stood in the registry when the worker came."""
+
+    ipc: HighPerformanceIPC
     index: int
     incarnation: int
 
+    def is_gone(self) -> bool:
+        entry = self.ipc.board_entry(self.index)
+        return (
+            entry is None
+            or entry.incarnation != self.incarnation
+            or entry.role is not Role.COORDINATOR
+            or entry.is_dead()
+        )
 
-class Worker:
-    """One worker; :func:`worker_process` runs it, a handler reaches it by :func:`current_worker`.
+
+class Worker(TaskLoop):
+    """A worker of a coordinator; :func:`worker_process` runs it.
 
     Attributes:
-        ipc: the worker's own, with the two queues and the data buffer connected.
-        answered: how many tasks it has answered.
+        ipc: the worker's own, with the data buffer connected.
     """
 
     def __init__(
         self, ipc: HighPerformanceIPC, task_queue: str, handler: Callable[[Any], Any]
     ) -> None:
         self.ipc = ipc
-        self.answered = 0
         self._task_queue = task_queue
-        self._handler = handler
-        self._slot: Slot = ipc.join_board(Role.WORKER)
-        self._watched: _CoordinatorWatch | None = None
-        self._heartbeat_due = 0.0
-        self._look_due = 0.0
+        self._given_handler = handler
 
-    def beat(self) -> None:
-        """Say on the board that the worker is alive; a long handler may call this."""
-        self._slot.beat()
-
-    def run(self, timeout: float) -> None:
+    def connect_and_run(self, timeout: float) -> None:
         """Connect, work until SHUTDOWN or until the coordinator is gone.
 
         Args:
@@ -126,100 +358,32 @@ class Worker:
         Raises:
             NameUnknown: the coordinator did not make its queues until the deadline.
         """
-        self.ipc.connect_message_queue(self._task_queue, timeout)
+        ipc = self.ipc
+        slot = ipc.join_board(Role.WORKER)
+        ipc._connect_queue(self._task_queue, timeout, "pickle")
         try:
-            self.ipc.connect_message_queue(RESULT_QUEUE, 0.0)
-            self.ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
+            ipc._connect_queue(RESULT_QUEUE, 0.0, "pickle")
+            ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
         except NameUnknown:
             return  # the coordinator made them first and removed them first: it has ended
-        self._watched = self._find_coordinator()
-        queue = self.ipc.message_queues[self._task_queue]
-        claim = queue._claim_open(self._slot.key) if backend == "ring" else None
-        try:
-            self._work(queue, claim)
-        except (RingClosed, RingNotFound):
-            self._look_due = 0.0
-            if not self._coordinator_is_gone():
-                raise
-        # Not after an error: the claim then says which task is unanswered.
-        if claim is not None:
-            queue._claim_close(claim)
-
-    def _work(self, queue: Any, claim: int | None) -> None:
-        while not self._coordinator_is_gone():
-            message = self._next_message()
-            if message is None:
-                continue
-            if message.msg_type is MessageType.DATA:
-                self._answer(message)
-            if claim is not None:
-                queue._claim_release(claim)
-            if message.msg_type is MessageType.SHUTDOWN:
-                return
-
-    def _next_message(self) -> Message | None:
-        now = time.monotonic()
-        if now >= self._heartbeat_due:
-            self._send(MessageType.HEARTBEAT, None)
-            self._heartbeat_due = now + self.ipc.heartbeat_interval
-        return self.ipc.receive_message(self._task_queue, _SLICE)
-
-    def _answer(self, message: Message) -> None:
-        sealed = message.data
-        if not isinstance(sealed, Envelope):
-            raise DecodeError(f"a task is an Envelope, not {type(sealed).__name__}: who sent this?")
-        number, attempt = sealed.number, sealed.attempt
-        self._slot.working(number)
-        token = _current.set(self)
-        try:
-            answer = Envelope.seal(number, attempt, True, self._handler(sealed.open()))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            answer = _seal_error(number, attempt, error)
-        finally:
-            _current.reset(token)
-        try:
-            self._send(MessageType.DATA, answer)
-        except MessageTooLarge as error:
-            self._send(MessageType.DATA, _seal_error(number, attempt, error))
-        self.answered += 1
-        self._slot.count(tasks=1)
-        self._slot.idle()
-
-    def _send(self, msg_type: MessageType, data: Any) -> None:
-        while True:
-            try:
-                self.ipc.send_message(RESULT_QUEUE, msg_type, data, timeout=_SLICE)
-            except Full:
-                if self._coordinator_is_gone():
-                    raise RingClosed("the coordinator is gone, nobody takes results") from None
-                continue
-            if msg_type is MessageType.HEARTBEAT:
-                self.ipc.last_heartbeat = time.time()
+        coordinator = self._find_coordinator()
+        if coordinator is None:
             return
+        super().__init__(
+            ipc.process_id,
+            ipc.message_queues[self._task_queue],
+            ipc.message_queues[RESULT_QUEUE],
+            slot,
+            coordinator,
+            handler=self._given_handler,
+        )
+        self.run()
 
-    def _find_coordinator(self) -> _CoordinatorWatch | None:
+    def _find_coordinator(self) -> _Coordinator | None:
         for entry in self.ipc.board_entries():
             if entry.role is Role.COORDINATOR and not entry.is_dead():
-                return _CoordinatorWatch(entry.index, entry.incarnation)
+                return _Coordinator(self.ipc, entry.index, entry.incarnation)
         return None
-
-    def _coordinator_is_gone(self) -> bool:
-        watched = self._watched
-        if watched is None:
-            return True
-        now = time.monotonic()
-        if now < self._look_due:  # it costs more than a small task
-            return False
-        self._look_due = now + _SLICE
-        entry = self.ipc.board_entry(watched.index)
-        return (
-            entry is None
-            or entry.incarnation != watched.incarnation
-            or entry.role is not Role.COORDINATOR
-            or entry.is_dead()
-        )
 
 
 def worker_process(
@@ -254,7 +418,7 @@ def worker_process(
     with HighPerformanceIPC(process_id, namespace=namespace) as ipc:
         ipc.heartbeat_interval = heartbeat_interval
         worker = Worker(ipc, coordinator_queue_name, handler)
-        worker.run(connect_timeout)
+        worker.connect_and_run(connect_timeout)
         return worker.answered
 
 
@@ -285,14 +449,86 @@ def run_spawned_worker(
     worker_process(worker_id, queue_name, handler=handler, namespace=namespace)
 
 
-def _seal_error(number: int, attempt: int, error: BaseException) -> Envelope:
-    """Seal an exception with its traceback; one that cannot travel is described instead."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        sealed = Envelope.seal(number, attempt, False, (error, text))
-        # Many exceptions can be pickled and not unpickled: better to find out here.
-        sealed.open()
-    except Exception:
-        described = RemoteError(f"{type(error).__qualname__}: {error}")
-        sealed = Envelope.seal(number, attempt, False, (described, text))
-    return sealed
+def run_pool_worker(
+    worker_id: str,
+    index: int,
+    tasks: Any,
+    answers: Any,
+    slots: Any,
+    lifeline: Any,
+    setting: dict[str, Any],
+) -> None:
+    """Run a worker of an executor: what its process does.
+
+    Args:
+        worker_id: its name.
+        index: of its slot.
+        tasks: the task queue.
+        answers: the answer queue.
+        slots: where it says what it does.
+        lifeline: ends it, and what it starts, with the pool's process.
+        setting: "initializer", "initargs", "max_tasks", "memory_limit", "log_level".
+    """
+    lifeline.bind()
+    slot = slots.register(worker_id, Role.WORKER, index)
+    limit = setting["memory_limit"]
+    loop = TaskLoop(
+        worker_id,
+        tasks,
+        answers,
+        slot,
+        _Owner(lifeline),
+        max_tasks=setting["max_tasks"],
+        is_too_large=None if limit is None else _is_larger_than(limit),
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)  # of an event loop in the parent
+        signal.signal(signal.SIGINT, loop.cancel)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _forward_records(loop, setting["log_level"])
+    initializer = setting["initializer"]
+    if initializer is not None:
+        try:
+            initializer(*setting["initargs"])
+        except BaseException:
+            loop.tell("broken", traceback.format_exc())
+            slot.release()
+            return
+    loop.run()
+    slot.release()
+    for each in (tasks, answers):
+        each.close()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Owner:
+    """The process that made the pool."""
+
+    lifeline: Any
+
+    def is_gone(self) -> bool:
+        gone: bool = self.lifeline.is_cut()
+        return gone
+
+
+def _is_larger_than(limit: int) -> Callable[[], bool]:
+    import psutil
+
+    process = psutil.Process()
+    return lambda: bool(process.memory_info().rss > limit)
+
+
+def _forward_records(loop: TaskLoop, level: int) -> None:
+    """Send what is logged here to the pool's process."""
+    from logging.handlers import QueueHandler
+
+    class Forward(QueueHandler):
+        def enqueue(self, record: logging.LogRecord) -> None:
+            loop.tell("log", record)
+
+    forward = Forward(None)  # type: ignore[arg-type]
+    root = logging.getLogger()
+    root.setLevel(level)
+    for each in [root, *root.manager.loggerDict.values()]:
+        if isinstance(each, logging.Logger) and (each.handlers or each is root):
+            each.handlers = [forward] if each is root or not each.propagate else []

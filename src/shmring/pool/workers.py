@@ -1,34 +1,30 @@
-"""The workers as their coordinator sees them: who is there, who is gone, who replaces whom.
+"""Workers as the dispatcher sees them: started, found dead, replaced.
 
-Two kinds.  :class:`SpawnedWorkers` are children that the coordinator starts,
-replaces, kills and joins; their end is proved by their sentinels.
-:class:`VisitingWorkers` were started by somebody else; they are known from the
-board, and their end is proved by what stands there.
+Two kinds. :class:`ChildWorkers` are started, replaced, killed and joined here; their
+end is proved by their sentinels. :class:`ExternalWorkers` are started elsewhere; they
+are known from the registry, and their end is proved by what stands there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
+import selectors
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from shmring.errors import InvalidArgument, ShmringError
-from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.registry import SLOTS, Entry, Role, State
-from shmring.pool.worker import run_spawned_worker
 from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
 
 __all__ = [
+    "ChildWorkers",
     "Departure",
-    "SpawnedWorkers",
-    "VisitingWorkers",
+    "ExternalWorkers",
     "WorkerReport",
     "Workers",
     "interrupts_held",
@@ -38,6 +34,18 @@ __all__ = [
 _MOST_FALSE_STARTS = 3
 # How long a worker may take to stop, in seconds; one in a system call may be slow.
 _MOST_STOPPING = 1.0
+
+
+class Slots(Protocol):
+    """The registry, as it is read here."""
+
+    def entries(self) -> list[Entry]:
+        """All slots that were ever taken."""
+        ...
+
+    def entry(self, index: int) -> Entry | None:
+        """One slot."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,23 +70,29 @@ class WorkerReport:
 class Departure:
     """A worker that has ended.
 
-    ``clean`` says that it left by itself, as it does when nobody needs it;
-    ``start_ticks`` tell it from one that has its PID now, 0 where that is not known;
-    ``key`` tells it from other workers of its process, 0 where the process has ended.
+    Attributes:
+        worker_id: its name.
+        pid: its process.
+        start_ticks: when that process started; 0 where it is not known.
+        clean: whether it left by itself, as it does when it is not needed.
+        key: tells it from other workers of its process; 0 where the process has ended.
+        item: the call of a chunk at which it was.
+        useful: whether it had answered anything.
     """
 
     worker_id: str
     pid: int
     start_ticks: int
-    exitcode: int | None
     clean: bool
     key: int = 0
+    item: int = 0
+    useful: bool = False
 
     def held(self, pid: int, start_ticks: int, key: int) -> bool:
-        """Whether a claim was its own.
+        """Whether a delivery was its own.
 
         Args:
-            pid: of the claim's owner.
+            pid: of the process that took it.
             start_ticks: when that process started; 0 where that is not known.
             key: of the worker; 0 where it died before it wrote it, or is about to.
         """
@@ -91,50 +105,50 @@ class Departure:
 
 
 class Workers(Protocol):
-    """What the coordinator asks of either kind."""
+    """What the dispatcher asks of either kind."""
 
-    def start(self) -> None:
-        """Have the workers that are needed."""
+    def start(self, unanswered: int) -> None:
+        """Have the workers that so many unanswered tasks need."""
         ...
 
     def departed(self) -> list[Departure]:
-        """Those that have ended since the last call; still to be :meth:`bury`-ed."""
+        """Those that have ended since the last call; still to be reaped."""
         ...
 
-    def bury(self, departure: Departure, useful: bool) -> None:
-        """A departure has been dealt with: forget its process."""
+    def reap(self, departure: Departure, useful: bool) -> None:
+        """Forget one whose deliveries have been dealt with."""
         ...
 
-    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """Of (pid, start ticks, key) with a claim slot, those that ended and were not seen to."""
+    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """Of (pid, start ticks, key) with a delivery, those that ended and were not noticed."""
         ...
 
     def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
+        """Those with a slot that have not ended."""
         ...
 
     def to_dismiss(self) -> int:
-        """How many SHUTDOWN messages are needed."""
+        """How many STOP messages are needed."""
         ...
 
     def exitcode_of(self, pid: int) -> int | None:
-        """How one has ended, if that can be known; asked after its claims have been read."""
+        """How one has ended, if that can be known; asked after its deliveries have been read."""
         ...
 
     def pids(self) -> tuple[int, ...]:
-        """The processes that have not been buried."""
-        ...
-
-    def children(self) -> list[BaseProcess] | None:
-        """Those whose end is the end of their process; None if the board tells of it."""
+        """The processes that have not been reaped."""
         ...
 
     def all_gone(self) -> bool:
-        """Whether nobody is left to be waited for."""
+        """Whether all have ended."""
         ...
 
     def kill(self, seen: Entry) -> bool:
-        """Kill one if it still is at the task of this look; False if not, or not ours."""
+        """Kill one if it still is at the call of this look; False if not, or not ours."""
+        ...
+
+    def signal(self, seen: Entry, signum: int) -> bool:
+        """As :meth:`kill`, with another signal."""
         ...
 
     def stop(self, grace: float) -> None:
@@ -196,21 +210,28 @@ def _start_servants(method: str) -> None:
         forkserver.ensure_running()
 
 
-class _Roll:
-    """Everybody who ever stood on the board as a worker of this run."""
+class _SeenWorkers:
+    """Every worker of this run that ever had a slot."""
 
-    def __init__(self, ipc: HighPerformanceIPC) -> None:
-        self._ipc = ipc
-        # Those of an earlier run; a visitor may well have come before its coordinator.
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        # Those of an earlier run; an external worker may have come before its coordinator.
         self._earlier = {entry.key for entry in self._entries() if entry.is_dead()}
         self.last_seen: dict[int, Entry] = {}
 
     def look(self) -> list[Entry]:
-        """Read the board; returns the workers that stand there, also dead ones."""
+        """Read the slots; returns the workers in them, also dead ones."""
         found = [each for each in self._entries() if each.key not in self._earlier]
         for entry in found:
             self.last_seen[entry.key] = entry
         return found
+
+    def of_process(self, pid: int) -> Entry | None:
+        """The worker of this process, as it was last seen."""
+        for entry in reversed(self.last_seen.values()):
+            if entry.pid == pid:
+                return entry
+        return None
 
     def report(self, exitcodes: dict[int, int | None]) -> list[WorkerReport]:
         """One row for each, with the exit codes of those that have one, by PID."""
@@ -230,22 +251,23 @@ class _Roll:
         ]
 
     def _entries(self) -> list[Entry]:
-        return [each for each in self._ipc.board_entries() if each.role is Role.WORKER]
+        return [each for each in self._slots.entries() if each.role is Role.WORKER]
 
-    def stands(self, key: int) -> bool:
-        """Whether a worker of this key has its slot on the board."""
+    def has_slot(self, key: int) -> bool:
+        """Whether a worker of this key has its slot still."""
         index = key & 0xFF
-        entry = self._ipc.board_entry(index) if index < SLOTS else None
+        entry = self._slots.entry(index) if index < SLOTS else None
         return entry is not None and entry.key == key
 
     def is_at(self, seen: Entry) -> bool:
-        """Whether a worker is at the task still at which it was seen."""
-        entry = self._ipc.board_entry(seen.index)
-        return entry is not None and (entry.key, entry.task, entry.task_started_ns) == (
-            seen.key,
-            seen.task,
-            seen.task_started_ns,
-        )
+        """Whether a worker is still at the call at which it was seen."""
+        entry = self._slots.entry(seen.index)
+        return entry is not None and (
+            entry.key,
+            entry.task,
+            entry.task_item,
+            entry.task_started_ns,
+        ) == (seen.key, seen.task, seen.task_item, seen.task_started_ns)
 
 
 def _state_of(entry: Entry) -> str:
@@ -254,67 +276,84 @@ def _state_of(entry: Entry) -> str:
     return "dead" if entry.is_dead() else entry.state.name.lower()
 
 
-class SpawnedWorkers:
-    """Children of the coordinator.
+class ChildWorkers:
+    """Children of this process.
 
     Args:
-        ipc: the coordinator's.
-        number: how many are to work at a time.
-        queue_name: the name of the task queue.
-        handler: what they do.
-        method: the start method; None is the default of the platform.
+        slots: where they stand: the registry.
+        number: how many work at a time.
+        target: what each runs, with the worker's name and its number as first arguments.
+        args: what else it is called with.
+        context: a context of multiprocessing.
+        at_once: start all at the first task; otherwise as many as there are tasks.
+        prefix: of their names.
+        on_start: called with the name and the process of each that is started.
     """
 
     def __init__(
         self,
-        ipc: HighPerformanceIPC,
+        slots: Slots,
         number: int,
-        queue_name: str,
-        handler: Callable[[Any], Any],
-        method: str | None,
+        target: Callable[..., None],
+        args: tuple[Any, ...],
+        context: Any,
+        *,
+        at_once: bool = True,
+        prefix: str = "worker-",
+        on_start: Callable[[str, int], object] | None = None,
     ) -> None:
-        self._ipc = ipc
-        self._number = number
-        self._queue_name = queue_name
-        self._handler = handler
-        self._context: Any = multiprocessing.get_context(method)
-        self._roll = _Roll(ipc)
-        self._processes: list[BaseProcess] = []
+        self.number = number
+        self.processes: dict[int, BaseProcess] = {}  # by index
+        self._target = target
+        self._args = args
+        self._context = context
+        self._at_once = at_once
+        self._prefix = prefix
+        self._on_start = on_start
+        self._seen = _SeenWorkers(slots)
         self._exitcodes: dict[int, int | None] = {}
         self._names: dict[int, str] = {}
         self._false_starts = 0
+        self._poll = _Sentinels()
 
-    def start(self) -> None:
+    @property
+    def missing(self) -> bool:
+        """Whether there are fewer than there may be."""
+        return len(self.processes) < self.number
+
+    def start(self, unanswered: int) -> None:
         """Start as many as are missing.
 
         Raises:
-            InvalidArgument: the handler cannot be sent to a process.
-            ShmringError: they keep dying before they have done anything.
+            InvalidArgument: the arguments cannot be sent to a process.
+            ShmringError: workers keep dying before they have done anything.
         """
-        while len(self._processes) < self._number:
+        wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
+        while len(self.processes) < wanted:
             if self._false_starts >= _MOST_FALSE_STARTS:
                 raise ShmringError(
                     f"{self._false_starts} workers in a row died before they answered or even "
                     f"took a task (exit codes {sorted(set(self._exitcodes.values()), key=repr)}): "
-                    "can they import the module of the handler?"
+                    "can they import the module of the function?"
                 )
             self._start_one()
 
     def _start_one(self) -> None:
-        worker_id = f"worker-{len(self._names)}"
+        worker_id = f"{self._prefix}{len(self._names)}"
+        index = next(each for each in range(self.number) if each not in self.processes)
         method = self._context.get_start_method()
-        inherited = self._ipc if method == "fork" else None
         process = self._context.Process(
-            target=run_spawned_worker,
-            name=worker_id,
-            args=(worker_id, self._queue_name, self._handler, self._ipc.namespace, inherited),
+            target=self._target, name=worker_id, args=(worker_id, index, *self._args)
         )
         _start_servants(method)
         try:
             with interrupts_held():
                 process.start()
                 self._names[process.pid or 0] = worker_id
-                self._processes.append(process)
+                self.processes[index] = process
+                self._poll.add(process)
+            if self._on_start is not None:
+                self._on_start(worker_id, process.pid or 0)
         except (AttributeError, TypeError, ValueError) as error:
             raise self._unsendable(method, error) from error
         except Exception as error:
@@ -324,99 +363,118 @@ class SpawnedWorkers:
 
     def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
         return InvalidArgument(
-            f"handler={self._handler!r} cannot be sent to a worker started with {method!r} "
-            f"({error}): use a function at the top level of a module"
+            f"a worker cannot be started with {method!r}: {error} (handler and initializer must be "
+            "functions at the top level of a module, and their arguments must be picklable)"
         )
 
     def departed(self) -> list[Departure]:
         """Those that have ended since the last call; not reaped yet, so no PID can return."""
-        self._roll.look()
-        ended = set(connection.wait([each.sentinel for each in self._processes], 0))
-        return [
-            Departure(
-                each.name, each.pid or 0, process_start_ticks(each.pid or 0), None, clean=False
-            )
-            for each in self._processes
-            if each.sentinel in ended
-        ]
+        ended = self._poll.ended()
+        if not ended:
+            return []
+        self._seen.look()
+        return [self._departure(each) for each in ended]
 
-    def bury(self, departure: Departure, useful: bool) -> None:
-        """Reap one that has ended.
+    def _departure(self, process: BaseProcess) -> Departure:
+        pid = process.pid or 0
+        entry = self._seen.of_process(pid)
+        return Departure(
+            process.name,
+            pid,
+            process_start_ticks(pid),
+            clean=entry is not None and entry.state is State.EXITED,
+            item=entry.task_item if entry is not None else 0,
+            useful=entry is not None and entry.tasks > 0,
+        )
+
+    def reap(self, departure: Departure, useful: bool) -> None:
+        """Reap one that has ended; what it started and left behind ends with it.
 
         Args:
             departure: from :meth:`departed`.
-            useful: whether it had answered or claimed a task.
+            useful: whether it had answered or taken a task.
         """
-        for process in list(self._processes):
+        for index, process in list(self.processes.items()):
             if process.pid == departure.pid:
+                if not departure.clean:
+                    kill_group(departure.pid)
                 process.join()
                 self._exitcodes[departure.pid] = process.exitcode
-                self._processes.remove(process)
+                self._poll.remove(process)
+                del self.processes[index]
                 process.close()
-        self._false_starts = 0 if useful else self._false_starts + 1
+        self._false_starts = 0 if useful or departure.clean else self._false_starts + 1
 
-    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """None: the sentinels tell of all.
-
-        Args:
-            holders: (pid, start ticks, key) of those that have a claim slot.
-        """
+    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """None: the sentinels tell of all."""
         return []
 
     def exitcode_of(self, pid: int) -> int | None:
-        """How one has ended, reaping it: only after its claims have been read.
+        """How one has ended, reaping it: only after its deliveries have been read.
 
         Args:
             pid: the worker.
         """
-        for process in self._processes:
+        for process in self.processes.values():
             if process.pid == pid:
                 process.join()
                 return process.exitcode
         return self._exitcodes.get(pid)
 
     def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
-        pids = {process.pid for process in self._processes}
-        return [each for each in self._roll.look() if each.pid in pids and not each.is_dead()]
+        """Those with a slot that have not ended."""
+        pids = {process.pid for process in self.processes.values()}
+        return [
+            each
+            for each in self._seen.look()
+            if each.pid in pids and each.state is not State.EXITED
+        ]
 
     def pids(self) -> tuple[int, ...]:
         """The processes that were started and have not been reaped."""
-        return tuple(process.pid for process in self._processes if process.pid)
+        return tuple(process.pid for process in self.processes.values() if process.pid)
 
     def to_dismiss(self) -> int:
-        """One SHUTDOWN message for each that lives."""
-        return len(self._processes)
-
-    def children(self) -> list[BaseProcess]:
-        """The processes that were started and have not been reaped."""
-        return list(self._processes)
+        """One STOP message for each that lives."""
+        return len(self.processes)
 
     def all_gone(self) -> bool:
         """Whether all have ended."""
-        return len(connection.wait([each.sentinel for each in self._processes], 0)) == len(
-            self._processes
-        )
+        return len(self._poll.ended()) == len(self.processes)
 
     def kill(self, seen: Entry) -> bool:
-        """Kill one with SIGKILL if it still is at the task of this look.
+        """Kill one with SIGKILL if it still is at the call of this look.
 
         It is stopped first, so that what the second look shows is true at the kill.
 
         Args:
-            seen: the worker, as it stood on the board.
+            seen: the worker, as it stood in its slot.
 
         Returns:
             whether it was killed.
         """
-        for process in self._processes:
+        return self.signal(seen, signal.SIGKILL)
+
+    def signal(self, seen: Entry, signum: int) -> bool:
+        """As :meth:`kill`, with another signal."""
+        for process in self.processes.values():
             if process.pid == seen.pid and process.is_alive():
                 with _stopped(seen.pid):
-                    if not self._roll.is_at(seen):
+                    if not self._seen.is_at(seen):
                         return False
-                    process.kill()
+                    os.kill(seen.pid, signum)
                     return True
         return False
+
+    def signal_all(self, signum: int) -> None:
+        """Send a signal to all of them."""
+        for process in list(self.processes.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signum)
+
+    def close(self) -> None:
+        """Give back what was used for looking after them."""
+        self._poll.close()
 
     def stop(self, grace: float) -> None:
         """Join all; terminate, then kill, those that do not end.
@@ -426,29 +484,36 @@ class SpawnedWorkers:
         """
         try:
             self._join(grace)
-            for process in self._processes:
+            for process in self.processes.values():
                 process.terminate()
             self._join(min(grace, 1.0))
         finally:  # also after a second Ctrl-C
-            for process in self._processes:
+            self.kill_all()
+
+    def kill_all(self) -> None:
+        """Kill all, and what they started; join them."""
+        for process in self.processes.values():
+            if process.is_alive():
+                kill_group(process.pid or 0)
                 process.kill()
-            for process in self._processes:
-                process.join()
-                self._exitcodes[process.pid or 0] = process.exitcode
-            self._roll.look()
-            for process in self._processes:
-                process.close()
-            self._processes.clear()
+        for process in self.processes.values():
+            process.join()
+            self._exitcodes[process.pid or 0] = process.exitcode
+        self._seen.look()
+        for process in self.processes.values():
+            self._poll.remove(process)
+            process.close()
+        self.processes.clear()
 
     def _join(self, grace: float) -> None:
         deadline = time.monotonic() + grace
-        for process in self._processes:
+        for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
 
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
-        rows = self._roll.report(self._exitcodes)
-        # One that died at once may have lost its slot to the next before anybody looked.
+        rows = self._seen.report(self._exitcodes)
+        # One that died at once may have lost its slot to the next before it was looked at.
         seen = {row.pid for row in rows}
         rows += [
             WorkerReport(name, pid, 0, 0, 0, 0, "dead", self._exitcodes.get(pid))
@@ -458,27 +523,55 @@ class SpawnedWorkers:
         return rows
 
 
-class VisitingWorkers:
+def kill_group(pid: int) -> None:
+    """Kill the processes that a worker started, where it leads a group of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(pid) == pid != os.getpid():
+            os.killpg(pid, signal.SIGKILL)
+
+
+class _Sentinels:
+    """The children that have ended, by one system call however many there are."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def add(self, process: BaseProcess) -> None:
+        self._selector.register(process.sentinel, selectors.EVENT_READ, process)
+
+    def remove(self, process: BaseProcess) -> None:
+        self._selector.unregister(process.sentinel)
+
+    def ended(self) -> list[BaseProcess]:
+        if not self._selector.get_map():
+            return []
+        return [key.data for key, _ in self._selector.select(0)]
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+class ExternalWorkers:
     """Workers that the caller starts, wherever it likes.
 
     Args:
-        ipc: the coordinator's.
+        slots: the registry of the namespace.
         number: how many are expected.
         patience: how long to do without any, in seconds.
     """
 
-    def __init__(self, ipc: HighPerformanceIPC, number: int, patience: float) -> None:
+    def __init__(self, slots: Slots, number: int, patience: float) -> None:
         self._number = number
         self._patience = patience
-        self._roll = _Roll(ipc)
-        self._buried: set[int] = set()  # their keys
+        self._seen = _SeenWorkers(slots)
+        self._reaped: set[int] = set()  # their keys
         self._last_company = time.monotonic()
 
-    def start(self) -> None:
-        """Starting is the caller's; only see to it that somebody is there.
+    def start(self, unanswered: int) -> None:
+        """Only check that there are any: starting them is the caller's part.
 
         Raises:
-            ShmringError: nobody has been for longer than the patience.
+            ShmringError: there have been none for longer than the patience.
         """
         now = time.monotonic()
         if self.living():
@@ -491,40 +584,40 @@ class VisitingWorkers:
 
     def departed(self) -> list[Departure]:
         """Those that have ended since the last call."""
-        standing = {each.key for each in self._roll.look()}
+        standing = {each.key for each in self._seen.look()}
         return [
             Departure(
                 entry.process_id,
                 entry.pid,
                 entry.start_ticks,
-                None,
                 clean=entry.state is State.EXITED,
                 key=key,
+                useful=entry.tasks > 0,
             )
-            for key, entry in self._roll.last_seen.items()
+            for key, entry in self._seen.last_seen.items()
             # A slot is taken again only from the dead: no longer standing proves it too.
-            if key not in self._buried and (key not in standing or entry.is_dead())
+            if key not in self._reaped and (key not in standing or entry.is_dead())
         ]
 
-    def bury(self, departure: Departure, useful: bool) -> None:
+    def reap(self, departure: Departure, useful: bool) -> None:
         """Forget one that has ended.
 
         Args:
             departure: from :meth:`departed`.
             useful: of no use here.
         """
-        self._buried.add(departure.key)
+        self._reaped.add(departure.key)
 
-    def strays(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
         """Those that ended, and lost their slot to the next before the coordinator looked.
 
         Args:
             holders: (pid, start ticks, key) of those that have a claim slot.
         """
         return [
-            Departure(f"process {pid}", pid, start_ticks, None, clean=False, key=key)
+            Departure(f"process {pid}", pid, start_ticks, clean=False, key=key)
             for pid, start_ticks, key in sorted(set(holders))
-            if is_process_dead(pid, start_ticks) or (key != 0 and not self._roll.stands(key))
+            if is_process_dead(pid, start_ticks) or (key != 0 and not self._seen.has_slot(key))
         ]
 
     def exitcode_of(self, pid: int) -> int | None:
@@ -536,27 +629,28 @@ class VisitingWorkers:
         return None
 
     def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
-        return [each for each in self._roll.look() if not each.is_dead()]
+        """Those with a slot that have not ended."""
+        return [each for each in self._seen.look() if not each.is_dead()]
 
     def pids(self) -> tuple[int, ...]:
-        """The workers on the board that have not ended."""
+        """The workers with a slot that have not ended."""
         return tuple(entry.pid for entry in self.living())
 
     def to_dismiss(self) -> int:
-        """One SHUTDOWN message for each that lives, or may still come."""
+        """One STOP message for each that lives, or may still come."""
         self.departed()
-        return max(self._number - len(self._roll.last_seen), 0) + len(self.living())
-
-    def children(self) -> None:
-        """None: a worker may end, and say so on the board, long before its process."""
+        return max(self._number - len(self._seen.last_seen), 0) + len(self.living())
 
     def all_gone(self) -> bool:
         """Whether as many as were expected have come, and all have gone."""
         living = self.living()
-        return not living and len(self._roll.last_seen) >= self._number
+        return not living and len(self._seen.last_seen) >= self._number
 
     def kill(self, seen: Entry) -> bool:
+        """Never: they are not ours."""
+        return False
+
+    def signal(self, seen: Entry, signum: int) -> bool:
         """Never: they are not ours."""
         return False
 
@@ -572,4 +666,4 @@ class VisitingWorkers:
 
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
-        return self._roll.report({})
+        return self._seen.report({})

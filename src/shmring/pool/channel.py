@@ -1,0 +1,129 @@
+"""Task and answer queues of a pool, and what travels on them.
+
+::
+
+    task     (number, function, args, kwargs)     one call
+             (number, function, [args, ...], None)  a chunk: one function, many calls;
+                                                    True: each result before the next call
+             (-1, None, (), None)                 stop: one worker ends
+    answer   (number, value)                      the result of a call
+             (number, index, [value, ...])        results of a chunk from ``index`` on
+             (number, index, failure, text)       an exception: pickled, and its traceback
+             (None, kind, worker id, content)     not about a task: "log", "beat", "left", ...
+
+A function that is pickled by its name travels as those bytes, which are made
+once in the sender and loaded once in each worker. Everything else is one pickle
+that begins with the number: what cannot be unpickled costs that task alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from shmring.errors import DecodeError
+from shmring.queues.codec import KIND_PICKLE, PickleCodec, ReusedPickler, decode_error, encode_error
+
+__all__ = ["STOP", "FunctionReferences", "Functions", "isolate_failures"]
+
+STOP = (-1, None, (), None)
+_MOST_REFERENCES = 1024
+
+
+class FunctionReferences:
+    """Functions as the bytes that name them, for the sender of tasks."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, bytes] = {}
+
+    def get(self, function: Any) -> Any:
+        """What stands for a function in a task: its reference, or itself where it has none."""
+        try:
+            return self._known[function]
+        except (KeyError, TypeError):
+            return self._make(function)
+
+    def _make(self, function: Any) -> Any:
+        by_name = isinstance(function, types.FunctionType) or (
+            isinstance(function, types.BuiltinFunctionType)
+            and isinstance(function.__self__, types.ModuleType)
+        )
+        if not by_name:
+            return function
+        try:
+            reference = pickle.dumps(function, protocol=5)
+        except Exception:
+            return function  # the codec of the queue knows more reducers, and explains better
+        if len(self._known) >= _MOST_REFERENCES:
+            self._known.clear()
+        self._known[function] = reference
+        return reference
+
+
+class Functions:
+    """Functions by their references, for a worker."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Any] = {}
+
+    def get(self, reference: Any) -> Any:
+        """The function that a task names.
+
+        Raises:
+            DecodeError: this process has no function of that name.
+        """
+        if not isinstance(reference, bytes):
+            return reference
+        function = self._known.get(reference)
+        if function is None:
+            try:
+                function = pickle.loads(reference)
+            except Exception as error:
+                raise DecodeError(
+                    f"the function of the task is not known in the worker: {error}; it must be"
+                    " at the top level of a module, and defined before the pool starts its workers"
+                ) from error
+            self._known[reference] = function
+        return function
+
+
+def isolate_failures(queue: Any) -> list[tuple[int, DecodeError]]:
+    """Have a queue note which task each message belonged to that could not be unpickled.
+
+    Args:
+        queue: the handle that will be read from.
+
+    Returns:
+        a list to which the handle appends (number, error) for each such message.
+    """
+    failures: list[tuple[int, DecodeError]] = []
+    codec = PickleCodec()
+
+    def explain(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
+        explained = decode_error(head, buffers, error)
+        failures.append((_number_in(head), explained))
+        return explained
+
+    def decode(kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
+        if kind != KIND_PICKLE:
+            return codec.decode(kind, head, buffers)
+        try:
+            return pickle.loads(head, buffers=buffers)
+        except Exception as error:
+            raise explain(head, buffers, error) from error
+
+    queue._set_codec(
+        codec.encode, decode, True, True, ReusedPickler, pickle.loads, encode_error, explain
+    )
+    return failures
+
+
+def _number_in(head: bytes) -> int:
+    """The number of the task at the beginning of a pickle."""
+    for opcode, argument, _ in pickletools.genops(head):
+        if opcode.name.startswith(("BININT", "LONG")) and isinstance(argument, int):
+            return argument
+    return -1

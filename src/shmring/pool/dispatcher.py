@@ -1,0 +1,462 @@
+"""Dispatcher: hands tasks to workers, and has each answered exactly once.
+
+::
+
+    submit() --> backlog --send: a window of tasks--> task queue --+
+                    ^                                              | take, delivery
+                    | requeue                                      v
+                    +------ lost <-- proof of death <--------- workers
+                    |                                              |
+    done() <--------+------ answered <-------- answer queue <------+
+
+Execution is at least once, answers are exactly once: a task whose answer was
+committed never runs again, one whose worker died with a delivery of it runs again,
+and one that only stood in the queue is charged to nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shmring._backend import backend
+from shmring.errors import (
+    DecodeError,
+    Empty,
+    EncodeError,
+    Full,
+    InvalidArgument,
+    MemoryExceeded,
+    MessageTooLarge,
+    NotSupportedByFallback,
+    RemoteError,
+    RemoteTraceback,
+    ShmringError,
+    TaskTimeout,
+)
+from shmring.ipc.registry import Entry
+from shmring.pool.channel import isolate_failures
+from shmring.pool.task_table import Failure, Task, TaskTable
+from shmring.pool.workers import Departure, Workers
+from shmring.process.liveness import is_process_stopped
+
+__all__ = ["Dispatcher"]
+
+_LOG = logging.getLogger("shmring")
+
+# How often the workers are looked after, in seconds.
+_LOOK = 0.02
+# How often to look for deliveries of workers that came and went unseen, in seconds.
+_ORPHANS = 1.0
+# A worker that neither works nor beats for so long is named in the log, in seconds.
+_SILENCE = 10.0
+# How often to look for silent workers where nothing else makes it look, in nanoseconds.
+_ROUND_NS = 1_000_000_000
+# The window of tasks in the queue grows while workers find it empty, up to this many.
+_WIDEST_WINDOW = 4096
+_WINDOW_NBYTES = 8 << 20
+# A window that takes longer than this to be worked off is too wide, in seconds.
+_WINDOW_SECONDS = 0.02
+
+
+class Dispatcher:
+    """One task table, one pair of queues, one set of workers.
+
+    Args:
+        tasks: the task queue.
+        answers: the answer queue.
+        workers: who works.
+        floor: tasks that are in the queue at least, as long as there are any.
+        task_timeout: seconds after which the worker of a call is killed; None for never.
+        memory_limit: bytes of resident memory that a call may reach; None for no limit.
+        on_message: called with (kind, worker id, content) of what answers no task.
+        on_event: called with (kind, task number or None, departure or worker id).
+    """
+
+    def __init__(
+        self,
+        tasks: Any,
+        answers: Any,
+        workers: Workers,
+        *,
+        floor: int,
+        task_timeout: float | None = None,
+        memory_limit: int | None = None,
+        on_message: Callable[[str, str, Any], object] | None = None,
+        on_event: Callable[[str, int | None, Any], object] | None = None,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.table = TaskTable()
+        self.workers = workers
+        self.task_timeout = task_timeout
+        self.memory_limit = memory_limit
+        self.died = 0
+        self.useful: set[int] = set()  # workers that died and had answered something
+        self._tasks = tasks
+        self._answers = answers
+        self._put = tasks._put_position if backend == "ring" else self._put_without_position
+        self._floor = floor
+        self._window = floor
+        self._window_filled = 0.0
+        self._undecodable = isolate_failures(answers) if backend == "ring" else []
+        self._on_message = on_message
+        self._on_event = on_event
+        self._first_position = self._last_position = 0
+        self._next_look = 0.0
+        self._next_orphans = 0.0
+        self._silent: set[int] = set()
+        self._next_round = 0
+        self._interrupts: dict[int, tuple[float, float | None]] = {}
+
+    # -- tasks out -------------------------------------------------------------------------
+
+    def submit(self, task: Task) -> None:
+        """Take in a task; it is sent at once if the window has room for it."""
+        table = self.table
+        with self.lock:
+            table.number(task)
+            if table.backlog or len(table.sent) >= self._room():
+                table.backlog.append(task)
+                return
+            failure = self._send(task)
+        if failure is not None:
+            task.done(failure)
+
+    def fill(self) -> None:
+        """Send from the backlog what the window has room for."""
+        table = self.table
+        while table.backlog:
+            failure = None
+            with self.lock:
+                if not table.backlog or len(table.sent) >= self._room():
+                    return
+                task = table.backlog.popleft()
+                failure = self._send(task)
+                if task.position < 0 and failure is None:
+                    return  # no room in shared memory
+            if failure is not None:
+                task.done(failure)
+
+    def _room(self) -> int:
+        """How many tasks may stand in the queue: fewer where they are large."""
+        if self._last_position - self._first_position > _WINDOW_NBYTES:
+            return self._floor
+        return self._window
+
+    def _send(self, task: Task) -> Failure | None:
+        """Put a task into the queue, or back; a Failure if it can never be sent."""
+        try:
+            position = self._put(task.message(), False)
+        except Full:
+            self.table.backlog.appendleft(task)
+            return None
+        except (EncodeError, MessageTooLarge) as error:
+            return Failure(error)
+        self.table.note_sent(task, position)
+        self._last_position = position
+        return None
+
+    def _put_without_position(self, message: tuple[Any, ...], block: bool) -> int:
+        self._tasks.put(message, block)
+        number: int = message[0]
+        return number  # nothing reads deliveries on the fallback
+
+    def withdraw(self, task: Task) -> bool:
+        """Take a task back that no worker has taken yet.
+
+        Returns:
+            False if one has, or if the task is answered.
+        """
+        with self.lock:
+            if task in self.table.backlog:
+                self.table.backlog.remove(task)
+                return True
+            if task.number not in self.table.sent or backend != "ring":
+                return False
+            self.recall()
+            if task.position >= 0:
+                return False
+            self.table.backlog.remove(task)
+            return True
+
+    def recall(self) -> None:
+        """Take all tasks back that no worker has taken, and narrow the window."""
+        with self.lock:
+            self._window = self._floor
+            found: list[Task] = []
+            while True:
+                try:
+                    messages = self._tasks.get_many(None, False)
+                except Empty:
+                    break
+                except DecodeError as error:
+                    messages = error.items
+                found += [self.table.sent[each[0]] for each in messages if each[0] in self.table.sent]
+            for task in reversed(found):
+                self.table.requeue(task)
+
+    # -- answers in ------------------------------------------------------------------------
+
+    def turn(self, timeout: float) -> int:
+        """Wait for answers, take all that are there, send more, look after the workers.
+
+        Args:
+            timeout: how long to wait, in seconds.
+
+        Returns:
+            how many messages came.
+        """
+        count = self.take_in(timeout)
+        now = time.monotonic()
+        if count:
+            self._adapt(now)
+        if self.table.backlog:
+            self.fill()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK
+            self.look_after_workers()
+        return count
+
+    def _adapt(self, now: float) -> None:
+        """Widen the window while workers are about to find it empty; narrow it when it is slow."""
+        left = len(self.table.sent)
+        if left * 2 > self._window:
+            if now - self._window_filled > _WINDOW_SECONDS and self._window > self._floor:
+                self._window = max(self._floor, self._window // 2)
+                self._window_filled = now
+            return
+        if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
+            self._window = min(_WIDEST_WINDOW, self._window * 4)
+        self._window_filled = now
+
+    def take_in(self, timeout: float) -> int:
+        """Wait for answers, and deal with all that are there."""
+        try:
+            answers = self._answers.get_many(None, timeout > 0, timeout)
+        except Empty:
+            return 0
+        except DecodeError as error:
+            answers = error.items
+        for answer in answers:
+            number = answer[0]
+            if number is None:
+                self._heard(*answer[1:])
+            elif len(answer) == 2:
+                with self.lock:
+                    task = self.table.answered(number)
+                if task is not None:
+                    task.done(answer[1])
+            elif len(answer) == 3:
+                self._part(*answer)
+            else:
+                self._raised(*answer)
+        while self._undecodable:
+            number, error = self._undecodable.pop(0)
+            self._fail(number, error)
+        return len(answers)
+
+    def _part(self, number: int, index: int, values: list[Any]) -> None:
+        with self.lock:
+            task = self.table.part_answered(number, index, values)
+        if task is not None:
+            task.done(task.outcome())
+
+    def _raised(self, number: int, index: int, pickled: bytes | None, text: str) -> None:
+        error: BaseException
+        if pickled is None:
+            error = CancelledRunning()
+        else:
+            try:
+                error = _loaded(pickled)
+            except Exception as problem:
+                error = RemoteError(f"an exception that cannot be unpickled here: {problem}")
+            error.__cause__ = RemoteTraceback(text)
+        task = self.table.sent.get(number)
+        if task is not None and task.results is not None:
+            task.failed = True
+            # The chunk ended here; what follows is not run.
+            task.args = task.args[: index + 1]
+            self._part(number, index, [Failure(error)])
+        else:
+            self._fail(number, error)
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        with self.lock:
+            task = self.table.answered(number)
+        if task is not None:
+            if task.results is None:
+                task.done(Failure(error))
+            else:
+                task.fail(error)
+                task.done(task.outcome())
+
+    def _heard(self, kind: str, worker_id: str, content: Any) -> None:
+        if self._on_message is not None:
+            self._on_message(kind, worker_id, content)
+
+    # -- workers ---------------------------------------------------------------------------
+
+    def look_after_workers(self) -> None:
+        """Requeue what dead workers held, replace them, see to calls that take too long."""
+        self._first_position = min(self.table._by_position, default=self._last_position)
+        departed = self.workers.departed()
+        if departed:
+            self._bring_in(departed)
+        now = time.monotonic()
+        if backend == "ring" and now >= self._next_orphans:
+            self._next_orphans = now + _ORPHANS
+            orphans = self.workers.orphans(
+                (pid, start_ticks, key)
+                for _, pid, start_ticks, key, _, _ in self._tasks._claims()
+            )
+            if orphans:
+                self._bring_in(orphans)
+        self._look_at_the_living()
+        self.workers.start(len(self.table))
+
+    def _bring_in(self, departed: list[Departure]) -> None:
+        """Put back what the departed held, and nothing else."""
+        if backend != "ring":
+            self.take_in(0)
+            worst = departed[0]
+            raise NotSupportedByFallback(
+                f"{worst.worker_id} (process {worst.pid}) ended before it was dismissed; which "
+                "task it held cannot be known on the fallback, and a pipe may be left wedged"
+            )
+        # In this order: reading the deliveries locks both sides once, which recovers what the
+        # dead held of them; then the answers, for one that was committed counts.
+        deliveries = self._tasks._claims()
+        while self.take_in(0):
+            pass
+        for departure in departed:
+            held = False
+            for slot, pid, start_ticks, key, low, high in deliveries:
+                if not departure.held(pid, start_ticks, key):
+                    continue
+                if low < high:
+                    held = True
+                    self._lost(low, departure)
+                self._tasks._claim_free(slot)
+            self.died += not departure.clean
+            self.workers.reap(departure, held or departure.useful)
+            if self._on_event is not None:
+                self._on_event("left" if departure.clean else "died", None, departure)
+
+    def _lost(self, position: int, departure: Departure) -> None:
+        exitcode = self.workers.exitcode_of(departure.pid)
+        with self.lock:
+            lost = self.table.lost(position, departure.item, departure.pid, exitcode)
+        if lost is None:
+            return
+        task, error = lost
+        _LOG.warning(
+            "%s (process %d, exit code %s) died at task %d",
+            departure.worker_id,
+            departure.pid,
+            exitcode,
+            task.number,
+        )
+        if error is None:
+            if self._on_event is not None:
+                self._on_event("retried", task.number, departure)
+        elif task.results is None:
+            task.done(Failure(error))
+        elif not task.args:
+            task.done(task.outcome())
+
+    def _look_at_the_living(self) -> None:
+        if self._interrupts:
+            with self.lock:
+                for number in self._interrupts.keys() - self.table.sent.keys():
+                    del self._interrupts[number]
+        limited = self.task_timeout is not None or self.memory_limit is not None
+        now = time.monotonic_ns()
+        if now < self._next_round and not (self._interrupts or (limited and self.table.sent)):
+            return
+        self._next_round = now + _ROUND_NS
+        for entry in self.workers.living():
+            # A task may work for long without a beat: then only what is stopped is reported.
+            if (
+                entry.is_silent(_SILENCE)
+                and entry.key not in self._silent
+                and (entry.task is None or is_process_stopped(entry.pid))
+            ):
+                self._silent.add(entry.key)
+                _LOG.warning(
+                    "%s (process %d) is silent for %.1f s: hung, stopped or starved; "
+                    "its tasks are not given to others",
+                    entry.process_id,
+                    entry.pid,
+                    entry.silent_for(),
+                )
+            if entry.task is None:
+                continue
+            seconds = (now - entry.task_started_ns) / 1e9
+            if self.task_timeout is not None and seconds > self.task_timeout:
+                self._end(entry, TaskTimeout(entry.task, self.task_timeout), "timed out")
+
+            if self.memory_limit is not None:
+                size = _resident(entry.pid)
+                if size > self.memory_limit:
+                    error = MemoryExceeded(entry.task, entry.pid, size, self.memory_limit)
+                    self._end(entry, error, "too large")
+            if entry.task in self._interrupts:
+                self._interrupt(entry)
+
+    def interrupt(self, task: Task, grace: float) -> bool:
+        """End a task that is running: by SIGINT, after the grace by SIGKILL.
+
+        Returns:
+            False if it is answered.
+        """
+        with self.lock:
+            if task.number not in self.table.sent:
+                return False
+            self._interrupts[task.number] = grace, None
+            return True
+
+    def _interrupt(self, entry: Entry) -> None:
+        number = entry.task or 0
+        grace, deadline = self._interrupts[number]
+        if deadline is None:
+            if self.workers.signal(entry, signal.SIGINT):
+                self._interrupts[number] = grace, time.monotonic() + grace
+        elif time.monotonic() > deadline:
+            self._end(entry, CancelledRunning(), "cancelled")
+
+    def _end(self, entry: Entry, error: ShmringError, why: str) -> None:
+        """Kill a worker because of the call that it is at, which fails with this error."""
+        if not self.workers.kill(entry):
+            return
+        with self.lock:
+            task = self.table.sent.get(entry.task or 0)
+            if task is not None:
+                task.expired = error
+        if self._on_event is not None:
+            self._on_event(why, entry.task, entry)
+
+
+class CancelledRunning(ShmringError):
+    """A running task was ended by ``cancel_running()``."""
+
+
+def _resident(pid: int) -> int:
+    import psutil
+
+    try:
+        size: int = psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+    return size
+
+
+def _loaded(pickled: bytes) -> BaseException:
+    error = pickle.loads(pickled)
+    if not isinstance(error, BaseException):
+        raise InvalidArgument(f"a {type(error).__name__} is no exception")
+    return error

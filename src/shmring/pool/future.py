@@ -1,0 +1,120 @@
+"""Future of a task: as concurrent.futures.Future, made and finished in a fraction of the time.
+
+The condition on which others wait is made when it is first asked for. The order
+decides that no wake-up is missed: the finisher stores the state and then looks whether
+there is a condition; a waiter makes the condition and then looks at the state.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shmring.pool.task_table import Failure, Task
+
+if TYPE_CHECKING:
+    from shmring.pool.dispatcher import Dispatcher
+
+__all__ = ["TaskFuture"]
+
+T = TypeVar("T")
+
+# As in concurrent.futures._base, whose functions compare them.
+_FINISHED = "FINISHED"
+_PENDING = "PENDING"
+
+
+class TaskFuture(Future[T]):
+    """What :meth:`~shmring.ProcessPoolExecutor.submit` returns."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        # Not Future.__init__: it makes the condition.
+        self._state = _PENDING
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
+        self._dispatcher: Dispatcher | None = dispatcher
+        self._task: Task | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_condition":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.setdefault(name, threading.Condition())
+
+    def _finish(self, outcome: Any) -> None:
+        """Store a result or a Failure, and tell those that wait."""
+        self._task = self._dispatcher = None
+        failed = isinstance(outcome, Failure)
+        if failed:
+            self._exception = outcome.error
+        else:
+            self._result = outcome
+        self._state = _FINISHED
+        if "_condition" in self.__dict__:
+            with self._condition:
+                for waiter in self._waiters:
+                    if failed:
+                        waiter.add_exception(self)
+                    else:
+                        waiter.add_result(self)
+                self._condition.notify_all()
+        if self._done_callbacks:
+            self._invoke_callbacks()  # type: ignore[attr-defined]
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result, at most `timeout` seconds.
+
+        Raises:
+            TimeoutError: there is none yet.
+            CancelledError: the task was cancelled.
+            BaseException: what the task raised, or why it was given up.
+        """
+        if self._state == _FINISHED and self._exception is None:
+            value: T = self._result
+            return value
+        return super().result(timeout)
+
+    def running(self) -> bool:
+        """Whether the task was sent to the workers and has no answer."""
+        task = self._task
+        return self._state == _PENDING and task is not None and task.position >= 0
+
+    def cancel(self) -> bool:
+        """Cancel the task if no worker has taken it.
+
+        Returns:
+            False if one has, or if the task is finished.
+        """
+        task, dispatcher = self._task, self._dispatcher
+        if task is not None and dispatcher is not None and not dispatcher.withdraw(task):
+            return False
+        return self._cancelled()
+
+    def cancel_running(self, grace: float = 1.0) -> bool:
+        """Cancel the task even if it is running: by SIGINT, after `grace` seconds by SIGKILL.
+
+        In a task that is interrupted by the signal an exception is raised that ``except
+        Exception`` does not catch, so that ``finally`` blocks run.
+
+        Args:
+            grace: how long the task may take to end by itself, in seconds.
+
+        Returns:
+            False if the task is finished; otherwise the future is cancelled, or
+            becomes so when its worker has ended the task.
+        """
+        task, dispatcher = self._task, self._dispatcher
+        if task is None or dispatcher is None:
+            return self.cancelled()
+        if dispatcher.withdraw(task):
+            return self._cancelled()
+        return dispatcher.interrupt(task, grace)
+
+    def _cancelled(self) -> bool:
+        self._task = self._dispatcher = None
+        done = super().cancel()
+        if done:
+            self.set_running_or_notify_cancel()
+        return done

@@ -1,0 +1,340 @@
+"""Manager of one executor: queues, workers, and the thread that runs the dispatcher."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from shmring.errors import Full, RingClosed, ShmringError
+from shmring.pool.channel import STOP
+from shmring.pool.dispatcher import Dispatcher
+from shmring.pool.slots import PoolSlots
+from shmring.pool.task_table import Failure, Task
+from shmring.pool.worker import run_pool_worker
+from shmring.pool.workers import ChildWorkers, Departure
+from shmring.process.leaving import Exit
+from shmring.process.lifeline import Lifeline
+from shmring.queues.queue import Queue
+
+__all__ = ["Event", "Manager", "PoolStatistics"]
+
+_LOG = logging.getLogger("shmring")
+
+_SLICE = 0.02
+_IDLE_SLICE = 0.1
+# How long workers that were told to stop may take, in seconds; then they are killed.
+_GRACE = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a pool.
+
+    Attributes:
+        kind: "started", "left", "died", "retried", "timed out", "too large", "cancelled".
+        worker: the name of the worker.
+        pid: its process.
+        task: the number of the task; None where it is about the worker alone.
+    """
+
+    kind: str
+    worker: str
+    pid: int
+    task: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """Counts of a pool.
+
+    Attributes:
+        submitted: tasks taken in; a chunk of ``map`` is one.
+        answered: tasks that have a result or an exception.
+        waiting: tasks that no worker has taken yet, as far as known.
+        retried: how often a task was put back because its worker died.
+        died: workers that ended without being told to.
+        workers: one row for each worker that there was.
+    """
+
+    submitted: int
+    answered: int
+    waiting: int
+    retried: int
+    died: int
+    workers: tuple[Any, ...]
+
+
+class Manager:
+    """Everything of a pool that outlives the executor object until the work is done.
+
+    Args:
+        number: how many workers.
+        context: of multiprocessing.
+        at_once: whether the first task starts all workers.
+        task_timeout: as for the executor.
+        on_event: as for the executor.
+        setting: what each worker is told: see :func:`shmring.pool.worker.run_pool_worker`.
+        memory_limit: bytes of resident memory that a call may reach; None for no limit.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        context: Any,
+        *,
+        at_once: bool,
+        task_timeout: float | None,
+        on_event: Callable[[Event], object] | None,
+        setting: dict[str, Any],
+        memory_limit: int | None,
+    ) -> None:
+        self.pid = os.getpid()
+        self.broken: BrokenProcessPool | None = None
+        self.closing = False
+        self.killing = False
+        self._on_event = on_event
+        self._thread: threading.Thread | None = None
+        self._start_lock = threading.Lock()
+        self._ended = False
+        with contextlib.ExitStack() as undo:
+            self._tasks: Queue[Any] = Queue()
+            undo.callback(self._tasks.close)
+            self._answers: Queue[Any] = Queue()
+            undo.callback(self._answers.close)
+            self._slots = PoolSlots()
+            undo.callback(self._slots.close)
+            self._lifeline = Lifeline()
+            undo.pop_all()
+        self.workers = ChildWorkers(
+            self._slots,
+            number,
+            run_pool_worker,
+            (self._tasks, self._answers, self._slots, self._lifeline, setting),
+            context,
+            at_once=at_once,
+            prefix="shmring-worker-",
+            on_start=self._started,
+        )
+        self.dispatcher = Dispatcher(
+            self._tasks,
+            self._answers,
+            self.workers,
+            floor=number + 1,
+            task_timeout=task_timeout,
+            memory_limit=memory_limit,
+            on_message=self._heard,
+            on_event=self._happened,
+        )
+        self._exit = Exit(self, priority=10)
+        _managers.add(self)
+
+    # -- from any thread -------------------------------------------------------------------
+
+    def submit(self, task: Task) -> None:
+        """Take in a task, starting workers and the thread if need be.
+
+        Raises:
+            BrokenProcessPool: the pool is broken.
+            RuntimeError: it was shut down, or was made in another process.
+        """
+        if self.closing or self.broken is not None or self.pid != os.getpid():
+            raise self._refusal()
+        self.dispatcher.submit(task)
+        if self.workers.missing:
+            self._start(len(self.dispatcher.table))
+
+    def _refusal(self) -> Exception:
+        if self.pid != os.getpid():
+            return RuntimeError(
+                f"this pool belongs to process {self.pid}, from which {os.getpid()} was forked: "
+                "make one here"
+            )
+        return self.broken or RuntimeError("cannot schedule new futures after shutdown")
+
+    def _start(self, unanswered: int) -> None:
+        """Start workers in the calling thread: the first result then comes soonest."""
+        with self._start_lock:
+            if self._ended:
+                return
+            try:
+                self.workers.start(unanswered)
+            except Exception as error:
+                self._break(str(error), error)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="shmring-pool-manager", daemon=True
+                )
+                self._thread.start()
+
+    def close(self, cancel: bool) -> list[Task]:
+        """Let the work that is there be done, then end.
+
+        Args:
+            cancel: take back what no worker has taken.
+
+        Returns:
+            the tasks that were taken back.
+        """
+        cancelled: list[Task] = []
+        dispatcher = self.dispatcher
+        if cancel and self.pid == os.getpid() and not self._ended:
+            with dispatcher.lock:
+                with contextlib.suppress(RingClosed):
+                    dispatcher.recall()
+                cancelled = list(dispatcher.table.backlog)
+                dispatcher.table.backlog.clear()
+        self.closing = True
+        with self._start_lock:
+            started = self._thread is not None
+        if started:
+            self._wake()
+        elif self.pid == os.getpid():
+            self._end()
+        return cancelled
+
+    def kill(self, signum: int) -> None:
+        """End all workers by a signal; what they were at fails, what waits is cancelled.
+
+        Args:
+            signum: SIGTERM or SIGKILL.
+        """
+        self.closing = self.killing = True
+        if self.pid == os.getpid() and not self._ended:
+            self.workers.signal_all(signum)
+            self._wake()
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        thread = self._thread
+        if thread is not None and self.pid == os.getpid() and thread is not threading.current_thread():
+            thread.join()
+
+    def statistics(self) -> PoolStatistics:
+        """Counts at this moment."""
+        table = self.dispatcher.table
+        waiting = len(table) if self._ended else len(table.backlog) + self._tasks.qsize()
+        return PoolStatistics(
+            submitted=table.submitted,
+            answered=table.answered_count,
+            waiting=waiting,
+            retried=table.retried,
+            died=self.dispatcher.died,
+            workers=tuple(self._rows if self._ended else self.workers.reports()),
+        )
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RingClosed, Full):
+            self._answers.put((None, "wake", "", None), False)
+
+    # -- the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self.killing and self.broken is None:
+                table = self.dispatcher.table
+                if self.closing and not len(table):
+                    break
+                self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
+        except BaseException as error:
+            _LOG.exception("the manager of a pool failed")
+            self._break(f"the manager of the pool failed: {error!r}", error)
+        try:
+            if self.killing:
+                self._break("the workers of the pool were terminated by the caller", None)
+            self._dismiss()
+        finally:
+            with self._start_lock:
+                self._end()
+
+    def _dismiss(self) -> None:
+        """Tell the workers to stop, take what they still send, see to their end."""
+        self.closing = True
+        deadline = time.monotonic() + (_GRACE if self.broken is None else 0.0)
+        with contextlib.suppress(ShmringError, Full):
+            for _ in range(self.workers.to_dismiss()):
+                self._tasks.put(STOP, False)
+            while not self.workers.all_gone() and time.monotonic() < deadline:
+                self.dispatcher.take_in(0.005)
+            self.dispatcher.take_in(0)
+        self.workers.stop(0.0 if self.broken is None else 0.2)
+
+    def _end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._exit.cancel()
+        self._rows = self.workers.reports()
+        self.workers.close()
+        for each in (self._tasks, self._answers, self._slots, self._lifeline):
+            each.close()
+
+    def _break(self, reason: str, cause: BaseException | None) -> None:
+        """Fail all tasks; the pool takes no more."""
+        error = BrokenProcessPool(reason)
+        error.__cause__ = cause
+        dispatcher = self.dispatcher
+        with dispatcher.lock:
+            if self.broken is None:
+                self.broken = error
+            failed = dispatcher.table.take_all()
+        for task in failed:
+            task.done(Failure(error))
+
+    def _heard(self, kind: str, worker_id: str, content: Any) -> None:
+        if kind == "log":
+            content.processName = worker_id
+            logger = logging.getLogger(content.name)
+            if logger.isEnabledFor(content.levelno):
+                logger.handle(content)
+        elif kind == "broken":
+            logging.getLogger("concurrent.futures").critical(
+                "Exception in initializer of %s:\n%s", worker_id, content
+            )
+            self._break(
+                f"the initializer of {worker_id} failed, the pool is not usable:\n{content}", None
+            )
+
+    def _started(self, worker_id: str, pid: int) -> None:
+        if self._on_event is not None:
+            self._on_event(Event("started", worker_id, pid, None))
+
+    def _happened(self, kind: str, task: int | None, about: Any) -> None:
+        if self._on_event is not None:
+            name = about.worker_id if isinstance(about, Departure) else about.process_id
+            self._on_event(Event(kind, name, about.pid, task))
+
+    def _leave(self) -> None:
+        """At the end of the program: as ``shutdown()``; after Ctrl-C at once."""
+        if self.pid != os.getpid():
+            return
+        last = getattr(sys, "last_value", None)
+        if isinstance(last, KeyboardInterrupt):
+            self.kill(9)
+        else:
+            self.close(cancel=False)
+        self.join()
+
+
+_managers: weakref.WeakSet[Manager] = weakref.WeakSet()
+_inherited: list[Manager] = []  # of the parent, never to be collected here
+
+
+def _keep_in_child() -> None:
+    _inherited.extend(_managers)
+    _managers.clear()
+    for manager in _inherited:
+        manager._ended = True
+        manager._exit.cancel()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_in_child)
