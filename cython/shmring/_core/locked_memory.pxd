@@ -30,3 +30,15 @@ cdef class Words:
     cdef Py_ssize_t count
 
     cdef uint64_t *word(self, Py_ssize_t index) except NULL
+
+cdef class TaskWords:
+    cdef Words words
+    cdef Py_ssize_t started  # where in `words`
+    cdef Py_ssize_t heartbeat
+    cdef Py_ssize_t task
+    cdef Py_ssize_t state
+    cdef Py_ssize_t tasks
+    cdef uint64_t idle  # values of the state
+    cdef uint64_t working
+
+    cdef int64_t stamp(self, uint64_t task) except -1

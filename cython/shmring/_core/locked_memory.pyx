@@ -10,11 +10,12 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._core.sync cimport (
-    LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, load_acquire64, lock_release, lock_wait, store_release64, sync_start,
+    LOCK_BUSY, LOCK_GARBAGE, SYNC_SLICE_NS, load_acquire64, lock_release, lock_wait, monotonic_ns,
+    store_release64, sync_start,
 )
 
 import operator
@@ -198,3 +199,61 @@ cdef class Words:
         if self.words != NULL:
             self.words = NULL
             PyBuffer_Release(&self.view)
+
+
+@cython.binding(False)
+cdef class TaskWords:
+    """The words of a slot that a worker stores for every call.
+
+    Args:
+        words: of the registry.
+        places: the indices of: task started (ns), heartbeat (ns), task, state, tasks done.
+        idle: the state of a worker without a task.
+        working: the state of one with a task.
+    """
+
+    def __cinit__(self, Words words, places, uint64_t idle, uint64_t working):
+        self.words = words
+        self.started, self.heartbeat, self.task, self.state, self.tasks = places
+        self.idle = idle
+        self.working = working
+
+    cdef int64_t stamp(self, uint64_t task) except -1:
+        cdef int64_t now = monotonic_ns()
+        store_release64(self.words.word(self.started), <uint64_t>now)
+        store_release64(self.words.word(self.heartbeat), <uint64_t>now)
+        store_release64(self.words.word(self.task), task)
+        return now
+
+    def begin(self, uint64_t task):
+        """Say that a task begins; `task` as it stands in the word."""
+        self.stamp(task)
+        store_release64(self.words.word(self.state), self.working)
+
+    def end(self, uint64_t calls):
+        """Say that nothing is being done, and that so many more calls are done."""
+        cdef uint64_t *tasks = self.words.word(self.tasks)
+        store_release64(self.words.word(self.task), 0)
+        store_release64(self.words.word(self.state), self.idle)
+        store_release64(self.words.word(self.heartbeat), <uint64_t>monotonic_ns())
+        store_release64(tasks, load_acquire64(tasks) + calls)
+
+    def call_each(self, function, list items, list values, uint64_t task, uint64_t step, bint spread, int64_t span):
+        """Call `function` for items and append what it returns, storing which is being done.
+
+        Args:
+            items: arguments; with `spread` each is a tuple of them.
+            values: results of the first items; what follows is called.
+            task: the word of the task for the first item.
+            step: what is added to it for each item.
+            span: return after the call that ends so many nanoseconds from now, or later.
+        """
+        cdef Py_ssize_t i = len(values)
+        cdef Py_ssize_t count = len(items)
+        cdef int64_t until = monotonic_ns() + span
+        while i < count:
+            if self.stamp(task + step * <uint64_t>i) > until:
+                return
+            item = items[i]
+            values.append(function(*item) if spread else function(item))
+            i += 1

@@ -1,5 +1,8 @@
 """Plain shared bytes, copied in and out under a lock word that stands beside them."""
 
+from collections.abc import Callable
+from typing import Any
+
 from typing_extensions import Buffer
 
 MEMORY_HEADER_BYTES: int
@@ -21,3 +24,20 @@ class Words:
     def __setitem__(self, index: int, value: int, /) -> None: ...
     def copy(self, start: int, count: int) -> bytes: ...
     def release(self) -> None: ...
+
+class TaskWords:
+    def __new__(
+        cls, words: Words, places: tuple[int, int, int, int, int], idle: int, working: int
+    ) -> TaskWords: ...
+    def begin(self, task: int) -> None: ...
+    def end(self, calls: int) -> None: ...
+    def call_each(
+        self,
+        function: Callable[..., Any],
+        items: list[Any],
+        values: list[Any],
+        task: int,
+        step: int,
+        spread: bool,
+        span: int,
+    ) -> None: ...

@@ -59,6 +59,7 @@ from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 __all__ = [
     "BOARD_BYTES",
     "BOARD_MAGIC",
+    "ITEM_STEP",
     "MAX_PROCESS_ID_BYTES",
     "SLOTS",
     "Board",
@@ -69,6 +70,7 @@ __all__ = [
     "Slot",
     "State",
     "open_segment",
+    "task_word",
 ]
 
 BOARD_MAGIC = int.from_bytes(b"SHMBOARD", "little")
@@ -202,18 +204,51 @@ class _PlainWords:
         self._words.release()
 
 
+class _PlainTaskWords:
+    """What a worker stores for every call, without the extension."""
+
+    def __init__(
+        self, words: _PlainWords, places: tuple[int, ...], idle: int, working: int
+    ) -> None:
+        self._words = words
+        self._started, self._heartbeat, self._task, self._state, self._tasks = places
+        self._idle = idle
+        self._working = working
+
+    def begin(self, task: int) -> None:
+        words = self._words
+        words[self._started] = words[self._heartbeat] = time.monotonic_ns()
+        words[self._task] = task
+        words[self._state] = self._working
+
+    def end(self, calls: int) -> None:
+        words = self._words
+        words[self._task] = 0
+        words[self._state] = self._idle
+        words[self._heartbeat] = time.monotonic_ns()
+        words[self._tasks] = (words[self._tasks] + calls) & _U64
+
+
 if TYPE_CHECKING:
-    from shmring._core.locked_memory import Words
+    from shmring._core.locked_memory import TaskWords, Words
 
     _in_order: bool
 else:
     try:
-        from shmring._core.locked_memory import Words
+        from shmring._core.locked_memory import TaskWords, Words
 
         _in_order = True
     except ImportError:  # no extension: the fallback
-        Words = _PlainWords
+        Words, TaskWords = _PlainWords, _PlainTaskWords
         _in_order = False
+
+
+ITEM_STEP = 1 << _ITEM_SHIFT  # from one call of a chunk to the next
+
+
+def task_word(number: int, item: int = 0) -> int:
+    """The word that says which task is being done, and which call of a chunk."""
+    return number + 1 + item * ITEM_STEP
 
 
 class Slot:
@@ -245,13 +280,6 @@ class Slot:
         """
         self._words[self._base + _ROLE] = role
 
-    def idle(self) -> None:
-        """Say that nothing is being done or waited for."""
-        words, base = self._words, self._base
-        words[base + _TASK] = 0
-        words[base + _STATE] = State.IDLE
-        words[base + _HEARTBEAT] = time.monotonic_ns()
-
     def waiting(self, on: str) -> None:
         """Say that the process starts to wait; :meth:`beat` on while it does.
 
@@ -265,17 +293,16 @@ class Slot:
         words[base + _STATE] = State.WAITING
         self.beat()
 
-    def working(self, task: int, item: int = 0) -> None:
-        """Say that a task begins.
-
-        Args:
-            task: its number, from 0.
-            item: which call of a chunk, from 0.
-        """
-        words, base = self._words, self._base
-        words[base + _TASK_STARTED] = words[base + _HEARTBEAT] = time.monotonic_ns()
-        words[base + _TASK] = (task + 1) | item << _ITEM_SHIFT
-        words[base + _STATE] = State.WORKING
+    def task_words(self) -> TaskWords:
+        """What a worker stores for every call; :func:`task_word` says which it is at."""
+        base = self._base
+        places = (_TASK_STARTED, _HEARTBEAT, _TASK, _STATE, _TASKS)
+        return TaskWords(
+            self._words,
+            tuple(base + place for place in places),  # type: ignore[arg-type]
+            State.IDLE,
+            State.WORKING,
+        )
 
     def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
         """Add to the counters.

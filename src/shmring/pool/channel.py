@@ -3,8 +3,7 @@
 ::
 
     task     (number, function, args, kwargs)     one call
-             (number, function, [args, ...], None)  a chunk: one function, many calls;
-                                                    True: each result before the next call
+             (number, function, [item, ...], flags) a chunk: one function, many calls
              (-1, None, (), None)                 stop: one worker ends
     answer   (number, value)                      the result of a call
              (number, index, [value, ...])        results of a chunk from ``index`` on
@@ -27,8 +26,11 @@ from typing import Any
 from shmring.errors import DecodeError
 from shmring.queues.codec import KIND_PICKLE, PickleCodec, ReusedPickler, decode_error, encode_error
 
-__all__ = ["STOP", "FunctionReferences", "Functions", "isolate_failures"]
+__all__ = ["CAREFUL", "SPREAD", "STOP", "FunctionReferences", "Functions", "isolate_failures"]
 
+# Flags of a chunk.
+CAREFUL = 1  # each result is sent before the next call begins
+SPREAD = 2  # each item is a tuple of arguments
 STOP = (-1, None, (), None)
 _MOST_REFERENCES = 1024
 

@@ -119,7 +119,7 @@ class Dispatcher:
         """Take in a task; it is sent at once if the window has room for it."""
         table = self.table
         with self.lock:
-            table.number(task)
+            table.number_for(task)
             if table.backlog or len(table.sent) >= self._room():
                 table.backlog.append(task)
                 return
@@ -151,7 +151,7 @@ class Dispatcher:
     def _send(self, task: Task) -> Failure | None:
         """Put a task into the queue, or back; a Failure if it can never be sent."""
         try:
-            position = self._put(task.message(), False)
+            position = self._put((task.number, task.function, task.args, task.kwargs), False)
         except Full:
             self.table.backlog.appendleft(task)
             return None

@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeVar
 from shmring._backend import backend
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, NotSupportedByFallback, WorkerDied
-from shmring.pool.channel import FunctionReferences
+from shmring.pool.channel import SPREAD, FunctionReferences
 from shmring.pool.dispatcher import CancelledRunning
 from shmring.pool.future import TaskFuture
 from shmring.pool.task_table import Failure, Task
@@ -172,7 +172,7 @@ class ProcessPoolExecutor(Executor):
         return self._submit(fn, args, kwargs, self._max_retries)
 
     def _submit(
-        self, fn: Callable[..., T], args: Any, kwargs: dict[str, Any] | None, retries: int
+        self, fn: Callable[..., T], args: Any, kwargs: dict[str, Any] | int, retries: int
     ) -> TaskFuture[Any]:
         manager = self._manager
         future: TaskFuture[Any] = TaskFuture(manager.dispatcher)
@@ -234,12 +234,15 @@ class ProcessPoolExecutor(Executor):
         if buffersize is not None and buffersize < 1:
             raise InvalidArgument(f"buffersize={buffersize}: buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables, strict=False)
         if chunksize == 1:
+            calls = zip(*iterables, strict=False)
             ahead = (self._submit(fn, args, {}, retries) for args in calls)
         else:
-            chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-            ahead = (self._submit(fn, args, None, retries) for args in chunks)
+            spread = len(iterables) != 1
+            items = zip(*iterables, strict=False) if spread else iter(iterables[0])
+            chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
+            flags = SPREAD if spread else 0
+            ahead = (self._submit(fn, chunk, flags, retries) for chunk in chunks)
         return _results(ahead, deque_of(ahead, buffersize), deadline, chunksize > 1)
 
     def map_unordered(

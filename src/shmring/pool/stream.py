@@ -96,10 +96,10 @@ class _Stream:
 
     def _fill(self) -> None:
         while len(self._open) < self._ahead:
-            chunk = [(item,) for item in itertools.islice(self._items, self._size)]
+            chunk = list(itertools.islice(self._items, self._size))
             if not chunk:
                 return
-            future = self._pool._submit(self._fn, chunk, None, self._retries)
+            future = self._pool._submit(self._fn, chunk, 0, self._retries)
             self._open[future] = len(chunk)
             future.add_done_callback(self._done.put)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shmring.errors import ShmringError, WorkerDied
+from shmring.pool.channel import CAREFUL
 
 __all__ = ["Failure", "PartialResults", "Task", "TaskTable"]
 
@@ -36,38 +37,30 @@ class PartialResults(list[Any]):
 class Task:
     """One call, or one chunk of calls, that has no complete answer yet.
 
-    Attributes:
-        number: from 0, in the order of submission.
+    Args:
         function: what to call, or its reference.
-        args: the arguments; of a chunk, a list of argument tuples.
-        kwargs: keyword arguments; None for a chunk.
-        done: called once with the result, or with a Failure. For a chunk with a list
-            that holds the results and Failures of its calls in order.
+        args: the arguments; of a chunk, a list of items.
+        kwargs: keyword arguments; of a chunk, its flags.
+        done: called once with the result, or with a Failure; of a chunk with the list
+            of results, which is a PartialResults if there are Failures in it.
         retries: how often it may be tried again after the death of a worker.
     """
 
-    __slots__ = (
-        "args",
-        "attempts",
-        "careful",
-        "charged",
-        "done",
-        "expired",
-        "failed",
-        "first",
-        "function",
-        "kwargs",
-        "number",
-        "position",
-        "results",
-        "retries",
-    )
+    # What most tasks never change stands here once: making a task is on the fast path.
+    attempts = 0  # of the call `charged` of a chunk, by workers that died of it
+    charged = 0
+    expired: ShmringError | None = None  # why its worker was killed
+    failed = False  # whether `results` holds a Failure
+    first = 0  # the call of the chunk that stands first in `args`
+    number = -1
+    position = -1  # in the task queue; -1 while it is not there
+    results: list[Any] | None = None  # of a chunk
 
     def __init__(
         self,
         function: Any,
         args: Any,
-        kwargs: dict[str, Any] | None,
+        kwargs: dict[str, Any] | int,
         done: Callable[[Any], object],
         retries: int,
     ) -> None:
@@ -76,16 +69,15 @@ class Task:
         self.kwargs = kwargs
         self.done = done
         self.retries = retries
-        self.number = -1
-        self.position = -1  # in the task queue; -1 while it is not there
-        self.attempts = 0  # of the call `charged`, by workers that died of it
-        self.charged = 0
-        self.failed = False
-        self.expired: ShmringError | None = None  # why its worker was killed
-        self.results: list[Any] | None = None if kwargs is not None else []
-        self.first = 0  # the call of a chunk that stands first in `args`
-        # Whether a worker is to send each result of a chunk before it begins the next call.
-        self.careful = retries == 0
+        if type(kwargs) is int:
+            self.results = []
+            if retries == 0:
+                self.be_careful()
+
+    def be_careful(self) -> None:
+        """Have each result of a chunk sent before the next call begins."""
+        if isinstance(self.kwargs, int):
+            self.kwargs |= CAREFUL
 
     def fail(self, error: BaseException) -> None:
         """Note the failure of the next call of a chunk."""
@@ -96,12 +88,6 @@ class Task:
     def outcome(self) -> list[Any] | None:
         """The results of a chunk."""
         return PartialResults(self.results or ()) if self.failed else self.results
-
-    def message(self) -> tuple[Any, ...]:
-        """What travels to a worker."""
-        if self.results is None:
-            return self.number, self.function, self.args, self.kwargs
-        return self.number, self.function, self.args, self.careful or None
 
 
 class TaskTable:
@@ -135,10 +121,11 @@ class TaskTable:
         self.backlog.clear()
         return tasks
 
-    def number(self, task: Task) -> None:
+    def number_for(self, task: Task) -> int:
         """Give a new task its number."""
-        task.number = self._count
-        self._count += 1
+        task.number = number = self._count
+        self._count = number + 1
+        return number
 
     def note_sent(self, task: Task, position: int) -> None:
         """Note that a task stands in the task queue at this position."""
@@ -217,7 +204,7 @@ class TaskTable:
         if error is None and task.attempts > task.retries:
             error = WorkerDied(task.number, pid, exitcode, task.attempts)
         if error is None or call > task.first:  # what ended before it has to run again first
-            task.careful = True
+            task.be_careful()
             self.retried += 1
             return task, None
         self.backlog.popleft()

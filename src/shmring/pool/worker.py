@@ -45,8 +45,8 @@ from shmring.errors import (
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
-from shmring.ipc.registry import Role, Slot
-from shmring.pool.channel import Functions, isolate_failures
+from shmring.ipc.registry import ITEM_STEP, Role, Slot
+from shmring.pool.channel import CAREFUL, SPREAD, Functions, isolate_failures
 
 __all__ = [
     "DATA_BUFFER",
@@ -146,6 +146,7 @@ class TaskLoop:
         self._is_too_large = is_too_large
         self._next_look = 0
         self._functions = Functions()
+        self._words = slot.task_words()
         self._failures = isolate_failures(tasks) if backend == "ring" else []
         self._cancellable = False
 
@@ -182,7 +183,8 @@ class TaskLoop:
         take = self._tasks.get
         release = self._tasks._claim_release if delivery is not None else None
         reason = None
-        self._slot.idle()
+        limited = self._max_tasks is not None or self._is_too_large is not None
+        self._words.end(0)
         while reason is None:
             try:
                 number, function, args, kwargs = take(True, _SLICE)
@@ -200,11 +202,11 @@ class TaskLoop:
                 elif type(kwargs) is dict:
                     self._call(number, function, args, kwargs)
                 else:
-                    self._call_each(number, function, args, kwargs is True)
+                    self._call_each(number, function, args, kwargs)
             if release is not None:
                 release(delivery)
-            self._slot.idle()
-            reason = reason or self._limit_reached()
+            if limited:
+                reason = reason or self._limit_reached()
         if reason != "stop":
             self.tell("left", reason)
 
@@ -218,7 +220,7 @@ class TaskLoop:
         return None
 
     def _call(self, number: int, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._slot.working(number)
+        self._words.begin(number + 1)
         token = _current.set(self)
         try:
             call = self._handler if function is None else self._functions.get(function)
@@ -237,38 +239,34 @@ class TaskLoop:
         except (EncodeError, MessageTooLarge) as error:
             self._send((number, 0, *_described(error)))
         self.answered += 1
-        self._slot.count(tasks=1)
+        self._words.end(1)
 
-    def _call_each(self, number: int, function: Any, items: list[Any], careful: bool) -> None:
+    def _call_each(self, number: int, function: Any, items: list[Any], flags: int) -> None:
         """The calls of a chunk; it ends at the first one that raises."""
         token = _current.set(self)
         values: list[Any] = []
-        first = 0  # the index of the first of them
-        working, clock = self._slot.working, time.monotonic_ns
-        due = 0 if careful else clock() + _FLUSH_NS
-        last = len(items) - 1
+        sent = 0  # how many of them
+        span = 0 if flags & CAREFUL else _FLUSH_NS
+        spread = bool(flags & SPREAD)
         try:
             call = self._functions.get(function)
-            for index, args in enumerate(items):
-                working(number, index)
+            while len(values) < len(items):
                 self._cancellable = True
-                values.append(call(*args))
+                self._words.call_each(
+                    call, items, values, number + 1, ITEM_STEP, spread, span
+                )
                 self._cancellable = False
-                if clock() >= due and index != last:
-                    self._send_part(number, first, values)
-                    first, values = index + 1, []
-                    due = 0 if careful else clock() + _FLUSH_NS
+                self._send_part(number, sent, values[sent:])
+                sent = len(values)
         except BaseException as error:
             self._cancellable = False
-            if values:
-                self._send_part(number, first, values)
-            self._send((number, first + len(values), *_described(error)))
-        else:
-            self._send_part(number, first, values)
+            if sent < len(values):
+                self._send_part(number, sent, values[sent:])
+            self._send((number, len(values), *_described(error)))
         finally:
             _current.reset(token)
         self.answered += len(items)
-        self._slot.count(tasks=len(items))
+        self._words.end(len(items))
 
     def _send_part(self, number: int, first: int, values: list[Any]) -> None:
         try:
