@@ -101,12 +101,12 @@ class Dispatcher:
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
         self._floor = floor
-        self._window = floor
+        self._window = self._room = floor
         self._window_filled = 0.0
         self._undecodable = isolate_failures(answers) if backend == "ring" else []
         self._on_message = on_message
         self._on_event = on_event
-        self._first_position = self._last_position = 0
+        self._last_position = 0
         self._next_look = 0.0
         self._next_orphans = 0.0
         self._silent: set[int] = set()
@@ -119,8 +119,9 @@ class Dispatcher:
         """Take in a task; it is sent at once if the window has room for it."""
         table = self.table
         with self.lock:
-            table.number_for(task)
-            if table.backlog or len(table.sent) >= self._room():
+            task.number = table.submitted
+            table.submitted += 1
+            if table.backlog or len(table.sent) >= self._room:
                 table.backlog.append(task)
                 return
             failure = self._send(task)
@@ -133,7 +134,7 @@ class Dispatcher:
         while table.backlog:
             failure = None
             with self.lock:
-                if not table.backlog or len(table.sent) >= self._room():
+                if not table.backlog or len(table.sent) >= self._room:
                     return
                 task = table.backlog.popleft()
                 failure = self._send(task)
@@ -141,12 +142,6 @@ class Dispatcher:
                     return  # no room in shared memory
             if failure is not None:
                 task.done(failure)
-
-    def _room(self) -> int:
-        """How many tasks may stand in the queue: fewer where they are large."""
-        if self._last_position - self._first_position > _WINDOW_NBYTES:
-            return self._floor
-        return self._window
 
     def _send(self, task: Task) -> Failure | None:
         """Put a task into the queue, or back; a Failure if it can never be sent."""
@@ -157,8 +152,8 @@ class Dispatcher:
             return None
         except (EncodeError, MessageTooLarge) as error:
             return Failure(error)
-        self.table.note_sent(task, position)
-        self._last_position = position
+        task.position = self._last_position = position
+        self.table.sent[task.number] = task
         return None
 
     def _put_without_position(self, message: tuple[Any, ...], block: bool) -> int:
@@ -187,7 +182,7 @@ class Dispatcher:
     def recall(self) -> None:
         """Take all tasks back that no worker has taken, and narrow the window."""
         with self.lock:
-            self._window = self._floor
+            self._window = self._room = self._floor
             found: list[Task] = []
             while True:
                 try:
@@ -223,16 +218,22 @@ class Dispatcher:
         return count
 
     def _adapt(self, now: float) -> None:
-        """Widen the window while workers are about to find it empty; narrow it when it is slow."""
-        left = len(self.table.sent)
-        if left * 2 > self._window:
+        """Widen the window while workers are about to find it empty; narrow it when it is slow.
+
+        Where the tasks are large, few of them may stand in the queue.
+        """
+        sent = self.table.sent
+        if len(sent) * 2 > self._window:
             if now - self._window_filled > _WINDOW_SECONDS and self._window > self._floor:
                 self._window = max(self._floor, self._window // 2)
                 self._window_filled = now
-            return
-        if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
-            self._window = min(_WIDEST_WINDOW, self._window * 4)
-        self._window_filled = now
+        else:
+            if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
+                self._window = min(_WIDEST_WINDOW, self._window * 4)
+            self._window_filled = now
+        oldest = next(iter(sent.values()), None)
+        large = oldest is not None and self._last_position - oldest.position > _WINDOW_NBYTES
+        self._room = self._floor if large else self._window
 
     def take_in(self, timeout: float) -> int:
         """Wait for answers, and deal with all that are there."""
@@ -242,22 +243,27 @@ class Dispatcher:
             return 0
         except DecodeError as error:
             answers = error.items
-        for answer in answers:
-            number = answer[0]
-            if number is None:
-                self._heard(*answer[1:])
-            elif len(answer) == 2:
-                with self.lock:
-                    task = self.table.answered(number)
-                if task is not None:
-                    task.done(answer[1])
-            elif len(answer) == 3:
-                self._part(*answer)
-            else:
-                self._raised(*answer)
+        finished = []
+        table = self.table
+        with self.lock:
+            for answer in answers:
+                if len(answer) == 2:
+                    task = table.sent.pop(answer[0], None)
+                    if task is not None:
+                        finished.append((task.done, answer[1]))
+            table.answered_count += len(finished)
+        for done, value in finished:
+            done(value)
+        if len(finished) < len(answers):
+            for answer in answers:
+                if answer[0] is None:
+                    self._heard(*answer[1:])
+                elif len(answer) == 3:
+                    self._part(*answer)
+                elif len(answer) == 4:
+                    self._raised(*answer)
         while self._undecodable:
-            number, error = self._undecodable.pop(0)
-            self._fail(number, error)
+            self._fail(*self._undecodable.pop(0))
         return len(answers)
 
     def _part(self, number: int, index: int, values: list[Any]) -> None:
@@ -303,7 +309,6 @@ class Dispatcher:
 
     def look_after_workers(self) -> None:
         """Requeue what dead workers held, replace them, see to calls that take too long."""
-        self._first_position = min(self.table._by_position, default=self._last_position)
         departed = self.workers.departed()
         if departed:
             self._bring_in(departed)

@@ -28,40 +28,42 @@ _PENDING = "PENDING"
 class TaskFuture(Future[T]):
     """What :meth:`~shmring.ProcessPoolExecutor.submit` returns."""
 
+    # What most futures never change stands here once: making one is on the fast path.
+    _state = _PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+
     def __init__(self, dispatcher: Dispatcher) -> None:
-        # Not Future.__init__: it makes the condition.
-        self._state = _PENDING
-        self._result: Any = None
-        self._exception: BaseException | None = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
+        # Not Future.__init__: see __getattr__.
         self._dispatcher: Dispatcher | None = dispatcher
         self._task: Task | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name != "_condition":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self.__dict__.setdefault(name, threading.Condition())
+        if name == "_condition":
+            return self.__dict__.setdefault(name, threading.Condition())
+        if name in ("_waiters", "_done_callbacks"):
+            return self.__dict__.setdefault(name, [])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _finish(self, outcome: Any) -> None:
         """Store a result or a Failure, and tell those that wait."""
         self._task = self._dispatcher = None
-        failed = isinstance(outcome, Failure)
+        failed = type(outcome) is Failure
         if failed:
             self._exception = outcome.error
         else:
             self._result = outcome
         self._state = _FINISHED
-        if "_condition" in self.__dict__:
-            with self._condition:
-                for waiter in self._waiters:
-                    if failed:
-                        waiter.add_exception(self)
-                    else:
-                        waiter.add_result(self)
-                self._condition.notify_all()
-        if self._done_callbacks:
-            self._invoke_callbacks()  # type: ignore[attr-defined]
+        if "_condition" not in self.__dict__:
+            return
+        with self._condition:
+            for waiter in self._waiters:
+                if failed:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result, at most `timeout` seconds.

@@ -146,7 +146,7 @@ class Manager:
             BrokenProcessPool: the pool is broken.
             RuntimeError: it was shut down, or was made in another process.
         """
-        if self.closing or self.broken is not None or self.pid != os.getpid():
+        if self.closing:
             raise self._refusal()
         self.dispatcher.submit(task)
         if self.workers.missing:
@@ -257,7 +257,6 @@ class Manager:
 
     def _dismiss(self) -> None:
         """Tell the workers to stop, take what they still send, see to their end."""
-        self.closing = True
         deadline = time.monotonic() + (_GRACE if self.broken is None else 0.0)
         with contextlib.suppress(ShmringError, Full):
             for _ in range(self.workers.to_dismiss()):
@@ -285,6 +284,7 @@ class Manager:
         with dispatcher.lock:
             if self.broken is None:
                 self.broken = error
+            self.closing = True
             failed = dispatcher.table.take_all()
         for task in failed:
             task.done(Failure(error))
@@ -332,7 +332,7 @@ def _keep_in_child() -> None:
     _inherited.extend(_managers)
     _managers.clear()
     for manager in _inherited:
-        manager._ended = True
+        manager._ended = manager.closing = True
         manager._exit.cancel()
 
 

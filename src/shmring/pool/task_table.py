@@ -91,13 +91,20 @@ class Task:
 
 
 class TaskTable:
-    """All tasks that have no answer yet."""
+    """All tasks that have no answer yet.
+
+    Attributes:
+        submitted: how many tasks there were.
+        backlog: tasks that have not been sent, in order.
+        sent: tasks in the queue or with a worker, by number, the oldest first.
+        retried: how often a task was put back because its worker died.
+        answered_count: how many tasks have their answer.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.submitted = 0
         self.backlog: collections.deque[Task] = collections.deque()
         self.sent: dict[int, Task] = {}
-        self._by_position: dict[int, Task] = {}
         self.retried = 0
         self.answered_count = 0
 
@@ -108,36 +115,17 @@ class TaskTable:
         yield from self.sent.values()
         yield from self.backlog
 
-    @property
-    def submitted(self) -> int:
-        """How many tasks there were."""
-        return self._count
-
     def take_all(self) -> list[Task]:
         """Take out all tasks."""
         tasks = [*self.sent.values(), *self.backlog]
         self.sent.clear()
-        self._by_position.clear()
         self.backlog.clear()
         return tasks
-
-    def number_for(self, task: Task) -> int:
-        """Give a new task its number."""
-        task.number = number = self._count
-        self._count = number + 1
-        return number
-
-    def note_sent(self, task: Task, position: int) -> None:
-        """Note that a task stands in the task queue at this position."""
-        task.position = position
-        self.sent[task.number] = task
-        self._by_position[position] = task
 
     def answered(self, number: int) -> Task | None:
         """Take out a task whose answer is here; None if it has had one, or never existed."""
         task = self.sent.pop(number, None)
         if task is not None:
-            del self._by_position[task.position]
             self.answered_count += 1
         return task
 
@@ -164,7 +152,6 @@ class TaskTable:
         """Put a task that was sent back to the front of the backlog."""
         if task.position >= 0:
             self.sent.pop(task.number, None)
-            self._by_position.pop(task.position, None)
             task.position = -1
         if task.results is not None:  # of a chunk only what has no result
             have = len(task.results) - task.first
@@ -190,7 +177,7 @@ class TaskTable:
             the task, and why the call is given up if it is; None if no task without an
             answer stood there.
         """
-        task = self._by_position.get(position)
+        task = self.at(position)
         if task is None:
             return None
         call = task.first + item
@@ -220,4 +207,7 @@ class TaskTable:
 
     def at(self, position: int) -> Task | None:
         """The task that was sent at this position and has no answer."""
-        return self._by_position.get(position)
+        for task in self.sent.values():
+            if task.position == position:
+                return task
+        return None
