@@ -15,6 +15,7 @@ __all__ = [
     "DecodeError",
     "Empty",
     "EncodeError",
+    "Event",
     "Full",
     "HighPerformanceIPC",
     "InvalidArgument",
@@ -26,7 +27,10 @@ __all__ = [
     "NameInUse",
     "NameUnknown",
     "NotSupportedByFallback",
+    "MemoryExceeded",
     "PeerDied",
+    "PoolStatistics",
+    "ProcessPoolExecutor",
     "Progress",
     "Queue",
     "RemoteError",
@@ -37,6 +41,7 @@ __all__ = [
     "RingCorrupted",
     "RingExists",
     "RingNotFound",
+    "SharedArray",
     "SharedMemoryFull",
     "ShmringError",
     "ShutDown",
@@ -49,6 +54,7 @@ __all__ = [
     "current_worker",
     "get_context",
     "multiprocessing_example",
+    "share",
     "wait",
     "worker_process",
 ]
@@ -79,6 +85,7 @@ if typing.TYPE_CHECKING:
         Full,
         InvalidArgument,
         LayoutMismatch,
+        MemoryExceeded,
         MessageTooLarge,
         NameInUse,
         NameUnknown,
@@ -100,6 +107,9 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.message import Message, MessageType
     from shmring.pool.coordinator import Progress, Report, coordinator_process
     from shmring.pool.example import multiprocessing_example
+    from shmring.pool.executor import ProcessPoolExecutor
+    from shmring.pool.manager import Event, PoolStatistics
+    from shmring.pool.shared import SharedArray, share
     from shmring.pool.worker import current_worker, worker_process
 else:
     __getattr__, __dir__ = _lazy.lazily(
@@ -110,7 +120,12 @@ else:
             "JoinableQueue": "_backend",
             "Message": "ipc.message",
             "MessageType": "ipc.message",
+            "Event": "pool.manager",
+            "PoolStatistics": "pool.manager",
+            "ProcessPoolExecutor": "pool.executor",
             "Progress": "pool.coordinator",
+            "SharedArray": "pool.shared",
+            "share": "pool.shared",
             "Queue": "_backend",
             "Report": "pool.coordinator",
             "Ring": "_backend",

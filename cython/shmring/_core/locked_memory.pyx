@@ -246,14 +246,17 @@ cdef class TaskWords:
             values: results of the first items; what follows is called.
             task: the word of the task for the first item.
             step: what is added to it for each item.
-            span: return after the call that ends so many nanoseconds from now, or later.
+            span: return after the first call that ends so many nanoseconds from now.
         """
-        cdef Py_ssize_t i = len(values)
+        cdef Py_ssize_t first = len(values)
         cdef Py_ssize_t count = len(items)
-        cdef int64_t until = monotonic_ns() + span
-        while i < count:
-            if self.stamp(task + step * <uint64_t>i) > until:
+        cdef Py_ssize_t i
+        cdef int64_t now, until = 0
+        for i in range(first, count):
+            now = self.stamp(task + step * <uint64_t>i)
+            if i == first:
+                until = now + span
+            elif now >= until:
                 return
             item = items[i]
             values.append(function(*item) if spread else function(item))
-            i += 1

@@ -38,10 +38,11 @@ from shmring.errors import (
     RemoteTraceback,
     ShmringError,
     TaskTimeout,
+    WorkerDied,
 )
 from shmring.ipc.registry import Entry
 from shmring.pool.channel import isolate_failures
-from shmring.pool.task_table import Failure, Task, TaskTable
+from shmring.pool.task_table import Failure, Task, TaskCancelled, TaskTable
 from shmring.pool.workers import Departure, Workers
 from shmring.process.liveness import is_process_stopped
 
@@ -74,6 +75,7 @@ class Dispatcher:
         floor: tasks that are in the queue at least, as long as there are any.
         task_timeout: seconds after which the worker of a call is killed; None for never.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.
+        death: the class of the error of a task whose workers died.
         on_message: called with (kind, worker id, content) of what answers no task.
         on_event: called with (kind, task number or None, departure or worker id).
     """
@@ -87,16 +89,16 @@ class Dispatcher:
         floor: int,
         task_timeout: float | None = None,
         memory_limit: int | None = None,
+        death: type[WorkerDied] = WorkerDied,
         on_message: Callable[[str, str, Any], object] | None = None,
         on_event: Callable[[str, int | None, Any], object] | None = None,
     ) -> None:
         self.lock = threading.RLock()
-        self.table = TaskTable()
+        self.table = TaskTable(death)
         self.workers = workers
         self.task_timeout = task_timeout
         self.memory_limit = memory_limit
         self.died = 0
-        self.useful: set[int] = set()  # workers that died and had answered something
         self._tasks = tasks
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
@@ -275,7 +277,7 @@ class Dispatcher:
     def _raised(self, number: int, index: int, pickled: bytes | None, text: str) -> None:
         error: BaseException
         if pickled is None:
-            error = CancelledRunning()
+            error = TaskCancelled()
         else:
             try:
                 error = _loaded(pickled)
@@ -432,7 +434,7 @@ class Dispatcher:
             if self.workers.signal(entry, signal.SIGINT):
                 self._interrupts[number] = grace, time.monotonic() + grace
         elif time.monotonic() > deadline:
-            self._end(entry, CancelledRunning(), "cancelled")
+            self._end(entry, TaskCancelled(), "cancelled")
 
     def _end(self, entry: Entry, error: ShmringError, why: str) -> None:
         """Kill a worker because of the call that it is at, which fails with this error."""
@@ -444,10 +446,6 @@ class Dispatcher:
                 task.expired = error
         if self._on_event is not None:
             self._on_event(why, entry.task, entry)
-
-
-class CancelledRunning(ShmringError):
-    """A running task was ended by ``cancel_running()``."""
 
 
 def _resident(pid: int) -> int:

@@ -14,43 +14,30 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import logging
 import multiprocessing
 import operator
 import os
-import queue
 import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, TypeVar
 
 from shmring._backend import backend
 from shmring.deadline import checked_timeout
-from shmring.errors import InvalidArgument, NotSupportedByFallback, WorkerDied
+from shmring.errors import InvalidArgument, NotSupportedByFallback
 from shmring.pool.channel import SPREAD, FunctionReferences
-from shmring.pool.dispatcher import CancelledRunning
 from shmring.pool.future import TaskFuture
-from shmring.pool.task_table import Failure, Task
+from shmring.pool.task_table import Failure, Task, TaskCancelled
 
 __all__ = ["ProcessPoolExecutor"]
 
 T = TypeVar("T")
 
 _MOST_WORKERS = 128  # a queue has so many places for deliveries
-# map_unordered(chunksize="auto") aims at chunks that take a worker so long, in seconds.
-_CHUNK_SECONDS = 0.005
-_LARGEST_CHUNK = 1024
-
-
-class _BrokenTask(WorkerDied, BrokenProcessPool):
-    """WorkerDied, for programs that expect what the standard library's pool raises."""
-
-    __reduce__ = WorkerDied.__reduce__
 
 
 class ProcessPoolExecutor(Executor):
@@ -297,11 +284,7 @@ class ProcessPoolExecutor(Executor):
         """
         self._finalizer.detach()
         for task in self._manager.close(cancel_futures):
-            future = getattr(task.done, "__self__", None)
-            if isinstance(future, TaskFuture):
-                future._cancelled()
-            else:
-                task.done(Failure(CancelledRunning()))
+            task.done(Failure(TaskCancelled()))
         if wait:
             self._manager.join()
 

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shmring.pool.task_table import Failure, Task
+from shmring.pool.task_table import Failure, Task, TaskCancelled
 
 if TYPE_CHECKING:
     from shmring.pool.dispatcher import Dispatcher
@@ -50,6 +50,9 @@ class TaskFuture(Future[T]):
         self._task = self._dispatcher = None
         failed = type(outcome) is Failure
         if failed:
+            if isinstance(outcome.error, TaskCancelled):
+                self._cancelled()
+                return
             self._exception = outcome.error
         else:
             self._result = outcome

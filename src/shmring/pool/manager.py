@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from shmring.errors import Full, RingClosed, ShmringError
+from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
 from shmring.pool.channel import STOP
 from shmring.pool.dispatcher import Dispatcher
 from shmring.pool.slots import PoolSlots
@@ -71,6 +71,10 @@ class PoolStatistics:
     retried: int
     died: int
     workers: tuple[Any, ...]
+
+
+class _BrokenTask(WorkerDied, BrokenProcessPool):
+    """WorkerDied, for programs that expect what the standard library's pool raises."""
 
 
 class Manager:
@@ -131,6 +135,7 @@ class Manager:
             floor=number + 1,
             task_timeout=task_timeout,
             memory_limit=memory_limit,
+            death=_BrokenTask,
             on_message=self._heard,
             on_event=self._happened,
         )

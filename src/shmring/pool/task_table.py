@@ -18,7 +18,7 @@ from typing import Any
 from shmring.errors import ShmringError, WorkerDied
 from shmring.pool.channel import CAREFUL
 
-__all__ = ["Failure", "PartialResults", "Task", "TaskTable"]
+__all__ = ["Failure", "PartialResults", "Task", "TaskCancelled", "TaskTable"]
 
 
 class Failure:
@@ -28,6 +28,10 @@ class Failure:
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+
+
+class TaskCancelled(ShmringError):
+    """The task was cancelled, before it began or while it ran."""
 
 
 class PartialResults(list[Any]):
@@ -93,6 +97,9 @@ class Task:
 class TaskTable:
     """All tasks that have no answer yet.
 
+    Args:
+        error: the class of WorkerDied that failed tasks get.
+
     Attributes:
         submitted: how many tasks there were.
         backlog: tasks that have not been sent, in order.
@@ -101,7 +108,8 @@ class TaskTable:
         answered_count: how many tasks have their answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, error: type[WorkerDied] = WorkerDied) -> None:
+        self._error = error
         self.submitted = 0
         self.backlog: collections.deque[Task] = collections.deque()
         self.sent: dict[int, Task] = {}
@@ -189,7 +197,7 @@ class TaskTable:
         task.attempts += 1
         error, task.expired = task.expired, None
         if error is None and task.attempts > task.retries:
-            error = WorkerDied(task.number, pid, exitcode, task.attempts)
+            error = self._error(task.number, pid, exitcode, task.attempts)
         if error is None or call > task.first:  # what ended before it has to run again first
             task.be_careful()
             self.retried += 1
