@@ -23,7 +23,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from shmring.errors import DecodeError
+from shmring.errors import DecodeError, RemoteError
 from shmring.queues.codec import KIND_PICKLE, PickleCodec, ReusedPickler, decode_error, encode_error
 
 __all__ = ["CAREFUL", "SPREAD", "STOP", "FunctionReferences", "Functions", "isolate_failures"]
@@ -113,14 +113,22 @@ def isolate_failures(queue: Any) -> list[tuple[int, DecodeError]]:
         if kind != KIND_PICKLE:
             return codec.decode(kind, head, buffers)
         try:
-            return pickle.loads(head, buffers=buffers)
+            return load(head, buffers=buffers)
         except Exception as error:
             raise explain(head, buffers, error) from error
 
-    queue._set_codec(
-        codec.encode, decode, True, True, ReusedPickler, pickle.loads, encode_error, explain
-    )
+    queue._set_codec(codec.encode, decode, True, True, ReusedPickler, load, encode_error, explain)
     return failures
+
+
+def load(head: bytes, *, buffers: Any = ()) -> Any:
+    """Unpickle; SystemExit and its like, which would end the pool, become an error."""
+    try:
+        return pickle.loads(head, buffers=buffers)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RemoteError(f"unpickling raised {type(error).__name__}") from error
 
 
 def _number_in(head: bytes) -> int:

@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import _RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any
 
 from shmring._backend import backend
@@ -35,7 +36,6 @@ from shmring.errors import (
     MessageTooLarge,
     NotSupportedByFallback,
     RemoteError,
-    RemoteTraceback,
     ShmringError,
     TaskTimeout,
     WorkerDied,
@@ -283,7 +283,7 @@ class Dispatcher:
                 error = _loaded(pickled)
             except Exception as problem:
                 error = RemoteError(f"an exception that cannot be unpickled here: {problem}")
-            error.__cause__ = RemoteTraceback(text)
+            error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
         task = self.table.sent.get(number)
         if task is not None and task.results is not None:
             task.failed = True

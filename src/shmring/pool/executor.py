@@ -357,7 +357,9 @@ def _results(
             del future
             futures.extend(itertools.islice(ahead, 1))
             if not chunked:
-                yield value
+                last = [value]
+                del value  # what was taken is kept by its taker alone
+                yield last.pop()
             elif type(value) is list:
                 yield from value
             else:

@@ -301,9 +301,6 @@ class Manager:
             if logger.isEnabledFor(content.levelno):
                 logger.handle(content)
         elif kind == "broken":
-            logging.getLogger("concurrent.futures").critical(
-                "Exception in initializer of %s:\n%s", worker_id, content
-            )
             self._break(
                 f"the initializer of {worker_id} failed, the pool is not usable:\n{content}", None
             )

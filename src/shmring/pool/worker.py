@@ -116,6 +116,7 @@ class TaskLoop:
         slot: of this worker; it says which task is being done and since when.
         employer: asked between two waits.
         handler: called for tasks that name no function.
+        leaves_at_interrupt: let KeyboardInterrupt end the worker, its task unanswered.
         max_tasks: leave after so many tasks; None for no limit.
         is_too_large: asked between two tasks, at most every 50 ms: leave if it is true.
 
@@ -132,6 +133,7 @@ class TaskLoop:
         employer: Employer,
         *,
         handler: Callable[[Any], Any] = echo,
+        leaves_at_interrupt: bool = False,
         max_tasks: int | None = None,
         is_too_large: Callable[[], bool] | None = None,
     ) -> None:
@@ -142,6 +144,7 @@ class TaskLoop:
         self._slot = slot
         self._employer = employer
         self._handler = handler
+        self._leaves_at_interrupt = leaves_at_interrupt
         self._max_tasks = max_tasks
         self._is_too_large = is_too_large
         self._next_look = 0
@@ -203,6 +206,7 @@ class TaskLoop:
                     self._call(number, function, args, kwargs)
                 else:
                     self._call_each(number, function, args, kwargs)
+            function = args = kwargs = None  # kept by nothing while the worker waits
             if release is not None:
                 release(delivery)
             if limited:
@@ -227,17 +231,14 @@ class TaskLoop:
             self._cancellable = True
             value = call(*args, **kwargs)
             self._cancellable = False
+            self._send_value(number, 0, (number, value))
         except BaseException as error:
             self._cancellable = False
-            answer = (number, 0, *_described(error))
-        else:
-            answer = (number, value)
+            if self._leaves_at_interrupt and isinstance(error, KeyboardInterrupt):
+                raise
+            self._send((number, 0, *_described(error)))
         finally:
             _current.reset(token)
-        try:
-            self._send(answer)
-        except (EncodeError, MessageTooLarge) as error:
-            self._send((number, 0, *_described(error)))
         self.answered += 1
         self._words.end(1)
 
@@ -269,14 +270,23 @@ class TaskLoop:
         self._words.end(len(items))
 
     def _send_part(self, number: int, first: int, values: list[Any]) -> None:
+        if len(values) == 1:
+            self._send_value(number, first, (number, first, values))
+            return
         try:
             self._send((number, first, values))
-        except (EncodeError, MessageTooLarge) as whole:
-            if len(values) == 1:
-                self._send((number, first, *_described(whole)))
-                return
-            for index, value in enumerate(values):  # it is told of the right one
+        except (EncodeError, MessageTooLarge):
+            for index, value in enumerate(values):  # the error is told of the right one
                 self._send_part(number, first + index, [value])
+
+    def _send_value(self, number: int, index: int, answer: tuple[Any, ...]) -> None:
+        """Send a result, or why it cannot be sent."""
+        try:
+            self._send(answer)
+        except RingClosed:
+            raise
+        except BaseException as error:
+            self._send((number, index, *_described(error)))
 
     def _send(self, answer: tuple[Any, ...]) -> None:
         while True:
@@ -374,6 +384,7 @@ class Worker(TaskLoop):
             slot,
             coordinator,
             handler=self._given_handler,
+            leaves_at_interrupt=True,
         )
         self.run()
 
@@ -489,6 +500,9 @@ def run_pool_worker(
         try:
             initializer(*setting["initargs"])
         except BaseException:
+            logging.getLogger("concurrent.futures").critical(
+                "Exception in initializer:", exc_info=True
+            )
             loop.tell("broken", traceback.format_exc())
             slot.release()
             return

@@ -402,7 +402,6 @@ class ChildWorkers:
                 self._exitcodes[departure.pid] = process.exitcode
                 self._poll.remove(process)
                 del self.processes[index]
-                process.close()
         self._false_starts = 0 if useful or departure.clean else self._false_starts + 1
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
@@ -473,7 +472,8 @@ class ChildWorkers:
                 os.kill(process.pid or 0, signum)
 
     def close(self) -> None:
-        """Give back what was used for looking after them."""
+        """Give back what was used for starting them and looking after them."""
+        self._args = ()
         self._poll.close()
 
     def stop(self, grace: float) -> None:
@@ -502,7 +502,6 @@ class ChildWorkers:
         self._seen.look()
         for process in self.processes.values():
             self._poll.remove(process)
-            process.close()
         self.processes.clear()
 
     def _join(self, grace: float) -> None:
