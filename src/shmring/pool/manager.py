@@ -269,7 +269,7 @@ class Manager:
             while not self.workers.all_gone() and time.monotonic() < deadline:
                 self.dispatcher.take_in(0.005)
             self.dispatcher.take_in(0)
-        self.workers.stop(0.0 if self.broken is None else 0.2)
+        self.workers.stop(0.0 if self.broken is None else 1.0)
 
     def _end(self) -> None:
         if self._ended:
