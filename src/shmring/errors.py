@@ -22,12 +22,9 @@ __all__ = [
     "InvalidArgument",
     "LayoutMismatch",
     "MessageTooLarge",
-    "NameInUse",
-    "NameUnknown",
     "NotSupportedByFallback",
     "PeerDied",
     "RemoteError",
-    "RemoteTraceback",
     "RingClosed",
     "RingCorrupted",
     "RingExists",
@@ -77,20 +74,18 @@ class LayoutMismatch(ShmringError):
     """The segment is not a ring, or was laid out by another version of shmring."""
 
 
-class RingExists(ShmringError, FileExistsError):
-    """The name is taken by something that is alive, or is not ours to reclaim."""
+class RingExists(ShmringError, FileExistsError, RuntimeError):
+    """The name is in use, or is not ours to reclaim.
+
+    A RuntimeError as well: HighPerformanceIPC promises one.
+    """
 
 
-class RingNotFound(ShmringError, FileNotFoundError):
-    """Nothing of that name exists, or it never became ready before the deadline."""
+class RingNotFound(ShmringError, FileNotFoundError, RuntimeError):
+    """Nothing of that name exists, or it did not become ready before the deadline.
 
-
-class NameInUse(RingExists, RuntimeError):
-    """HighPerformanceIPC: something of that name exists in the namespace already."""
-
-
-class NameUnknown(RingNotFound, RuntimeError):
-    """HighPerformanceIPC: nothing of that name exists in the namespace."""
+    A RuntimeError as well: HighPerformanceIPC promises one.
+    """
 
 
 class AccessRefused(ShmringError, PermissionError):
@@ -212,7 +207,7 @@ class RemoteError(ShmringError):
     """A handler raised something that cannot travel itself; the text says what."""
 
 
-class RemoteTraceback(ShmringError):
+class _RemoteTraceback(ShmringError):
     """The traceback of another process, as text: the ``__cause__`` of what it raised."""
 
     def __str__(self) -> str:

@@ -18,7 +18,6 @@ import pytest
 
 from shmring.errors import (
     InvalidArgument,
-    NameInUse,
     NotSupportedByFallback,
     RingClosed,
     RingExists,
@@ -374,7 +373,7 @@ def test_connecting_again_finds_the_memory_of_today(name: str) -> None:
     with memory, other:
         assert memory.create()
         assert other.connect()
-        with pytest.raises(NameInUse, match="open already"):
+        with pytest.raises(RingExists, match="open already"):
             other.connect()
         memory.cleanup()
         assert memory.create()
@@ -427,7 +426,7 @@ def test_memory_is_opened_once(name: str) -> None:
     with SharedMemoryManager(name, 100) as memory:
         memory.create()
         for again in (memory.create, memory.connect):
-            with pytest.raises(NameInUse, match="cleanup"):
+            with pytest.raises(RingExists, match="cleanup"):
                 again()
 
 

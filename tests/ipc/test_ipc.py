@@ -16,9 +16,9 @@ from shmring.errors import (
     EncodeError,
     Full,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     RingClosed,
+    RingExists,
+    RingNotFound,
 )
 from shmring.ipc import high_performance_ipc as ipc_module
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
@@ -102,7 +102,7 @@ def test_a_queue_is_created_once(ipc: HighPerformanceIPC, other: HighPerformance
     for instance in (ipc, other):
         with pytest.raises(RuntimeError, match="'q' exists"):
             instance.create_message_queue("q")
-    assert issubclass(NameInUse, FileExistsError)
+    assert issubclass(RingExists, FileExistsError)
     ipc.send_message("q", MessageType.DATA, "the first one works on")
     assert ipc.receive_message("q", timeout=5) is not None
 
@@ -131,7 +131,7 @@ def test_connecting_gives_up_at_the_deadline(ipc: HighPerformanceIPC) -> None:
         pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"),
     ):
         ipc.connect_message_queue("never", timeout=0.3)
-    assert issubclass(NameUnknown, FileNotFoundError)
+    assert issubclass(RingNotFound, FileNotFoundError)
 
 
 def test_connecting_twice_is_allowed(ipc: HighPerformanceIPC) -> None:
@@ -180,7 +180,7 @@ def test_a_deadline_that_has_passed_is_a_timeout_of_0(ipc: HighPerformanceIPC) -
     ipc.send_message("q", MessageType.DATA, 1, timeout=-1)
     with pytest.raises(Full):
         ipc.send_message("q", MessageType.DATA, 2, timeout=-1)
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("q2", timeout=-1)
     assert ipc.check_alive_processes(timeout=-1) == []
 
@@ -233,7 +233,7 @@ def test_the_namespace_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
 def test_namespaces_do_not_meet(ipc: HighPerformanceIPC, namespace: str) -> None:
     ipc.create_message_queue("q")
     with HighPerformanceIPC("main", namespace=f"{namespace}-2") as stranger:
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             stranger.connect_message_queue("q", timeout=0)
         stranger.create_message_queue("q")
         assert stranger.check_alive_processes() == []
@@ -366,9 +366,9 @@ def test_cleanup_ends_everything_and_can_be_repeated(
     ipc.cleanup()
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
     assert ipc.get_stats()["errors"] == 0
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_message_queue("q", timeout=0)
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_shared_memory("m", 10)
     ipc.create_message_queue("q")  # and the names are free again
 
@@ -473,9 +473,9 @@ def test_a_process_that_ends_without_cleanup_leaves_nothing(
         process.join(30)
         assert process.exitcode == 0
     with HighPerformanceIPC("main", namespace=namespace) as ipc:
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             ipc.connect_message_queue("q", timeout=0)
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             ipc.connect_shared_memory("m", 10)
 
 
@@ -557,7 +557,7 @@ def test_connecting_again_to_one_that_has_gone_fails(
     ipc.create_message_queue("q")
     other.connect_message_queue("q")
     ipc.close_message_queue("q")
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_message_queue("q", timeout=0)
     assert other.message_queues == {}
 

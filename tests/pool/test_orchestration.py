@@ -19,14 +19,14 @@ from shmring.errors import (
     DecodeError,
     EncodeError,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     NotSupportedByFallback,
     RemoteError,
-    RemoteTraceback,
+    RingExists,
+    RingNotFound,
     ShmringError,
     TaskTimeout,
     WorkerDied,
+    _RemoteTraceback,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
@@ -189,7 +189,7 @@ def test_nothing_of_a_run_stays(ipc: HighPerformanceIPC) -> None:
     coordinator_process(ipc, 1, tasks=[1], spawn=True)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
     assert not ipc.on_board
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("task_queue", timeout=0)
     report = coordinator_process(ipc, 1, tasks=[2], spawn=True)
     assert report.results == [2], "and the next run can begin"
@@ -290,7 +290,7 @@ def test_without_workers_it_does_not_wait_for_ever(ipc: HighPerformanceIPC) -> N
 
 @both_backends
 def test_without_a_coordinator_a_worker_gives_up(namespace: str) -> None:
-    with pytest.raises(NameUnknown, match="'task_queue'"):
+    with pytest.raises(RingNotFound, match="'task_queue'"):
         worker_process(0, "task_queue", namespace=namespace, connect_timeout=0.1)
 
 
@@ -304,7 +304,7 @@ def test_an_exception_comes_with_its_traceback(ipc: HighPerformanceIPC, start_me
             ipc, 2, tasks=range(10), spawn=True, handler=fail_at_three, method=start_method
         )
     cause = caught.value.__cause__
-    assert isinstance(cause, RemoteTraceback)
+    assert isinstance(cause, _RemoteTraceback)
     assert "in fail_at_three" in str(cause)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
 
@@ -317,7 +317,7 @@ def test_exceptions_can_stand_among_the_results(ipc: HighPerformanceIPC) -> None
     failed = report.results.pop(3)
     assert report.results == [0, 1, 2, 4, 5]
     assert isinstance(failed, KeyError)
-    assert isinstance(failed.__cause__, RemoteTraceback)
+    assert isinstance(failed.__cause__, _RemoteTraceback)
 
 
 @both_backends
@@ -580,7 +580,7 @@ def test_what_the_caller_made_survives_that_its_name_is_taken(
         ipc.create_shared_memory(taken, 10)
     else:
         ipc.create_message_queue(taken)
-    with pytest.raises(NameInUse):
+    with pytest.raises(RingExists):
         coordinator_process(ipc, 1, tasks=[1], spawn=True)
     assert [*ipc.message_queues, *ipc.shared_memories] == [taken]
     if taken == "data_buffer":
@@ -605,7 +605,7 @@ def test_without_their_coordinator_workers_end_by_themselves(
             lambda: all(each.is_dead() for each in workers_on_board(ipc)), 30, "the workers' end"
         )
     # What they were the last to hold went with them: the fixture looks into /dev/shm.
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("task_queue", timeout=0)
 
 
@@ -614,7 +614,7 @@ def test_one_coordinator_a_namespace(ipc: HighPerformanceIPC) -> None:
     with HighPerformanceIPC("second", namespace=ipc.namespace) as second:
 
         def start_another(progress: Progress) -> None:
-            with pytest.raises(NameInUse):
+            with pytest.raises(RingExists):
                 coordinator_process(second, 1, tasks=[1], spawn=True)
 
         report = coordinator_process(

@@ -29,7 +29,6 @@ from shmring.deadline import checked_timeout
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
-    NameInUse,
     RingClosed,
     RingExists,
     RingNotFound,
@@ -530,9 +529,9 @@ class SharedMemoryManager:
         return self._file
 
     def _make_way(self) -> None:
-        """Let go of a block that has gone; NameInUse if it has not."""
+        """Let go of a block that has gone; RingExists if it has not."""
         if self.is_current():
-            raise NameInUse(f"shared memory {self.name!r} is open already: call cleanup() first")
+            raise RingExists(f"shared memory {self.name!r} is open already: call cleanup() first")
         self.cleanup()
 
     def _check_range(self, offset: int, length: int) -> None:

@@ -29,8 +29,6 @@ from shmring.deadline import checked_timeout
 from shmring.errors import (
     Empty,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     PeerDied,
     RingExists,
     RingNotFound,
@@ -129,7 +127,7 @@ class HighPerformanceIPC:
             maxsize: how many messages it holds at most; 0 is without a bound.
 
         Raises:
-            NameInUse: (a RuntimeError) it exists; what a crash left is reclaimed.
+            RingExists: (a RuntimeError) it exists; what a crash left is reclaimed.
             InvalidArgument: an impossible name or maxsize.
         """
         full_name = self._full_name("q", queue_name)
@@ -141,7 +139,7 @@ class HighPerformanceIPC:
         try:
             queue = create_queue(full_name, bound)
         except RingExists as error:
-            raise NameInUse(
+            raise RingExists(
                 f"message queue {queue_name!r} exists in namespace {self.namespace!r}: "
                 "connect_message_queue() it, or use another name or namespace"
             ) from error
@@ -162,7 +160,7 @@ class HighPerformanceIPC:
             timeout: how long to wait for its creator, in seconds; None is without end.
 
         Raises:
-            NameUnknown: (a RuntimeError) nobody created it until the deadline.
+            RingNotFound: (a RuntimeError) nobody created it until the deadline.
             InvalidArgument: an impossible name or timeout.
         """
         full_name = self._full_name("q", queue_name)
@@ -180,7 +178,7 @@ class HighPerformanceIPC:
                 return
             except RingNotFound as error:
                 if timeout is not None and left <= _SLICE:
-                    raise NameUnknown(
+                    raise RingNotFound(
                         f"nobody created message queue {queue_name!r} in namespace "
                         f"{self.namespace!r} within timeout={timeout:g} s"
                     ) from error
@@ -300,13 +298,15 @@ class HighPerformanceIPC:
             size: in bytes.
 
         Raises:
-            NameInUse: (a RuntimeError) it exists.
+            RingExists: (a RuntimeError) it exists.
             InvalidArgument: an impossible name or size.
         """
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
         if not memory.create():
-            raise NameInUse(f"shared memory {memory_name!r} exists in namespace {self.namespace!r}")
+            raise RingExists(
+                f"shared memory {memory_name!r} exists in namespace {self.namespace!r}"
+            )
         self.close_shared_memory(memory_name)  # one whose name was given back
         self.shared_memories[memory_name] = memory
 
@@ -321,7 +321,7 @@ class HighPerformanceIPC:
             size: in bytes, as its creator's.
 
         Raises:
-            NameUnknown: (a RuntimeError) there is none.
+            RingNotFound: (a RuntimeError) there is none.
             InvalidArgument: an impossible name or size.
         """
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
@@ -331,7 +331,7 @@ class HighPerformanceIPC:
                 return
             self.close_shared_memory(memory_name)
         if not memory.connect():
-            raise NameUnknown(
+            raise RingNotFound(
                 f"shared memory {memory_name!r} does not exist in namespace {self.namespace!r}"
             )
         self.shared_memories[memory_name] = memory

@@ -39,8 +39,8 @@ from shmring.errors import (
     NotSupportedByFallback,
     PeerDied,
     RemoteError,
-    RemoteTraceback,
     ShmringError,
+    _RemoteTraceback,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ipc.message import Envelope, Message, MessageType
@@ -159,7 +159,7 @@ def coordinator_process(
 
     Raises:
         InvalidArgument: an impossible argument; a handler that no process can be sent.
-        NameInUse: another coordinator is at work in this namespace.
+        RingExists: another coordinator is at work in this namespace.
         WorkerDied: each worker that ran a task died.
         TaskTimeout: a task ran longer than ``task_timeout``.
         NotSupportedByFallback: a worker died, and this is not the ring: what it
@@ -484,7 +484,7 @@ def _opened(sealed: Envelope) -> Any:
         return value
     match value:
         case (BaseException() as raised, str() as text):
-            raised.__cause__ = RemoteTraceback(text)
+            raised.__cause__ = _RemoteTraceback(text)
             return Failure(raised)
     return Failure(RemoteError(f"a worker reported a failure that is none: {value!r}"))
 

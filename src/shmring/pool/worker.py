@@ -34,7 +34,6 @@ from shmring.errors import (
     DecodeError,
     Full,
     MessageTooLarge,
-    NameUnknown,
     RemoteError,
     RingClosed,
     RingNotFound,
@@ -124,13 +123,13 @@ class Worker:
             timeout: how long to wait for the coordinator's queues, in seconds.
 
         Raises:
-            NameUnknown: the coordinator did not make its queues until the deadline.
+            RingNotFound: the coordinator did not make its queues until the deadline.
         """
         self.ipc.connect_message_queue(self._task_queue, timeout)
         try:
             self.ipc.connect_message_queue(RESULT_QUEUE, 0.0)
             self.ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
-        except NameUnknown:
+        except RingNotFound:
             return  # the coordinator made them first and removed them first: it has ended
         self._watched = self._find_coordinator()
         queue = self.ipc.message_queues[self._task_queue]
@@ -247,7 +246,7 @@ def worker_process(
         how many tasks this worker answered.
 
     Raises:
-        NameUnknown: no coordinator made its queues until the deadline.
+        RingNotFound: no coordinator made its queues until the deadline.
         InvalidArgument: an impossible worker_id or namespace.
     """
     process_id = f"worker-{worker_id}" if isinstance(worker_id, int) else worker_id

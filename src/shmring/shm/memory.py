@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from shmring._core.layout import LAYOUT
 from shmring._core.locked_memory import MEMORY_HEADER_BYTES, LockedMemory
-from shmring.errors import InvalidArgument, NameInUse, RingClosed, RingExists, RingNotFound
+from shmring.errors import InvalidArgument, RingClosed, RingExists, RingNotFound
 from shmring.process.leaving import Exit, end_thread_at_exit
 from shmring.shm import segment
 from shmring.shm.descriptors import close_own, identity_of
@@ -96,9 +96,9 @@ class SharedMemoryManager:
         return self._memory is not None and segment.is_named(self._fd, self.name)
 
     def _make_way(self) -> None:
-        """Let go of a block that has gone; NameInUse if it has not."""
+        """Let go of a block that has gone; RingExists if it has not."""
         if self.is_current():
-            raise NameInUse(f"{self.name!r} is attached already: call cleanup() first")
+            raise RingExists(f"{self.name!r} is attached already: call cleanup() first")
         self.cleanup()
 
     def _map(self, fd: int) -> None:
