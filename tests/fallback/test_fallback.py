@@ -5,6 +5,7 @@ What it has in common with the ring is tested over both: test_queue, test_codecs
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import queue
@@ -157,6 +158,9 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
         lambda: Queue.attach("x"),
         lambda: plain.name,
         plain.unlink,
+        lambda: asyncio.run(plain.aget(timeout=1)),
+        lambda: asyncio.run(plain.aput(1, timeout=1)),
+        lambda: asyncio.run(anext(plain)),
         Ring,
         Ring.create,
         lambda: Ring.attach("x"),

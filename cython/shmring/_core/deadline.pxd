@@ -6,7 +6,7 @@ cdef enum:
     HOLDER_NS = 1000000000  # what an *_nowait waits for a lock at most
     # sleeps between two looks at peers: whoever is to die mostly does so soon
     PEERS_FIRST_NS = 2000000
-    PEERS_NS = 40000000  # PeerWatch.SLICE
+    PEERS_NS = 40000000  # PeerPoll.SLICE
 
 # One wait beside somebody who is watched; begins as (0, PEERS_FIRST_NS).
 cdef struct Vigil:

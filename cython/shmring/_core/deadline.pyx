@@ -1,7 +1,7 @@
 """How long to wait, and for whose sake.
 
 What is handed down as a `timeout` is a number of seconds, None for ever, or a
-PeerWatch: a timeout, beside which somebody is watched.  Whoever waits looks at
+PeerPoll: a timeout, beside which somebody is watched.  Whoever waits looks at
 him when a slice has passed in vain, so that calls without peers pay nothing.
 """
 
@@ -21,7 +21,7 @@ cdef extern from *:
     """
     int brief "shmring_brief"  # of this thread, see set_brief
 
-cdef object PeerWatch = None  # imported when somebody first names peers
+cdef object PeerPoll = None  # imported when somebody first names peers
 
 
 cdef int64_t deadline_of(object timeout) except -1:
@@ -43,16 +43,16 @@ cdef int64_t deadline_of(object timeout) except -1:
 
 cdef object watching(object peers, object timeout):
     """A timeout beside which `peers` are watched."""
-    global PeerWatch
-    if PeerWatch is None:
-        from shmring.process.peers import PeerWatch as imported
-        PeerWatch = imported
-    return PeerWatch(peers, timeout)
+    global PeerPoll
+    if PeerPoll is None:
+        from shmring.process.peers import PeerPoll as imported
+        PeerPoll = imported
+    return PeerPoll(peers, timeout)
 
 
 cdef object watch_of(object timeout):
-    """The PeerWatch that stands in the place of a timeout, or None."""
-    return timeout if type(timeout) is PeerWatch else None
+    """The PeerPoll that stands in the place of a timeout, or None."""
+    return timeout if type(timeout) is PeerPoll else None
 
 
 cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept:
@@ -70,7 +70,7 @@ cdef bint newly_dead(object watch, Vigil *vigil) except? True:
         if watch.all_dead():
             vigil.pause = 0
             return True
-        pid, start_ticks = watch.pivot
+        pid, start_ticks = watch.living_peer
         vigil.pivot = owner_of(pid, start_ticks)
     vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
     return False
