@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from shmring._core.deadline import set_brief
+from shmring._core.handle import set_brief
 from shmring._core.object_ring import ObjectRing
 from shmring._core.wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.errors import Empty
