@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._core.snapshot")
+pytest.importorskip("shmring._core.wait")
 
 from header import word
 from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager

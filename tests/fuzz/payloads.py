@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fuzz.drivers import Broken, Tally
-from shmring._core.builtin_codec import decode, encode
+from shmring._core.object_ring import decode_builtins as decode
+from shmring._core.object_ring import encode_builtins as encode
 from shmring.errors import DecodeError
 from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 

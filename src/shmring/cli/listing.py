@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from shmring._core.handle import RingHandle
-from shmring._core.layout import LAYOUT
-from shmring._core.snapshot import counters, user_kind
+from shmring._core.ring import LAYOUT
+from shmring._core.wait import counters, user_kind
 from shmring.diagnostics import snapshot
 from shmring.errors import AccessRefused, ShmringError
 from shmring.ipc.registry import BOARD_BYTES, BOARD_MAGIC, Board, Entry

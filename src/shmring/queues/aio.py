@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from shmring._core.deadline import set_brief
+from shmring._core.handle import set_brief
 from shmring._core.object_ring import ObjectRing
 from shmring._core.wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
 from shmring.deadline import checked_timeout

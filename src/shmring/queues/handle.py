@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring._core.handle import RingHandle
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 from shmring.deadline import checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 from shmring.process.leaving import Exit, end_thread_at_exit
@@ -238,7 +238,7 @@ class SharedHandle(RingHandle):
 
     def statistics(self) -> RingStatistics:
         """What stands in the header now; works from every process."""
-        from shmring._core.snapshot import counters
+        from shmring._core.wait import counters
         from shmring.diagnostics import snapshot
         from shmring.queues.statistics import (
             RingStatistics,  # not at the top: dataclasses cost 10 ms

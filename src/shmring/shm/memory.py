@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from shmring._core.layout import LAYOUT
 from shmring._core.locked_memory import MEMORY_HEADER_BYTES, LockedMemory
+from shmring._core.ring import LAYOUT
 from shmring.errors import InvalidArgument, RingClosed, RingExists, RingNotFound
 from shmring.process.leaving import Exit, end_thread_at_exit
 from shmring.shm import segment
