@@ -454,7 +454,7 @@ cdef class RingHandle(RingCore):
         """Once a handle: what was meant to grow waits."""
         limit = None if load_relaxed32(&self.full_seen) == FULL_MEMORY else self.header.max_capacity
         store_relaxed32(&self.full_seen, FULL_SAID)
-        _warnings.say_full(limit)
+        _warnings.warn_full(limit)
         return 0
 
     # ---- take -------------------------------------------------------------------------------
@@ -599,7 +599,7 @@ cdef class RingHandle(RingCore):
         self.name_gone += 1
         if self.name_gone == 2:
             _, token, name = self._identity()
-            _warnings.say_name_is_gone(name, token)
+            _warnings.warn_name_is_gone(name, token)
         return 0
 
     cdef int give_back(self) except -1:
@@ -661,7 +661,7 @@ cdef class RingHandle(RingCore):
             self.check_open()
         if outcome == CORRUPT:
             raise _warnings.corrupted({
-                0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
+                0: "owner", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
             }.get(load_relaxed32(&self.header.poisoned)), self.header.write_position, self.header.read_position)
         if outcome < 0:
             raise _warnings.system_error(-outcome)

@@ -146,8 +146,8 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 class _Shadowable:
     """A property that gives way to an attribute of the same name, set on a queue.
 
-    Programs subclass queues and keep a ``name`` or a ``capacity`` in them, of
-    which the standard library's queues know nothing.
+    A plain property would make ``self.name = ...`` raise in subclasses that ran
+    on the standard library's queues, which have no such names.
     """
 
     def __init__(self, shown: Any) -> None:
