@@ -27,8 +27,12 @@ __all__ = [
     "MessageType",
     "NotSupportedByFallback",
     "PeerDied",
+    "ProcessRole",
+    "ProcessState",
     "Progress",
     "Queue",
+    "RegistryEntry",
+    "RegistrySlot",
     "RemoteError",
     "Report",
     "Ring",
@@ -97,6 +101,7 @@ if typing.TYPE_CHECKING:
     )
     from shmring.ipc.high_performance_ipc import HighPerformanceIPC
     from shmring.ipc.message import Message, MessageType
+    from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.coordinator import Progress, Report, coordinator_process
     from shmring.pool.example import multiprocessing_example
     from shmring.pool.worker import Worker, current_worker, worker_process
@@ -115,8 +120,12 @@ else:
             "JoinableQueue": "_backend",
             "Message": "ipc.message",
             "MessageType": "ipc.message",
+            "ProcessRole": "ipc.registry",
+            "ProcessState": "ipc.registry",
             "Progress": "pool.coordinator",
             "Queue": "_backend",
+            "RegistryEntry": "ipc.registry",
+            "RegistrySlot": "ipc.registry",
             "Report": "pool.coordinator",
             "Ring": "_backend",
             "RingStatistics": "queues.statistics",

@@ -23,7 +23,7 @@ from shmring.errors import (
 from shmring.ipc import high_performance_ipc as ipc_module
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import Message, MessageType
-from shmring.ipc.registry import Entry
+from shmring.ipc.registry import RegistryEntry
 from support import at_least, run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
@@ -249,8 +249,8 @@ def keep_beating(namespace: str, process_id: str) -> None:
             pass
 
 
-def entry_of(ipc: HighPerformanceIPC, process_id: str) -> Entry:
-    (entry,) = [each for each in ipc.board_entries() if each.process_id == process_id]
+def entry_of(ipc: HighPerformanceIPC, process_id: str) -> RegistryEntry:
+    (entry,) = [each for each in ipc.registry_entries() if each.process_id == process_id]
     return entry
 
 
@@ -259,7 +259,7 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
     ipc.create_message_queue("quiet")
     assert ipc.check_alive_processes() == []
     with run_in_process(keep_beating, ipc.namespace, "child", method=start_method) as process:
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         process.kill()
         # Well within the ten seconds, and nobody has reaped it.
         wait_for(lambda: ipc.check_alive_processes() == [], 5, "its death")
@@ -271,7 +271,7 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
 def test_the_stopped_are_silent_in_time(ipc: HighPerformanceIPC) -> None:
     ipc.create_message_queue("quiet")
     with run_in_process(keep_beating, ipc.namespace, "child") as process:
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         wait_for(lambda: ipc.check_alive_processes(timeout=0.6) == [], what="silence")
@@ -283,7 +283,7 @@ def test_the_stopped_are_silent_in_time(ipc: HighPerformanceIPC) -> None:
 def test_a_blocked_receiver_goes_on_beating(ipc: HighPerformanceIPC) -> None:
     ipc.create_message_queue("quiet")
     with run_in_process(keep_beating, ipc.namespace, "child"):
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         wait_for(lambda: entry_of(ipc, "child").waiting_on == "quiet", what="it to wait")
         entry = entry_of(ipc, "child")
         wait_for(

@@ -30,7 +30,7 @@ from shmring.errors import (
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
-from shmring.ipc.registry import Role
+from shmring.ipc.registry import ProcessRole
 from shmring.pool.coordinator import Progress, Report, coordinator_process
 from shmring.pool.example import multiprocessing_example
 from shmring.pool.worker import current_worker, worker_process
@@ -188,7 +188,7 @@ def test_results_in_order_and_a_row_for_each_worker(
 def test_nothing_of_a_run_stays(ipc: HighPerformanceIPC) -> None:
     coordinator_process(ipc, 1, tasks=[1], spawn=True)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
-    assert not ipc.on_board
+    assert not ipc.is_registered
     with pytest.raises(RingNotFound):
         ipc.connect_message_queue("task_queue", timeout=0)
     report = coordinator_process(ipc, 1, tasks=[2], spawn=True)
@@ -495,8 +495,8 @@ def coordinate_for_ever(namespace: str, method: str) -> None:
         coordinator_process(ipc, 2, tasks=tasks(), spawn=True, method=method)
 
 
-def workers_on_board(ipc: HighPerformanceIPC) -> list[Any]:
-    return [each for each in ipc.board_entries() if each.role is Role.WORKER]
+def registered_workers(ipc: HighPerformanceIPC) -> list[Any]:
+    return [each for each in ipc.registry_entries() if each.role is ProcessRole.WORKER]
 
 
 @both_backends
@@ -511,7 +511,7 @@ def test_ctrl_c_ends_the_workers_too(
         os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert process.exitcode == 1, "KeyboardInterrupt came through"
-        wait_for(lambda: all(each.is_dead() for each in workers_on_board(ipc)), what="their end")
+        wait_for(lambda: all(each.is_dead() for each in registered_workers(ipc)), what="their end")
 
 
 class Interrupter:
@@ -598,11 +598,11 @@ def test_without_their_coordinator_workers_end_by_themselves(
     with run_in_process(
         coordinate_for_ever, ipc.namespace, start_method, method="spawn"
     ) as process:
-        wait_for(lambda: len(workers_on_board(ipc)) == 2, 30, "two workers")
-        wait_for(lambda: all(each.tasks for each in workers_on_board(ipc)), 30, "some work")
+        wait_for(lambda: len(registered_workers(ipc)) == 2, 30, "two workers")
+        wait_for(lambda: all(each.tasks for each in registered_workers(ipc)), 30, "some work")
         process.kill()
         wait_for(
-            lambda: all(each.is_dead() for each in workers_on_board(ipc)), 30, "the workers' end"
+            lambda: all(each.is_dead() for each in registered_workers(ipc)), 30, "the workers' end"
         )
     # What they were the last to hold went with them: the fixture looks into /dev/shm.
     with pytest.raises(RingNotFound):
@@ -631,7 +631,7 @@ def test_each_worker_gets_one_shutdown_message(ipc: HighPerformanceIPC) -> None:
         seen: list[MessageType] = []
 
         def tasks() -> Iterator[Any]:
-            worker.join_board(Role.WORKER)
+            worker.register(ProcessRole.WORKER)
             worker.connect_message_queue("task_queue")
             yield from ()
 
@@ -664,7 +664,7 @@ def test_impossible_arguments_are_refused(ipc: HighPerformanceIPC, wrong: dict[s
     arguments = {"num_workers": 1, "tasks": [1], **wrong}
     with pytest.raises((InvalidArgument, NotSupportedByFallback)):
         coordinator_process(ipc, arguments.pop("num_workers"), **arguments)
-    assert not ipc.on_board
+    assert not ipc.is_registered
     with pytest.raises(TypeError):
         coordinator_process(ipc, "two")  # type: ignore[arg-type]
 

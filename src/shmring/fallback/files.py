@@ -127,7 +127,7 @@ _OPEN_FLAGS |= getattr(os, "O_BINARY", 0)
 
 
 class SharedFile:
-    """A mapped file that goes when the last process closes it; storage for a board too.
+    """A mapped file that goes when the last process closes it; storage for a registry too.
 
     Made by :meth:`create`, :meth:`attach` or :meth:`create_or_attach`.
     """

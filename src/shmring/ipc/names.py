@@ -1,4 +1,4 @@
-"""What HighPerformanceIPC finds by name: queues and the board, on either back end."""
+"""Queues and registry of a namespace, by name, on either back end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from shmring._backend import Queue, backend
 from shmring.errors import InvalidArgument, RingClosed, RingNotFound
 from shmring.ipc.message import MessageCodec
-from shmring.ipc.registry import BOARD_BYTES, BoardStorage, open_segment
+from shmring.ipc.registry import REGISTRY_BYTES, RegistryStorage, open_segment
 
 __all__ = [
     "attach_queue",
     "create_queue",
     "full_name",
     "is_current",
-    "open_board",
+    "open_registry",
     "remove_queue",
 ]
 
@@ -32,24 +32,24 @@ if backend == "ring":
         return Queue(maxsize, codec=MessageCodec(), name=name)
 
     def attach_queue(name: str, timeout: float) -> Any:
-        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        """Open a queue of messages; RingNotFound if there is none in time."""
         return Queue.attach(name, timeout, codec=MessageCodec())
 
     def is_current(queue: Any, name: str) -> bool:
-        """Whether who asks for the name now gets the queue behind this handle."""
+        """Whether a process that opens the name now gets the queue of this handle."""
         return not queue.closed and segment.is_named(queue._fileno(), name)
 
     def remove_queue(queue: Any) -> None:
-        """Close a queue of one's own, and give its name back."""
-        # Somebody removed the file, or closed the handle and the last one out did: all the same.
+        """Close a queue of this process, and give its name back."""
+        # The file may be removed, and the handle closed, already.
         try:
             with contextlib.suppress(RingNotFound, RingClosed):
                 queue.unlink()
         finally:
             queue.close()
 
-    def open_board(name: str) -> BoardStorage:
-        """Open the storage of a board, whoever comes first makes it."""
+    def open_registry(name: str) -> RegistryStorage:
+        """Open the storage of a registry; make it if there is none."""
         return open_segment(name)
 
 else:
@@ -60,7 +60,7 @@ else:
         return ServedQueue.create(name, maxsize, MessageCodec())
 
     def attach_queue(name: str, timeout: float) -> Any:
-        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        """Open a queue of messages; RingNotFound if there is none in time."""
         return ServedQueue.attach(name, timeout, MessageCodec())
 
     def is_current(queue: Any, name: str) -> bool:
@@ -72,24 +72,21 @@ else:
         return True
 
     def remove_queue(queue: Any) -> None:
-        """Close a queue of one's own: it goes with its creator's handle."""
+        """Close a queue of this process: it ends with its creator's handle."""
         queue.close()
 
-    def open_board(name: str) -> BoardStorage:
-        """Open the storage of a board, whoever comes first makes it."""
-        return SharedFile.create_or_attach(name, BOARD_BYTES)
+    def open_registry(name: str) -> RegistryStorage:
+        """Open the storage of a registry; make it if there is none."""
+        return SharedFile.create_or_attach(name, REGISTRY_BYTES)
 
 
 def full_name(namespace: str, kind: str, name: str) -> str:
-    """The file behind a name.
+    """The name of a file, unique for namespace, kind and name.
 
     Args:
         namespace: a valid one.
         kind: "q" is a queue, "m" is memory.
         name: the user's.
-
-    Returns:
-        a name in which neither namespaces nor kinds meet.
 
     Raises:
         InvalidArgument: an impossible name.

@@ -12,7 +12,7 @@
                           |                     ^           |  (recovers them), drain the
                           | get, writes a claim | put       |  results, read its claim
                           v                     |           |
-                      worker: claim, handler, answer, release --- board: heartbeats, state
+                      worker: claim, handler, answer, release --- registry: heartbeats, state
 
 Execution is at least once, answers are exactly once: a task whose answer was
 committed never runs again, one whose worker died with a claim on it runs
@@ -44,7 +44,7 @@ from shmring.errors import (
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ipc.message import Envelope, Message, MessageType
-from shmring.ipc.registry import Role
+from shmring.ipc.registry import ProcessRole
 from shmring.pool.task_table import Failure, Ledger
 from shmring.pool.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
 from shmring.pool.workers import (
@@ -192,8 +192,8 @@ def coordinator_process(
             f"shared_data of {memoryview(shared_data).nbytes} bytes: "
             f"the data buffer holds {DATA_BUFFER_BYTES}"
         )
-    was_present = ipc.on_board
-    slot = ipc.join_board(Role.COORDINATOR)
+    was_present = ipc.is_registered
+    slot = ipc.register(ProcessRole.COORDINATOR)
     try:
         workers: Workers
         if spawn:
@@ -214,9 +214,9 @@ def coordinator_process(
         )
         return run.run(shared_data, shutdown_timeout)
     finally:
-        slot.set_role(Role.PEER)
+        slot.set_role(ProcessRole.PEER)
         if not was_present:
-            ipc.leave_board()
+            ipc.unregister()
 
 
 @dataclasses.dataclass(slots=True)

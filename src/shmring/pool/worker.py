@@ -12,7 +12,7 @@
         |                          |
         +<------next-------- claim released: answered
 
-While it waits it stores heartbeats on the board, sends a HEARTBEAT message now
+While it waits it stores heartbeats in the registry, sends a HEARTBEAT message now
 and then, and looks whether its coordinator is still there: without one it
 exits by itself.  A worker that dies between claim and release leaves the claim
 behind, and with it the one task that another must do.
@@ -40,7 +40,7 @@ from shmring.errors import (
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import Envelope, Message, MessageType
-from shmring.ipc.registry import Role, Slot
+from shmring.ipc.registry import ProcessRole, RegistrySlot
 
 __all__ = [
     "DATA_BUFFER",
@@ -86,7 +86,7 @@ def current_worker() -> Worker | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _CoordinatorWatch:
-    """Whom the worker works for, as that process stood on the board."""
+    """Whom the worker works for, as that process stood in the registry."""
 
     index: int
     incarnation: int
@@ -107,13 +107,13 @@ class Worker:
         self.answered = 0
         self._task_queue = task_queue
         self._handler = handler
-        self._slot: Slot = ipc.join_board(Role.WORKER)
+        self._slot: RegistrySlot = ipc.register(ProcessRole.WORKER)
         self._watched: _CoordinatorWatch | None = None
         self._heartbeat_due = 0.0
         self._look_due = 0.0
 
     def beat(self) -> None:
-        """Say on the board that the worker is alive; a long handler may call this."""
+        """Say in the registry that the worker is alive; a long handler may call this."""
         self._slot.beat()
 
     def run(self, timeout: float) -> None:
@@ -199,8 +199,8 @@ class Worker:
             return
 
     def _find_coordinator(self) -> _CoordinatorWatch | None:
-        for entry in self.ipc.board_entries():
-            if entry.role is Role.COORDINATOR and not entry.is_dead():
+        for entry in self.ipc.registry_entries():
+            if entry.role is ProcessRole.COORDINATOR and not entry.is_dead():
                 return _CoordinatorWatch(entry.index, entry.incarnation)
         return None
 
@@ -212,11 +212,11 @@ class Worker:
         if now < self._look_due:  # it costs more than a small task
             return False
         self._look_due = now + _SLICE
-        entry = self.ipc.board_entry(watched.index)
+        entry = self.ipc.registry_entry(watched.index)
         return (
             entry is None
             or entry.incarnation != watched.incarnation
-            or entry.role is not Role.COORDINATOR
+            or entry.role is not ProcessRole.COORDINATOR
             or entry.is_dead()
         )
 
@@ -233,14 +233,14 @@ def worker_process(
     """Work for a coordinator until it says SHUTDOWN, or is gone. Run it in a process of its own.
 
     Args:
-        worker_id: the worker's name on the board; a number N becomes "worker-N".
+        worker_id: the worker's name in the registry; a number N becomes "worker-N".
         coordinator_queue_name: the coordinator's ``queue_name``.
         handler: called with each task, returns its result. What it raises is
             raised by the coordinator; it does not end the worker.
         namespace: as for :class:`~shmring.HighPerformanceIPC`; the coordinator's.
         connect_timeout: how long to wait for the coordinator, in seconds.
         heartbeat_interval: how often to send a HEARTBEAT message while waiting,
-            in seconds. Heartbeats on the board are stored all the while.
+            in seconds. Heartbeats in the registry are stored all the while.
 
     Returns:
         how many tasks this worker answered.

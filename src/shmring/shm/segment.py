@@ -55,7 +55,7 @@ __all__ = [
 
 DIRECTORY = "/dev/shm"
 MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_core/layout.h
-MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
+MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the registry
 LAYOUT_VERSION = 3
 HEADER_BYTES = 8192
 
