@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     DecodeError,
     Empty,

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from multiprocessing import connection, managers, util
 from typing import Any, Protocol
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     Empty,
     Full,

@@ -12,7 +12,6 @@ a slot for each of its processes::
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from shmring._backend import SharedMemoryManager
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_maxsize, checked_timeout
 from shmring.errors import (
     Empty,
     InvalidArgument,
@@ -136,10 +135,7 @@ class HighPerformanceIPC:
             InvalidArgument: an impossible name or maxsize.
         """
         full_name = self._full_name("q", queue_name)
-        try:
-            bound = operator.index(maxsize)
-        except TypeError:
-            raise TypeError(f"maxsize={maxsize!r}: an int is needed") from None
+        bound = checked_maxsize(maxsize)
         self._beat()
         try:
             queue = create_queue(full_name, bound)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from typing import Any
 
 from shmring._backend import Queue, backend
-from shmring.errors import InvalidArgument, RingClosed, RingNotFound
+from shmring.arguments import checked_name
+from shmring.errors import RingClosed, RingNotFound
 from shmring.ipc.message import MessageCodec
 from shmring.ipc.registry import REGISTRY_BYTES, RegistryStorage, open_segment
 
@@ -20,8 +20,8 @@ __all__ = [
     "remove_queue",
 ]
 
-_NAME = re.compile(r"[^/\\\0]+")
 _MAX_NAME_BYTES = 100
+_FORBIDDEN = "/\\\0"  # on Windows too
 
 
 if backend == "ring":
@@ -91,10 +91,4 @@ def full_name(namespace: str, kind: str, name: str) -> str:
     Raises:
         InvalidArgument: an impossible name.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name={name!r}: a str is needed, not {type(name).__name__}")
-    if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
-        raise InvalidArgument(
-            f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
-        )
-    return f"shmring.{namespace}.{kind}.{name}"
+    return f"shmring.{namespace}.{kind}.{checked_name(name, _MAX_NAME_BYTES, _FORBIDDEN)}"

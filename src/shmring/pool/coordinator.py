@@ -30,7 +30,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from shmring._backend import backend
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     EncodeError,
     Full,

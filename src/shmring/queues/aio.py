@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from shmring._core.handle import set_brief
 from shmring._core.object_ring import ObjectRing
 from shmring._core.wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import Empty, Full, ShutDown
 from shmring.process.threads import are_greenlets
 

@@ -20,9 +20,9 @@ import stat
 import struct
 import time
 
+from shmring.arguments import checked_name
 from shmring.errors import (
     AccessRefused,
-    InvalidArgument,
     RingExists,
     RingNotFound,
     SharedMemoryFull,
@@ -76,19 +76,7 @@ _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
 
 def check_name(name: str) -> str:
     """Return `name`, or raise InvalidArgument if no file in /dev/shm can bear it."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, not {type(name).__name__}")
-    if not name or name in (".", ".."):
-        raise InvalidArgument(f"name={name!r}: give at least one character other than dots")
-    if "/" in name or "\0" in name:
-        raise InvalidArgument(
-            f"name={name!r}: a name has no slash and no NUL; it is a file in {DIRECTORY}"
-        )
-    if len(os.fsencode(name)) > 255:
-        raise InvalidArgument(
-            f"name of {len(os.fsencode(name))} bytes ({name[:20]!r}…): at most 255 are allowed"
-        )
-    return name
+    return checked_name(name, 255)
 
 
 def pid_namespace() -> int:
