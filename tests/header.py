@@ -18,7 +18,7 @@ from traced import Traced, state_of, stop_to_be_traced
 # Who collects the tests where the ring does not serve gets no error from those that need it.
 if backend != "ring":
     pytest.skip("the fallback has no ring to look into", allow_module_level=True)
-LAYOUT = pytest.importorskip("shmring._core.layout", exc_type=ImportError).LAYOUT
+LAYOUT = pytest.importorskip("shmring._core.ring", exc_type=ImportError).LAYOUT
 
 DATA_WAIT = LAYOUT["WAITING_OFFSET"]
 SPACE_WAIT = LAYOUT["WAITING_OFFSET"] + 4

@@ -12,42 +12,48 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccessRefused",
+    "Codec",
     "DecodeError",
     "Empty",
     "EncodeError",
     "Event",
     "Full",
     "HighPerformanceIPC",
+    "IPCStatistics",
     "InvalidArgument",
     "JoinableQueue",
     "LayoutMismatch",
+    "MemoryExceeded",
     "Message",
     "MessageTooLarge",
     "MessageType",
-    "NameInUse",
-    "NameUnknown",
     "NotSupportedByFallback",
-    "MemoryExceeded",
     "PeerDied",
     "PoolStatistics",
     "ProcessPoolExecutor",
+    "ProcessRole",
+    "ProcessState",
     "Progress",
     "Queue",
+    "RegistryEntry",
+    "RegistrySlot",
     "RemoteError",
-    "RemoteTraceback",
     "Report",
     "Ring",
     "RingClosed",
     "RingCorrupted",
     "RingExists",
     "RingNotFound",
+    "RingStatistics",
     "SharedArray",
     "SharedMemoryFull",
     "ShmringError",
     "ShutDown",
     "SimpleQueue",
     "TaskTimeout",
+    "Worker",
     "WorkerDied",
+    "WorkerReport",
     "backend",
     "cleanup_stale",
     "coordinator_process",
@@ -87,12 +93,9 @@ if typing.TYPE_CHECKING:
         LayoutMismatch,
         MemoryExceeded,
         MessageTooLarge,
-        NameInUse,
-        NameUnknown,
         NotSupportedByFallback,
         PeerDied,
         RemoteError,
-        RemoteTraceback,
         RingClosed,
         RingCorrupted,
         RingExists,
@@ -105,32 +108,46 @@ if typing.TYPE_CHECKING:
     )
     from shmring.ipc.high_performance_ipc import HighPerformanceIPC
     from shmring.ipc.message import Message, MessageType
+    from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.coordinator import Progress, Report, coordinator_process
     from shmring.pool.example import multiprocessing_example
     from shmring.pool.executor import ProcessPoolExecutor
     from shmring.pool.manager import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
-    from shmring.pool.worker import current_worker, worker_process
+    from shmring.pool.worker import Worker, current_worker, worker_process
+    from shmring.pool.workers import WorkerReport
+    from shmring.queues.codec import Codec
+    from shmring.queues.statistics import IPCStatistics, RingStatistics
 else:
+    # Names without a line below are in errors; listed as well they would stand here three times.
     __getattr__, __dir__ = _lazy.lazily(
         globals(),
         {
             **dict.fromkeys(__all__, "errors"),
+            "Codec": "queues.codec",
             "HighPerformanceIPC": "ipc.high_performance_ipc",
+            "IPCStatistics": "queues.statistics",
             "JoinableQueue": "_backend",
             "Message": "ipc.message",
             "MessageType": "ipc.message",
             "Event": "pool.manager",
             "PoolStatistics": "pool.manager",
             "ProcessPoolExecutor": "pool.executor",
+            "ProcessRole": "ipc.registry",
+            "ProcessState": "ipc.registry",
             "Progress": "pool.coordinator",
             "SharedArray": "pool.shared",
             "share": "pool.shared",
             "Queue": "_backend",
+            "RegistryEntry": "ipc.registry",
+            "RegistrySlot": "ipc.registry",
             "Report": "pool.coordinator",
             "Ring": "_backend",
+            "RingStatistics": "queues.statistics",
             "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
             "SimpleQueue": "_backend",
+            "Worker": "pool.worker",
+            "WorkerReport": "pool.workers",
             "backend": "_backend",
             "cleanup_stale": "_backend",
             "coordinator_process": "pool.coordinator",

@@ -481,7 +481,7 @@ def test_rm_stale_removes_what_a_crash_left(started: subprocess.Popen[str]) -> N
     def left() -> set[str]:
         return {name for name in shared_memory_names() if f"demo-{started.pid}-" in name}
 
-    wait_for(lambda: len(left()) >= 4, 10, "queues, buffer and board")
+    wait_for(lambda: len(left()) >= 4, 10, "queues, buffer and registry")
     names = left()
     assert run("rm", "--stale").returncode == 0
     assert left() == names, "they are in use"

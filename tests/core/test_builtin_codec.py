@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 pytest.importorskip(
-    "shmring._core.builtin_codec", reason="the extension cannot be loaded", exc_type=ImportError
+    "shmring._core.object_ring", reason="the extension cannot be loaded", exc_type=ImportError
 )
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmring
-from shmring._core.builtin_codec import decode, encode
+from shmring._core.object_ring import decode_builtins as decode
+from shmring._core.object_ring import encode_builtins as encode
 from shmring.errors import DecodeError
 
 SCALARS = (

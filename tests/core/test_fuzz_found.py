@@ -9,7 +9,7 @@ import pytest
 
 from header import LOCKS, OWNER_DIED, READ_POSITION, WAITERS, area, lock_word, word
 from shmring import Ring, RingCorrupted
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 from shmring.errors import Empty
 
 FIRST_CAPACITY = 16

@@ -5,6 +5,7 @@ What it has in common with the ring is tested over both: test_queue, test_codecs
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import queue
@@ -18,7 +19,6 @@ import pytest
 
 from shmring.errors import (
     InvalidArgument,
-    NameInUse,
     NotSupportedByFallback,
     RingClosed,
     RingExists,
@@ -158,6 +158,9 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
         lambda: Queue.attach("x"),
         lambda: plain.name,
         plain.unlink,
+        lambda: asyncio.run(plain.aget(timeout=1)),
+        lambda: asyncio.run(plain.aput(1, timeout=1)),
+        lambda: asyncio.run(anext(plain)),
         Ring,
         Ring.create,
         lambda: Ring.attach("x"),
@@ -374,7 +377,7 @@ def test_connecting_again_finds_the_memory_of_today(name: str) -> None:
     with memory, other:
         assert memory.create()
         assert other.connect()
-        with pytest.raises(NameInUse, match="open already"):
+        with pytest.raises(RingExists, match="open already"):
             other.connect()
         memory.cleanup()
         assert memory.create()
@@ -427,7 +430,7 @@ def test_memory_is_opened_once(name: str) -> None:
     with SharedMemoryManager(name, 100) as memory:
         memory.create()
         for again in (memory.create, memory.connect):
-            with pytest.raises(NameInUse, match="cleanup"):
+            with pytest.raises(RingExists, match="cleanup"):
                 again()
 
 

@@ -30,8 +30,7 @@ from fuzz.scenes import OBJECTS, AnyHandle, Scene, open_queue, open_ring, queue_
 from header import LOCKS, OWNER
 from shmring._core.bytes_ring import BytesRing
 from shmring._core.object_ring import ObjectRing
-from shmring._core.snapshot import counters
-from shmring._core.wait import Bell, Outgoing, pass_on, ready_now, wait_rings, watch
+from shmring._core.wait import Bell, Outgoing, counters, pass_on, ready_now, wait_rings, watch
 from shmring.diagnostics import snapshot
 from shmring.errors import Empty, Full, ShmringError, ShutDown
 

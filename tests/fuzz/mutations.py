@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from header import LOCKS, OWNER_DIED, WAITERS
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 
 Spot = tuple[int, int]
 

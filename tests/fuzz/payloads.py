@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fuzz.drivers import Broken, Tally
-from shmring._core.builtin_codec import decode, encode
+from shmring._core.object_ring import decode_builtins as decode
+from shmring._core.object_ring import encode_builtins as encode
 from shmring.errors import DecodeError
 from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 
@@ -115,7 +116,7 @@ def tree_driver() -> PayloadDriver:
 
 
 def message_driver() -> PayloadDriver:
-    """Heads of messages, and messages in one block."""
+    """Heads of messages."""
     codec = MessageCodec(TreeCodec())
     sent = [
         *(Message(kind, f"worker-{number}", 1.5) for number, kind in enumerate(MessageType)),
@@ -125,14 +126,10 @@ def message_driver() -> PayloadDriver:
     ]
 
     def of_head(data: bytes) -> object:
-        return codec.decode(codec.KIND, data, [])
-
-    def of_block(data: bytes) -> object:
-        message = codec.loads(data)
+        message = codec.decode(codec.KIND, data, [])
         if isinstance(message.data, Envelope) and message.data.kind == 4:
             message.data.open()
         return message
 
     heads = [bytes(codec.encode(message)[1][0]) for message in sent]
-    blocks = [codec.dumps(message) for message in sent]
-    return PayloadDriver({"heads": (of_head, heads), "blocks": (of_block, blocks)})
+    return PayloadDriver({"heads": (of_head, heads)})

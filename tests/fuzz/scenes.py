@@ -17,8 +17,8 @@ from fuzz.mutations import CLAIMS_BYTES, HEADER_BYTES, Image, spots_of
 from header import WRITE_GENERATION, first_frame, word
 from shmring import Ring
 from shmring._core.bytes_ring import BytesRing
-from shmring._core.layout import LAYOUT
 from shmring._core.object_ring import ObjectRing
+from shmring._core.ring import LAYOUT
 from shmring.errors import DecodeError, Empty, RingNotFound
 from shmring.shm import segment
 

@@ -31,7 +31,7 @@ from shmring import (
 )
 from shmring.errors import Empty, Full
 from shmring.process.liveness import process_start_ticks
-from shmring.process.peers import PeerWatch
+from shmring.process.peers import PeerPoll
 from support import asleep, run_in_process, turns, until, wait_for, within
 
 if shmring.backend == "ring":
@@ -318,7 +318,7 @@ def test_all_of_them_must_be_dead() -> None:
             queue.get(timeout=0.2, peers=peers)
         queue.put("of nobody in particular")
         assert queue.get(timeout=10, peers=peers) == "of nobody in particular"
-        watch = PeerWatch(iter(peers))
+        watch = PeerPoll(iter(peers))
         assert not watch.all_dead()
         with killed_soon(peers[2]), pytest.raises(PeerDied) as caught:
             queue.get(peers=iter(peers))
@@ -351,7 +351,7 @@ def test_a_pid_used_again_is_not_the_peer() -> None:
 def test_a_number_given_to_a_later_child_is_not_the_peer() -> None:
     with dead_process() as later:
         ticks = process_start_ticks(later.pid)
-        watch = PeerWatch([SimpleNamespace(pid=later.pid, start_ticks=ticks - 1)])
+        watch = PeerPoll([SimpleNamespace(pid=later.pid, start_ticks=ticks - 1)])
         assert watch.all_dead()
         assert watch.error("").exitcode is None, "the end of another is told"
 

@@ -21,7 +21,7 @@ CYTHON = ROOT / "cython" / "shmring"
 
 # The packages, from the ground up: each imports only from those above it here.
 ORDER = [
-    *("errors", "deadline", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
+    *("errors", "arguments", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
     *("queues", "fallback", "_backend", "context", "ipc", "pool", "cli", "__main__"),
 ]
 # Imported when peers= is used first: the compiled wait asks process.peers who is dead.
@@ -172,7 +172,7 @@ def test_the_pxd_declares_the_layout_of_the_header() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is Linux only")
 def test_the_compiled_layout_is_that_of_the_header() -> None:
-    compiled, in_c = load("_core.layout").LAYOUT, layout_in_c()
+    compiled, in_c = load("_core.ring").LAYOUT, layout_in_c()
     assert compiled == {name: in_c.get(name) for name in compiled}
     placed = {name for name in in_c if name.endswith(("_OFFSET", "_BYTES", "_COUNT"))}
     assert {"MAGIC", "VERSION", *placed} <= compiled.keys(), "what makes a layout is shown"
@@ -246,7 +246,7 @@ def test_the_floor_calls_no_function_that_newer_c_libraries_rename():
     renamed = re.compile(r"\b(strto[a-z]+|v?f?sscanf|v?fscanf|v?scanf|ato[fil]+)\s*\(")
     found = [
         f"{path.name}: {call.group(1)}"
-        for path in sorted(CYTHON.iterdir())
+        for path in sorted((CYTHON / "_core").iterdir())
         if path.suffix in (".h", ".pyx", ".pxd")
         for call in renamed.finditer(path.read_text())
     ]

@@ -45,7 +45,7 @@ NEEDLESS = {
 }
 # What a queue stands on, beside the compiled floor, whose modules cost little.
 FLOORS = {
-    *("_lazy", "_warnings", "errors", "deadline", "process", "process.leaving", "process.threads"),
+    *("_lazy", "_warnings", "errors", "arguments", "process", "process.leaving", "process.threads"),
     *("shm", "shm.segment", "queues", "queues.handle", "queues.aio", "queues.arrays"),
     *("queues.codec", "queues.queue"),
 }

@@ -52,7 +52,7 @@ memory.create()
 ipc = HighPerformanceIPC("main", namespace=name)
 ipc.create_message_queue("q")
 ipc.create_shared_memory("m", 1000)
-ipc.check_alive_processes()  # has a board made
+ipc.check_alive_processes()  # has a registry made
 child = get_context("fork").Process(target=kept[1].get, daemon=True)
 child.start()
 if sys.argv[2] == "handled":

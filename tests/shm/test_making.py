@@ -130,7 +130,7 @@ def test_a_maker_killed_at_any_step_leaves_a_whole_one_or_none(what):
 
 
 @pytest.mark.fault(27)
-def test_a_board_whose_maker_was_killed_at_any_step_is_there_for_the_next():
+def test_a_registry_whose_maker_was_killed_at_any_step_is_there_for_the_next():
     """Whoever comes first makes it, so nobody waits for anybody."""
 
     def make() -> Any:

@@ -16,9 +16,9 @@ from header import MEMORY_LOCK, OWNER, word
 from shmring import (
     InvalidArgument,
     LayoutMismatch,
-    NameInUse,
     Ring,
     RingClosed,
+    RingExists,
     SharedMemoryManager,
 )
 from support import own_name, run_in_process, wait_for
@@ -115,7 +115,7 @@ def test_use_before_and_after():
 def test_connecting_again_finds_the_block_of_today(memory):
     other = SharedMemoryManager(NAME, 1000)
     assert other.connect()
-    with pytest.raises(NameInUse, match="attached already"):
+    with pytest.raises(RingExists, match="attached already"):
         other.connect()
     memory.cleanup()
     assert memory.create()

@@ -87,7 +87,7 @@ class Build:
 CORE, HANDLE = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/handle.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
-WITH_DIRECT = ("ring", "take", "bytes_ring", "object_ring")
+WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at

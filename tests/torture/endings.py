@@ -12,7 +12,7 @@ from claims import small_queue
 from looking import AT_ONCE, Finding, check_memory, locks_of_the_dead, message, sort_out
 from operations import GROWING, RingStage
 from shmring import Queue, Ring
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 from shmring.errors import ShutDown
 from tally import BROKEN, HUNG, LEAKED, LOST, Harm
 from trials import Operation

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 from shmring.errors import Empty, Full, RingCorrupted
 from shmring.queues.handle import SharedHandle
 from shmring.shm import segment

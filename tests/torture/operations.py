@@ -22,7 +22,7 @@ from looking import (
     word,
 )
 from shmring import Ring
-from shmring._core.layout import LAYOUT
+from shmring._core.ring import LAYOUT
 from shmring.errors import Empty, Full
 from shmring.queues.handle import SharedHandle
 from trials import Operation, Stage

@@ -35,7 +35,7 @@ __all__ = [
 
 LIFETIME = 600  # seconds, longer than anybody watches a kill
 # What touches the shared file.
-EXTENSION = ("ring", "handle", "take", "bytes_ring", "object_ring", "wait")
+EXTENSION = ("ring", "handle", "bytes_ring", "object_ring", "wait")
 
 
 def build_stepper(folder: Path) -> Path:

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from test_closing import use_at_once
+
 import hammer
 import shmring
 from shmring.errors import Empty, RingClosed
 from support import wait_for
-from test_closing import use_at_once
 
 QUIET_S = 1.0  # consumers end when nothing came for so long
 

@@ -1,25 +1,13 @@
-"""The map of the encoder for trees of exact builtins."""
+"""What Cython sees of builtin_codec.h: trees of exact builtins to bytes and back."""
 
-from cpython.object cimport PyObject
-from libc.stdint cimport uint64_t
+cdef extern from "builtin_codec.h":
+    # A tree on its way into bytes, which are start to at.
+    ctypedef struct Writer "codec_writer":
+        char *start
+        char *at
 
-cdef enum:
-    TREE_SHARED = 16  # objects of one tree that others hold as well
-    TREE_DEPTH = 32  # containers within containers
-
-# A tree on its way into bytes.
-cdef struct Writer:
-    char *start  # what was written begins here: the room that was given,
-    char *at
-    char *end
-    bint heap  # or memory of its own, when that was too small
-    int depth
-    int shared_count
-    PyObject *shared[TREE_SHARED]
-
-# Encode `obj` into `room`, or into memory of its own if it needs more.  False:
-# it is not such a tree, and pickle's; nothing is left to be freed.
-cdef bint tree_write(Writer *writer, char *room, uint64_t room_bytes, object obj) noexcept
-cdef void tree_free(Writer *writer) noexcept
-# The object; DecodeError for bytes that tree_write cannot have written.
-cdef object tree_read(const char *data, uint64_t length)
+    # False: the object is pickle's, and nothing is left to be freed.
+    bint codec_encode(Writer *writer, char *room, size_t room_bytes, object obj) noexcept
+    void codec_free(Writer *writer) noexcept
+    # NULL, without an exception set for bytes that codec_encode cannot have written.
+    void *codec_decode(const char *data, size_t length, size_t *consumed) noexcept

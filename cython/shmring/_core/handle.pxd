@@ -13,6 +13,26 @@ cdef enum:
 cdef inline bint ends_wait(int outcome) noexcept nogil:
     return outcome not in (BUSY, FULL, FULL_COUNT, EMPTY, BEHIND_LEASE, BEHIND_RESERVATION)
 
+cdef enum:
+    HOLDER_NS = 1000000000  # what an *_nowait waits for a lock at most
+    # sleeps between two looks at peers: whoever is to die mostly does so soon
+    PEERS_FIRST_NS = 2000000
+    PEERS_NS = 40000000  # PeerPoll.SLICE
+
+# One wait beside somebody who is watched; begins as (0, PEERS_FIRST_NS).
+cdef struct Vigil:
+    uint64_t pivot  # as long as this one lives, nobody else needs to be asked
+    int64_t pause  # how long the next sleep may be
+
+cdef int64_t deadline_of(object timeout) except -1
+cdef object watching(object peers, object timeout)
+cdef object watch_of(object timeout)
+cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept
+cdef bint newly_dead(object watch, Vigil *vigil) except? True
+cpdef bint set_brief(bint on) noexcept
+cdef bint is_brief() noexcept nogil
+cdef bint is_running(uint32_t *word) noexcept nogil
+
 cdef class RingHandle(RingCore):
     cdef readonly bint closed
     cdef readonly uint64_t largest  # payload bytes of one message
@@ -26,7 +46,7 @@ cdef class RingHandle(RingCore):
     cdef uint64_t slept_ns  # how long a take last slept: advice for the next, an atomic
     cdef int name_gone  # slices of a wait that found the name removed; 2, and the log says so
 
-    # A `timeout` is what deadline.pyx says.
+    # A `timeout` is a number of seconds, None for ever, or a PeerPoll.
     # how many of the items went in; fewer than `count` only when time ran out
     cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
                                 bint block, object timeout) except -1

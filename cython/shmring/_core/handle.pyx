@@ -9,6 +9,7 @@ look; take the GIL, check signals and peers.
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.float cimport PyFloat_CheckExact
 from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -20,19 +21,17 @@ from shmring._core.ring cimport (
     POISON_POSITIONS, SHUT, Item, RingCore, Take,
 )
 from shmring._core.count cimport count_read
-from shmring._core.deadline cimport (
-    HOLDER_NS, PEERS_FIRST_NS, Vigil, deadline_of, is_brief, is_running, newly_dead, slice_end, watch_of,
-)
 from shmring._core.layout cimport (
     SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
     SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
     shmring_frame_span,
 )
+from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._core.sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter,
     handle_leave,
-    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, monotonic_ns, nap_ns,
+    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_owner, monotonic_ns, nap_ns,
     store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
 from shmring._core.diagnostics cimport (
@@ -69,7 +68,88 @@ cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 50000000  # what close waits for calls to leave; then the last of them unmaps
 cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
 
-sync_start()  # _core has checked that the kernel can do it
+sync_start()
+
+# ---- deadlines and peers ---------------------------------------------------------------------------
+
+cdef extern from *:
+    """
+    static __thread int shmring_brief;
+    """
+    int brief "shmring_brief"  # of this thread, see set_brief
+
+cdef object PeerPoll = None  # imported when somebody first names peers
+
+
+cdef int64_t deadline_of(object timeout) except -1:
+    """The monotonic nanosecond at which a wait of `timeout` ends."""
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    if not PyFloat_CheckExact(timeout) and watch_of(timeout) is not None:
+        return deadline_of(timeout.timeout)
+    seconds = timeout
+    if not seconds >= 0:
+        if not seconds < 0:
+            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, or None to wait for ever")
+        seconds = 0  # a deadline that has passed, as in shmring.deadline
+    if seconds > 1e9:
+        return INT64_MAX
+    return monotonic_ns() + <int64_t>(seconds * 1e9)
+
+
+cdef object watching(object peers, object timeout):
+    """A timeout beside which `peers` are watched."""
+    global PeerPoll
+    if PeerPoll is None:
+        from shmring.process.peers import PeerPoll as imported
+        PeerPoll = imported
+    return PeerPoll(peers, timeout)
+
+
+cdef object watch_of(object timeout):
+    """The PeerPoll that stands in the place of a timeout, or None."""
+    return timeout if type(timeout) is PeerPoll else None
+
+
+cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept:
+    """When the next sleep ends at the latest."""
+    return until if watch is None else min(until, monotonic_ns() + vigil.pause)
+
+
+cdef bint newly_dead(object watch, Vigil *vigil) except? True:
+    """Asked once a slice: whether every one of the watched is now proven dead, and was not before.
+
+    No Python is run as long as the pivot lives.  Whoever is told so looks once
+    more, because what the dead committed came before their death.
+    """
+    if not watch.proven and (vigil.pivot == 0 or owner_is_dead(vigil.pivot)):
+        if watch.all_dead():
+            vigil.pause = 0
+            return True
+        pid, start_ticks = watch.living_peer
+        vigil.pivot = owner_of(pid, start_ticks)
+    vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
+    return False
+
+
+cpdef bint set_brief(bint on) noexcept:
+    """Whether this thread's *_nowait calls wait for a lock a few milliseconds at most: on an event
+    loop, which stands still meanwhile.  Returns what was before."""
+    global brief
+    cdef bint before = brief != 0
+    brief = on
+    return before
+
+
+cdef bint is_brief() noexcept nogil:
+    return brief != 0
+
+
+cdef bint is_running(uint32_t *word) noexcept nogil:
+    """Whether a lock's holder only needs a CPU: neither stopped nor gone.  Then even an *_nowait waits."""
+    cdef uint32_t holder = lock_owner(load_relaxed32(word))
+    return holder == 0 or owner_goes_on(holder) or lock_owner(load_relaxed32(word)) != holder
 
 
 cdef int say_count(object error, Py_ssize_t count, Py_ssize_t done) except -1:
@@ -374,7 +454,7 @@ cdef class RingHandle(RingCore):
         """Once a handle: what was meant to grow waits."""
         limit = None if load_relaxed32(&self.full_seen) == FULL_MEMORY else self.header.max_capacity
         store_relaxed32(&self.full_seen, FULL_SAID)
-        _warnings.say_full(limit)
+        _warnings.warn_full(limit)
         return 0
 
     # ---- take -------------------------------------------------------------------------------
@@ -519,7 +599,7 @@ cdef class RingHandle(RingCore):
         self.name_gone += 1
         if self.name_gone == 2:
             _, token, name = self._identity()
-            _warnings.say_name_is_gone(name, token)
+            _warnings.warn_name_is_gone(name, token)
         return 0
 
     cdef int give_back(self) except -1:
@@ -581,7 +661,7 @@ cdef class RingHandle(RingCore):
             self.check_open()
         if outcome == CORRUPT:
             raise _warnings.corrupted({
-                0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
+                0: "owner", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
             }.get(load_relaxed32(&self.header.poisoned)), self.header.write_position, self.header.read_position)
         if outcome < 0:
             raise _warnings.system_error(-outcome)

@@ -5,8 +5,15 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.ring cimport Item, Segment
-from shmring._core.take cimport TakingRing
-from shmring._core.watched cimport Watched
+from shmring._core.bytes_ring cimport TakingRing
+
+cdef class Watched:
+    cdef list dicts
+    cdef list seen  # their keys and values, in turn; held, so that no address is used again
+    cdef object awaited
+
+    cpdef bint changed(self) except? True
+    cdef Py_ssize_t compared(self, dict entries, Py_ssize_t at) except? -2
 
 cdef class ObjectRing(TakingRing):
     cdef object encoder  # obj -> (kind, segments); never called under a lock

@@ -1,7 +1,7 @@
 """The compiled half of Queue: one call from the object to the frame.
 
 `ObjectRing` knows two hooks, an encoder and a decoder, and never imports
-pickle.  `bytes` travel as they are, trees of builtins as `builtin_codec.pyx` writes
+pickle.  `bytes` travel as they are, trees of builtins as `builtin_codec.h` writes
 them; everything else is what the codec made of it: a head, and perhaps large
 buffers that travel beside it, out of band.
 
@@ -18,30 +18,35 @@ from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndS
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.dict cimport PyDict_Next
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from shmring._core.builtin_codec cimport Writer, codec_decode, codec_encode, codec_free
+from shmring._core.bytes_ring cimport SMALL, TakingRing
 from shmring._core.ring cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
 from shmring._core.count cimport count_read
-from shmring._core.deadline cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
 from shmring._core.fast_path cimport put_one, take_one
+from shmring._core.handle cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
 from shmring._core.layout cimport SHMRING_CLAIM_COUNT, Claim, Header
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (
     compare_exchange32, compare_exchange64, fence_full, load_acquire32, load_acquire64, monotonic_ns,
     store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
 )
-from shmring._core.take cimport SMALL, TakingRing
-from shmring._core.builtin_codec cimport Writer, tree_free, tree_read, tree_write
 from shmring._core.diagnostics cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
 
+import sys
 from queue import Empty, Full
 
-from shmring.errors import InvalidArgument, RingCorrupted
+from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
 
-sync_start()  # _core has checked that the kernel can do it
+sync_start()
 
 cdef enum:
     TABLE_MOST = 500  # segments whose table fits into SMALL
@@ -52,6 +57,107 @@ cdef uint32_t TREE = 4  # past the codec, if it is one that would carry the same
 cdef uint32_t MULTI = 1u << 31
 
 
+# ---- trees of exact builtins -----------------------------------------------------------------------
+
+cdef int raise_current() except -1:
+    return -1  # with the exception that is set already
+
+
+cdef object decode_tree(const char *data, uint64_t length):
+    cdef size_t consumed
+    cdef PyObject *made = <PyObject *>codec_decode(data, length, &consumed)
+    if made == NULL:
+        if PyErr_Occurred():
+            raise_current()
+        raise DecodeError(
+            f"a message of {length} bytes was taken and cannot be decoded: its bytes up to {consumed}"
+            " are those of no tree of builtins"
+        )
+    tree = <object>made
+    Py_DECREF(tree)
+    if consumed != length:
+        raise DecodeError(
+            f"a message of {length} bytes was taken and cannot be decoded: its object ends at byte {consumed}"
+        )
+    return tree
+
+
+def encode_builtins(obj, /):
+    """Encode a tree of exact builtins.
+
+    Args:
+        obj: any object.
+
+    Returns:
+        bytes; None if the object is not such a tree, or holds something twice.
+    """
+    cdef char room[SMALL]
+    cdef Writer writer
+    if not codec_encode(&writer, room, SMALL, obj):
+        return None
+    try:
+        return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
+    finally:
+        codec_free(&writer)
+
+
+def decode_builtins(bytes data not None, /):
+    """Decode what :func:`encode_builtins` returned.
+
+    Args:
+        data: bytes, which may come from anywhere: no code is run.
+
+    Raises:
+        DecodeError: they are not those of a tree.
+    """
+    return decode_tree(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+# ---- the pickler's table ---------------------------------------------------------------------------
+
+cdef class Watched:
+    """Some dicts as they were when this was made, and a module that is still to be imported.
+
+    Args:
+        dicts: each a dict; few entries, since all are compared.
+        awaited: the name of a module whose import counts as a change, or None.
+    """
+
+    def __init__(self, dicts, awaited=None):
+        self.dicts = list(dicts)
+        self.awaited = awaited
+        self.seen = [part for each in self.dicts for entry in each.items() for part in entry]
+
+    cpdef bint changed(self) except? True:
+        """Whether an entry was added, replaced or removed, or the module imported."""
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t i
+        cdef dict each
+        for i in range(PyList_GET_SIZE(self.dicts)):
+            each = <dict>PyList_GET_ITEM(self.dicts, i)
+            at = self.compared(each, at)
+            if at < 0:
+                return True
+        if at != PyList_GET_SIZE(self.seen):
+            return True
+        return self.awaited is not None and self.awaited in sys.modules
+
+    cdef Py_ssize_t compared(self, dict entries, Py_ssize_t at) except? -2:
+        """How many of `seen` are accounted for after `entries`; -1 where one differs."""
+        cdef Py_ssize_t place = 0
+        cdef PyObject *key
+        cdef PyObject *value
+        with cython.critical_section(entries):
+            while PyDict_Next(entries, &place, &key, &value):
+                if (at + 2 > PyList_GET_SIZE(self.seen)
+                        or <PyObject *>PyList_GET_ITEM(self.seen, at) != key
+                        or <PyObject *>PyList_GET_ITEM(self.seen, at + 1) != value):
+                    return -1
+                at += 2
+        return at
+
+
+# ---- messages --------------------------------------------------------------------------------------
 @cython.binding(False)
 @cython.freelist(16)
 cdef class Parcel:
@@ -192,12 +298,12 @@ cdef class ObjectRing(TakingRing):
         """As `frame_of`, for what has to be encoded."""
         cdef Writer writer
         cdef char room[SMALL]
-        if self.trees and tree_write(&writer, room, SMALL, obj):
+        if self.trees and codec_encode(&writer, room, SMALL, obj):
             kind[0] = TREE
             try:
                 return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
             finally:
-                tree_free(&writer)
+                codec_free(&writer)
         return self.parcelled(obj, kind)
 
     cdef object parcelled(self, object obj, uint32_t *kind):
@@ -246,11 +352,11 @@ cdef class ObjectRing(TakingRing):
         # as frame_of(), but a tree that is small never leaves the stack
         if self.raw and PyBytes_CheckExact(obj):
             return put_one(self, RAW, PyBytes_AS_STRING(obj), PyBytes_GET_SIZE(obj), position, block, timeout)
-        if self.trees and tree_write(&writer, room, SMALL, obj):
+        if self.trees and codec_encode(&writer, room, SMALL, obj):
             try:
                 return put_one(self, TREE, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
-                tree_free(&writer)
+                codec_free(&writer)
         encoded = self.parcelled(obj, &kind)
         if PyBytes_CheckExact(encoded):
             return put_one(
@@ -328,7 +434,7 @@ cdef class ObjectRing(TakingRing):
         if kind == RAW and self.raw:
             return PyBytes_FromStringAndSize(payload, <Py_ssize_t>length)
         if kind == TREE and self.trees:
-            return tree_read(payload, length)
+            return decode_tree(payload, length)
         if kind & MULTI:
             return self.split(kind, payload, length)
         return self.decode(kind, PyBytes_FromStringAndSize(payload, <Py_ssize_t>length), None)
@@ -338,7 +444,7 @@ cdef class ObjectRing(TakingRing):
             if self.raw and kind == RAW:
                 return head
             if kind == TREE and self.trees:
-                return tree_read(PyBytes_AS_STRING(head), <uint64_t>PyBytes_GET_SIZE(head))
+                return decode_tree(PyBytes_AS_STRING(head), <uint64_t>PyBytes_GET_SIZE(head))
             if kind == PLAIN and self.loader is not None:
                 try:
                     return self.loader(head)

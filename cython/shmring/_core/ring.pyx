@@ -26,8 +26,12 @@ from shmring._core.area cimport (
 from shmring._core.count cimport count_at, count_on, count_read
 from shmring._core.frame cimport frame_begin, frame_is_possible
 from shmring._core.layout cimport (
-    SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_CLAIM_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
-    SHMRING_MIN_CAPACITY, SHMRING_RESERVED, SHMRING_WHOLE, Frame, Header, shmring_area_of, shmring_frame_span,
+    SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_BLOCK_MAGIC, SHMRING_CLAIM_COUNT,
+    SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_DEATHS_OFFSET,
+    SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_MAGIC, SHMRING_MAX_CAPACITY,
+    SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET, SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITER_COUNT,
+    SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, Frame, Header, shmring_area_of,
+    shmring_frame_span,
 )
 from shmring._core.owner cimport owner_is_dead, owner_pid, owner_self
 from shmring._core.sync cimport (
@@ -42,20 +46,26 @@ from shmring._core.diagnostics cimport (
     witness_holder, witness_release,
 )
 
-import os
-
 cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
 
 cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
 
-_started = sync_start()
-if _started != 0:
-    raise ImportError(
-        "this kernel (or emulator) has no robust futexes, without which a killed process would"
-        f" block the others: {os.strerror(_started)}; the fallback works here"
-    )
+sync_start()
+
+# The layout's numbers, for Python code that reads or makes a header.
+LAYOUT = dict(
+    MAGIC=SHMRING_MAGIC, BLOCK_MAGIC=SHMRING_BLOCK_MAGIC, VERSION=SHMRING_VERSION,
+    HEADER_BYTES=SHMRING_HEADER_BYTES, WAITING_OFFSET=SHMRING_WAITING_OFFSET,
+    PRODUCERS_OFFSET=SHMRING_PRODUCERS_OFFSET, CONSUMERS_OFFSET=SHMRING_CONSUMERS_OFFSET,
+    JOINING_OFFSET=SHMRING_JOINING_OFFSET, DEATHS_OFFSET=SHMRING_DEATHS_OFFSET,
+    DEATH_COUNT=SHMRING_DEATH_COUNT, AREAS_OFFSET=SHMRING_AREAS_OFFSET, AREA_COUNT=SHMRING_AREA_COUNT,
+    WAITERS_OFFSET=SHMRING_WAITERS_OFFSET, WAITER_COUNT=SHMRING_WAITER_COUNT,
+    CLAIMS_OFFSET=SHMRING_CLAIMS_OFFSET, CLAIM_COUNT=SHMRING_CLAIM_COUNT, FRAME_BYTES=SHMRING_FRAME_BYTES,
+    MIN_CAPACITY=SHMRING_MIN_CAPACITY, MAX_CAPACITY=SHMRING_MAX_CAPACITY, WHOLE=SHMRING_WHOLE,
+    RESERVED=SHMRING_RESERVED, ABORTED=SHMRING_ABORTED,
+)
 
 
 @cython.binding(False)

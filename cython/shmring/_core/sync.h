@@ -170,24 +170,32 @@ static uint32_t sync_epoch_last;
 
 static void sync_wipe_epoch(void) { *sync_epoch_page = 0; }
 
-/* Once a process, at import.  0, or an errno: ENOSYS where the kernel (or an
+/* Once a module, at import: 0, or -1 with an ImportError where the kernel (or an
  * emulator) knows no robust lists, without which nothing here is safe. */
 SYNC_SLOW int sync_start(void)
 {
     struct robust_list_head *head = NULL;
     size_t size = 0;
+    int error = 0;
     if (sync_epoch_page != NULL)
         return 0;
-    if (syscall(SYS_get_robust_list, 0, &head, &size) != 0)
-        return errno;
     void *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED)
-        return errno;
+    if (page == MAP_FAILED || syscall(SYS_get_robust_list, 0, &head, &size) != 0)
+        error = errno;
+    else
+        error = pthread_atfork(NULL, NULL, sync_wipe_epoch);
+    if (error != 0) {
+        PyErr_Format(PyExc_ImportError,
+                     "this kernel (or emulator) has no robust futexes, without which a killed process would"
+                     " block the others: %s; the fallback works here",
+                     strerror(error));
+        return -1;
+    }
     /* Kernels before 4.14 lack the advice; the handler covers fork() there. */
     (void)madvise(page, 4096, MADV_WIPEONFORK);
     sync_epoch_page = (uint32_t *)page;
     *sync_epoch_page = sync_epoch_last = 1;
-    return pthread_atfork(NULL, NULL, sync_wipe_epoch);
+    return 0;
 }
 
 /* A number that differs between a process and its forked children. */

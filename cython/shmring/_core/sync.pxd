@@ -26,7 +26,6 @@ cdef extern from "sync.h" nogil:
     bint handle_leave(int64_t *inside) noexcept
 
     # the process
-    int sync_start() noexcept
     uint32_t sync_epoch() noexcept
 
     # the lock word
@@ -57,3 +56,7 @@ cdef extern from "sync.h" nogil:
     bint bell_heard(uint32_t *bell) noexcept
     void wait_sleep_many(uint32_t **words, const uint32_t *announced, int count,
                          uint32_t *bell, int64_t nanoseconds) noexcept
+
+cdef extern from "sync.h":
+    # Once a module that takes locks or asks for the epoch; ImportError where the kernel lacks robust lists.
+    int sync_start() except -1

@@ -1,4 +1,4 @@
-"""Ring: bytes in, bytes out, and views in place."""
+"""Messages of bytes: get and get_many of every ring, and the compiled half of Ring."""
 
 from collections.abc import Iterable
 from types import TracebackType
@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 from typing_extensions import Buffer
 
-from shmring._core.take import TakingRing
+from shmring._core.handle import RingHandle
+
+class TakingRing(RingHandle):
+    def get_many(
+        self,
+        max_items: int | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        peers: Iterable[Any] | None = None,
+    ) -> list[Any]: ...
 
 class BytesRing(TakingRing):
     def put(

@@ -1,3 +1,5 @@
-"""The ring's machinery; of its one class nothing is visible from Python."""
+"""The ring's machinery."""
+
+LAYOUT: dict[str, int]
 
 class RingCore: ...

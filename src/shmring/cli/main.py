@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     ls = commands.add_parser(
         "ls",
         help="show what stands in shared memory, who waits there, and who died",
-        description="Show the rings, queues and boards of this user's processes, named and "
+        description="Show the rings, queues and registries of this user's processes, named and "
         "anonymous: who waits for what since when, who holds what, and who died holding what.",
     )
     ls.add_argument("--json", action="store_true", help="print one JSON array, for scripts")
@@ -213,8 +213,8 @@ def _heading(block: dict[str, Any]) -> str:
 
 def _findings(block: dict[str, Any]) -> Iterator[str]:
     """Who waits, who holds, who died, one a line."""
-    if "trouble" in block:
-        yield _printable(block["trouble"])
+    if "error" in block:
+        yield _printable(block["error"])
     for each in block.get("waiters", ()):
         yield (
             f"{_who(each)} waits in {each['call']} for {each['waits_for']}, {each['seconds']:.1f} s"

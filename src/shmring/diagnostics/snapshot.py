@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from shmring._core import snapshot
+from shmring._core import wait
 from shmring._core.handle import RingHandle
 from shmring.process.liveness import is_process_dead, is_process_stopped
 
@@ -34,13 +34,13 @@ def waiters(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid,
             "tid": tid,
             "state": _state(pid, False),
-            "call": snapshot.CALLS.get(call, "unknown"),
-            "waits_for": snapshot.REASONS.get(reason, "unknown"),
+            "call": wait.CALLS.get(call, "unknown"),
+            "waits_for": wait.REASONS.get(reason, "unknown"),
             "since_ns": since_ns,
             "seconds": _seconds(since_ns, now),
         }
         for pid, _, tid, call, reason, since_ns in sorted(
-            snapshot.waiters(ring), key=lambda each: each[-1]
+            wait.waiters(ring), key=lambda each: each[-1]
         )
     ]
 
@@ -61,9 +61,9 @@ def holders(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid or None,
             "tid": tid or None,
             "state": _state(pid, died or is_process_dead(pid, start_ticks)),
-            "holds": snapshot.HELD[held],
+            "holds": wait.HELD[held],
         }
-        for pid, start_ticks, tid, held, died in snapshot.holders(ring)
+        for pid, start_ticks, tid, held, died in wait.holders(ring)
     ]
 
 
@@ -82,11 +82,11 @@ def deaths(ring: RingHandle) -> list[dict[str, Any]]:
     return [
         {
             "pid": pid or None,
-            "held": snapshot.HELD[held],
+            "held": wait.HELD[held],
             "when_ns": when_ns,
             "seconds": _seconds(when_ns, now),
         }
-        for pid, held, when_ns in sorted(snapshot.deaths(ring), key=lambda each: each[-1])
+        for pid, held, when_ns in sorted(wait.deaths(ring), key=lambda each: each[-1])
     ]
 
 

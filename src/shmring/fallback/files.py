@@ -25,11 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
-    NameInUse,
     RingClosed,
     RingExists,
     RingNotFound,
@@ -128,7 +127,7 @@ _OPEN_FLAGS |= getattr(os, "O_BINARY", 0)
 
 
 class SharedFile:
-    """A mapped file that goes when the last process closes it; storage for a board too.
+    """A mapped file that goes when the last process closes it; storage for a registry too.
 
     Made by :meth:`create`, :meth:`attach` or :meth:`create_or_attach`.
     """
@@ -530,9 +529,9 @@ class SharedMemoryManager:
         return self._file
 
     def _make_way(self) -> None:
-        """Let go of a block that has gone; NameInUse if it has not."""
+        """Let go of a block that has gone; RingExists if it has not."""
         if self.is_current():
-            raise NameInUse(f"shared memory {self.name!r} is open already: call cleanup() first")
+            raise RingExists(f"shared memory {self.name!r} is open already: call cleanup() first")
         self.cleanup()
 
     def _check_range(self, offset: int, length: int) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing import connection, context
 from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     DecodeError,
     Empty,
@@ -38,7 +38,7 @@ from shmring.errors import (
 from shmring.fallback.files import SharedFile, SharedMemoryManager, cleanup_stale
 from shmring.fallback.server import ServedQueue, checked_maxsize
 from shmring.process.leaving import end_thread_at_exit
-from shmring.process.peers import PeerWatch
+from shmring.process.peers import PeerPoll
 from shmring.queues.codec import Codec, find_codec
 
 __all__ = [
@@ -220,7 +220,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
             ShutDown: the queue has been shut down.
             RingClosed: this handle has been closed.
         """
-        watch = None if peers is None else PeerWatch(peers)
+        watch = None if peers is None else PeerPoll(peers)
         self._put_encoded(self._encode(obj), block, timeout, watch)
 
     def put_nowait(self, obj: T) -> None:
@@ -251,7 +251,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """
         self._check_open()
         timeout = checked_timeout(timeout)
-        watch = None if peers is None else PeerWatch(peers)
+        watch = None if peers is None else PeerPoll(peers)
         encoded = [self._encode(item) for item in items]
         deadline = None if timeout is None else time.monotonic() + timeout
         for count, each in enumerate(encoded):
@@ -294,7 +294,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         self._check_open()
         timeout = checked_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
-        watch = None if peers is None else PeerWatch(peers)
+        watch = None if peers is None else PeerPoll(peers)
         longest = _SLICE if watch is None else watch.SLICE
         while True:
             died = watch is not None and watch.all_dead()  # before the look that finds nothing
@@ -325,7 +325,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """Take one message, or raise :class:`Empty` at once."""
         return self.get(block=False)
 
-    async def aget(self, *, peers: Iterable[Any] | None = None) -> T:
+    async def aget(self, *, timeout: float | None = None, peers: Iterable[Any] | None = None) -> T:
         """Only on the ring.
 
         Raises:
@@ -333,13 +333,21 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         """
         _refuse("Queue.aget()", "a blocked read of a pipe cannot be cancelled without a loss")
 
-    async def aput(self, obj: T, *, peers: Iterable[Any] | None = None) -> None:
+    async def aput(
+        self, obj: T, *, timeout: float | None = None, peers: Iterable[Any] | None = None
+    ) -> None:
         """Only on the ring.
 
         Raises:
             NotSupportedByFallback: always.
         """
         _refuse("Queue.aput()", "a wait for a semaphore cannot be cancelled")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        return await self.aget()
 
     def get_many(
         self,
@@ -447,7 +455,7 @@ class Queue(_Handle, Generic[T], multiprocessing.queues.Queue):  # type: ignore[
         encoded: tuple[int, list[bytes]],
         block: bool,
         timeout: float | None,
-        watch: PeerWatch | None = None,
+        watch: PeerPoll | None = None,
         count: int = 0,
     ) -> None:
         self._check_open()
@@ -530,7 +538,7 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
         if peers is None:
             with done:
                 return bool(done.wait_for(is_zero, timeout))
-        watch = PeerWatch(peers)
+        watch = PeerPoll(peers)
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
             died = watch.all_dead()

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from multiprocessing import connection, managers, util
 from typing import Any, Protocol
 
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     Empty,
     Full,
@@ -36,7 +36,7 @@ from shmring.errors import (
 )
 from shmring.fallback.files import SharedFile
 from shmring.process.leaving import end_thread_at_exit
-from shmring.process.peers import PeerWatch
+from shmring.process.peers import PeerPoll
 
 __all__ = ["ServedQueue"]
 
@@ -271,7 +271,7 @@ class ServedQueue:
         if peers is None:
             taken = self._call("get", block, timeout)
         else:
-            taken = self._get_beside(PeerWatch(peers, timeout), block)
+            taken = self._get_beside(PeerPoll(peers, timeout), block)
         kind, segments = taken
         return self._codec.decode(kind, segments[0], [bytearray(each) for each in segments[1:]])
 
@@ -352,7 +352,7 @@ class ServedQueue:
                 del per_thread.connection
             raise
 
-    def _get_beside(self, watch: PeerWatch, block: bool) -> Any:
+    def _get_beside(self, watch: PeerPoll, block: bool) -> Any:
         """A get in slices, between which the peers are looked after."""
         deadline = math.inf if watch.timeout is None else time.monotonic() + watch.timeout
         while True:

@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures.process import _RemoteTraceback  # type: ignore[attr-defined]
+from concurrent.futures.process import _RemoteTraceback  # as programs know it
 from typing import Any
 
 from shmring._backend import backend
@@ -40,7 +40,7 @@ from shmring.errors import (
     TaskTimeout,
     WorkerDied,
 )
-from shmring.ipc.registry import Entry
+from shmring.ipc.registry import RegistryEntry
 from shmring.pool.channel import isolate_failures
 from shmring.pool.task_table import Failure, Task, TaskCancelled, TaskTable
 from shmring.pool.workers import Departure, Workers
@@ -193,7 +193,9 @@ class Dispatcher:
                     break
                 except DecodeError as error:
                     messages = error.items
-                found += [self.table.sent[each[0]] for each in messages if each[0] in self.table.sent]
+                found += [
+                    self.table.sent[each[0]] for each in messages if each[0] in self.table.sent
+                ]
             for task in reversed(found):
                 self.table.requeue(task)
 
@@ -318,8 +320,7 @@ class Dispatcher:
         if backend == "ring" and now >= self._next_orphans:
             self._next_orphans = now + _ORPHANS
             orphans = self.workers.orphans(
-                (pid, start_ticks, key)
-                for _, pid, start_ticks, key, _, _ in self._tasks._claims()
+                (pid, start_ticks, key) for _, pid, start_ticks, key, _, _ in self._tasks._claims()
             )
             if orphans:
                 self._bring_in(orphans)
@@ -427,7 +428,7 @@ class Dispatcher:
             self._interrupts[task.number] = grace, None
             return True
 
-    def _interrupt(self, entry: Entry) -> None:
+    def _interrupt(self, entry: RegistryEntry) -> None:
         number = entry.task or 0
         grace, deadline = self._interrupts[number]
         if deadline is None:
@@ -436,7 +437,7 @@ class Dispatcher:
         elif time.monotonic() > deadline:
             self._end(entry, TaskCancelled(), "cancelled")
 
-    def _end(self, entry: Entry, error: ShmringError, why: str) -> None:
+    def _end(self, entry: RegistryEntry, error: ShmringError, why: str) -> None:
         """Kill a worker because of the call that it is at, which fails with this error."""
         if not self.workers.kill(entry):
             return

@@ -27,7 +27,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, Literal, TypeVar
 
 from shmring._backend import backend
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import InvalidArgument, NotSupportedByFallback
 from shmring.pool.channel import SPREAD, FunctionReferences
 from shmring.pool.future import TaskFuture
@@ -61,7 +61,7 @@ class ProcessPoolExecutor(Executor):
             is killed with the processes it started, and the call fails with TaskTimeout.
         max_memory_per_worker: bytes of resident memory. A worker above it is replaced
             between two tasks; a call that outgrows it fails with MemoryExceeded
-            (extra ``psutil``).
+            (extra ``pool``).
         on_event: called with an Event by the thread of the pool: see ``Event.kind``.
 
     Raises:
@@ -179,7 +179,7 @@ class ProcessPoolExecutor(Executor):
         """
         return PoolView(self, retries)
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
@@ -249,7 +249,7 @@ class ProcessPoolExecutor(Executor):
             chunksize: how many calls travel together; "auto" finds it while it runs.
             buffersize: how many chunks may be ahead of the results that were taken;
                 None for four a worker.
-            progress: True for a bar (extra ``rich``), or called with (done, total or None).
+            progress: True for a bar (extra ``pool``), or called with (done, total or None).
 
         Returns:
             an iterator; closing it cancels what no worker has taken.
@@ -390,6 +390,6 @@ def _import_psutil() -> Any:
         import psutil
     except ImportError:
         raise ImportError(
-            'max_memory_per_worker needs psutil: pip install "shmring[psutil]"'
+            'max_memory_per_worker needs psutil: pip install "shmring[pool]"'
         ) from None
     return psutil

@@ -66,7 +66,7 @@ class TaskFuture(Future[T]):
                 else:
                     waiter.add_result(self)
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._invoke_callbacks()
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result, at most `timeout` seconds.

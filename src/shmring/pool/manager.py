@@ -220,7 +220,11 @@ class Manager:
     def join(self) -> None:
         """Wait for the end of the thread."""
         thread = self._thread
-        if thread is not None and self.pid == os.getpid() and thread is not threading.current_thread():
+        if (
+            thread is not None
+            and self.pid == os.getpid()
+            and thread is not threading.current_thread()
+        ):
             thread.join()
 
     def statistics(self) -> PoolStatistics:

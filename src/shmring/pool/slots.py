@@ -12,21 +12,21 @@ from multiprocessing import reduction
 from typing import Any
 
 from shmring._core.locked_memory import MappedFile
-from shmring.ipc.registry import BOARD_BYTES, Board
+from shmring.ipc.registry import REGISTRY_BYTES, Registry
 from shmring.shm import segment
 from shmring.shm.descriptors import close_own, identity_of
 
 __all__ = ["PoolSlots"]
 
 
-class PoolSlots(Board):
+class PoolSlots(Registry):
     """The registry of one pool; a worker that is being started receives its descriptor."""
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
-            fd = segment.create_anonymous(BOARD_BYTES)
+            fd = segment.create_anonymous(REGISTRY_BYTES)
             try:
-                segment.allocate(fd, 0, BOARD_BYTES)
+                segment.allocate(fd, 0, REGISTRY_BYTES)
             except BaseException:
                 os.close(fd)
                 raise
@@ -47,7 +47,7 @@ class _Storage:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._identity = identity_of(fd)
-        self.buffer = memoryview(MappedFile(fd, BOARD_BYTES))
+        self.buffer = memoryview(MappedFile(fd, REGISTRY_BYTES))
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

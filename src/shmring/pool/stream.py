@@ -119,7 +119,7 @@ class _Stream:
 
 def _reporter(progress: Any) -> Any:
     """A function of (done, total); None for no progress."""
-    if progress is False or progress is None:
+    if not progress:
         return None
     if callable(progress):
         return progress
@@ -133,7 +133,7 @@ class _Bar:
         try:
             from rich.progress import Progress
         except ImportError:
-            raise ImportError('progress=True needs rich: pip install "shmring[rich]"') from None
+            raise ImportError('progress=True needs rich: pip install "shmring[pool]"') from None
         self._progress = Progress()
         self._bar = self._progress.add_task("tasks", total=None)
         self._progress.start()

@@ -38,15 +38,14 @@ from shmring.errors import (
     EncodeError,
     Full,
     MessageTooLarge,
-    NameUnknown,
     RemoteError,
     RingClosed,
     RingNotFound,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.ipc.message import MessageType
-from shmring.ipc.registry import ITEM_STEP, Role, Slot
+from shmring.ipc.registry import ITEM_STEP, ProcessRole, RegistrySlot
 from shmring.pool.channel import CAREFUL, SPREAD, Functions, isolate_failures
+from shmring.queues.codec import PickleCodec
 
 __all__ = [
     "DATA_BUFFER",
@@ -129,7 +128,7 @@ class TaskLoop:
         worker_id: str,
         tasks: Any,
         answers: Any,
-        slot: Slot,
+        slot: RegistrySlot,
         employer: Employer,
         *,
         handler: Callable[[Any], Any] = echo,
@@ -253,9 +252,7 @@ class TaskLoop:
             call = self._functions.get(function)
             while len(values) < len(items):
                 self._cancellable = True
-                self._words.call_each(
-                    call, items, values, number + 1, ITEM_STEP, spread, span
-                )
+                self._words.call_each(call, items, values, number + 1, ITEM_STEP, spread, span)
                 self._cancellable = False
                 self._send_part(number, sent, values[sent:])
                 sent = len(values)
@@ -334,11 +331,11 @@ class _Coordinator:
     incarnation: int
 
     def is_gone(self) -> bool:
-        entry = self.ipc.board_entry(self.index)
+        entry = self.ipc.registry_entry(self.index)
         return (
             entry is None
             or entry.incarnation != self.incarnation
-            or entry.role is not Role.COORDINATOR
+            or entry.role is not ProcessRole.COORDINATOR
             or entry.is_dead()
         )
 
@@ -364,15 +361,15 @@ class Worker(TaskLoop):
             timeout: how long to wait for the coordinator's queues, in seconds.
 
         Raises:
-            NameUnknown: the coordinator did not make its queues until the deadline.
+            RingNotFound: the coordinator did not make its queues until the deadline.
         """
         ipc = self.ipc
-        slot = ipc.join_board(Role.WORKER)
-        ipc._connect_queue(self._task_queue, timeout, "pickle")
+        slot = ipc.register(ProcessRole.WORKER)
+        ipc._connect_queue(self._task_queue, timeout, PickleCodec())
         try:
-            ipc._connect_queue(RESULT_QUEUE, 0.0, "pickle")
+            ipc._connect_queue(RESULT_QUEUE, 0.0, PickleCodec())
             ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
-        except NameUnknown:
+        except RingNotFound:
             return  # the coordinator made them first and removed them first: it has ended
         coordinator = self._find_coordinator()
         if coordinator is None:
@@ -389,8 +386,8 @@ class Worker(TaskLoop):
         self.run()
 
     def _find_coordinator(self) -> _Coordinator | None:
-        for entry in self.ipc.board_entries():
-            if entry.role is Role.COORDINATOR and not entry.is_dead():
+        for entry in self.ipc.registry_entries():
+            if entry.role is ProcessRole.COORDINATOR and not entry.is_dead():
                 return _Coordinator(self.ipc, entry.index, entry.incarnation)
         return None
 
@@ -407,20 +404,20 @@ def worker_process(
     """Work for a coordinator until it says SHUTDOWN, or is gone. Run it in a process of its own.
 
     Args:
-        worker_id: the worker's name on the board; a number N becomes "worker-N".
+        worker_id: the worker's name in the registry; a number N becomes "worker-N".
         coordinator_queue_name: the coordinator's ``queue_name``.
         handler: called with each task, returns its result. What it raises is
             raised by the coordinator; it does not end the worker.
         namespace: as for :class:`~shmring.HighPerformanceIPC`; the coordinator's.
         connect_timeout: how long to wait for the coordinator, in seconds.
         heartbeat_interval: how often to send a HEARTBEAT message while waiting,
-            in seconds. Heartbeats on the board are stored all the while.
+            in seconds. Heartbeats in the registry are stored all the while.
 
     Returns:
         how many tasks this worker answered.
 
     Raises:
-        NameUnknown: no coordinator made its queues until the deadline.
+        RingNotFound: no coordinator made its queues until the deadline.
         InvalidArgument: an impossible worker_id or namespace.
     """
     process_id = f"worker-{worker_id}" if isinstance(worker_id, int) else worker_id
@@ -433,6 +430,7 @@ def worker_process(
 
 def run_spawned_worker(
     worker_id: str,
+    index: int,
     queue_name: str,
     handler: Callable[[Any], Any],
     namespace: str,
@@ -442,6 +440,7 @@ def run_spawned_worker(
 
     Args:
         worker_id: the worker's name.
+        index: not needed: it finds a slot itself.
         queue_name: the name of the task queue.
         handler: as for :func:`worker_process`.
         namespace: the coordinator's.
@@ -479,7 +478,7 @@ def run_pool_worker(
         setting: "initializer", "initargs", "max_tasks", "memory_limit", "log_level".
     """
     lifeline.bind()
-    slot = slots.register(worker_id, Role.WORKER, index)
+    slot = slots.register(worker_id, ProcessRole.WORKER, index)
     limit = setting["memory_limit"]
     loop = TaskLoop(
         worker_id,

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from shmring.errors import InvalidArgument, ShmringError
-from shmring.ipc.registry import SLOTS, Entry, Role, State
+from shmring.ipc.registry import SLOTS, ProcessRole, ProcessState, RegistryEntry
 from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
 
 __all__ = [
@@ -39,11 +39,11 @@ _MOST_STOPPING = 1.0
 class Slots(Protocol):
     """The registry, as it is read here."""
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RegistryEntry]:
         """All slots that were ever taken."""
         ...
 
-    def entry(self, index: int) -> Entry | None:
+    def entry(self, index: int) -> RegistryEntry | None:
         """One slot."""
         ...
 
@@ -123,7 +123,7 @@ class Workers(Protocol):
         """Of (pid, start ticks, key) with a delivery, those that ended and were not noticed."""
         ...
 
-    def living(self) -> list[Entry]:
+    def living(self) -> list[RegistryEntry]:
         """Those with a slot that have not ended."""
         ...
 
@@ -143,11 +143,11 @@ class Workers(Protocol):
         """Whether all have ended."""
         ...
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Kill one if it still is at the call of this look; False if not, or not ours."""
         ...
 
-    def signal(self, seen: Entry, signum: int) -> bool:
+    def signal(self, seen: RegistryEntry, signum: int) -> bool:
         """As :meth:`kill`, with another signal."""
         ...
 
@@ -217,16 +217,16 @@ class _SeenWorkers:
         self._slots = slots
         # Those of an earlier run; an external worker may have come before its coordinator.
         self._earlier = {entry.key for entry in self._entries() if entry.is_dead()}
-        self.last_seen: dict[int, Entry] = {}
+        self.last_seen: dict[int, RegistryEntry] = {}
 
-    def look(self) -> list[Entry]:
+    def look(self) -> list[RegistryEntry]:
         """Read the slots; returns the workers in them, also dead ones."""
         found = [each for each in self._entries() if each.key not in self._earlier]
         for entry in found:
             self.last_seen[entry.key] = entry
         return found
 
-    def of_process(self, pid: int) -> Entry | None:
+    def of_process(self, pid: int) -> RegistryEntry | None:
         """The worker of this process, as it was last seen."""
         for entry in reversed(self.last_seen.values()):
             if entry.pid == pid:
@@ -250,8 +250,8 @@ class _SeenWorkers:
             for entry in self.last_seen.values()
         ]
 
-    def _entries(self) -> list[Entry]:
-        return [each for each in self._slots.entries() if each.role is Role.WORKER]
+    def _entries(self) -> list[RegistryEntry]:
+        return [each for each in self._slots.entries() if each.role is ProcessRole.WORKER]
 
     def has_slot(self, key: int) -> bool:
         """Whether a worker of this key has its slot still."""
@@ -259,7 +259,7 @@ class _SeenWorkers:
         entry = self._slots.entry(index) if index < SLOTS else None
         return entry is not None and entry.key == key
 
-    def is_at(self, seen: Entry) -> bool:
+    def is_at(self, seen: RegistryEntry) -> bool:
         """Whether a worker is still at the call at which it was seen."""
         entry = self._slots.entry(seen.index)
         return entry is not None and (
@@ -270,8 +270,8 @@ class _SeenWorkers:
         ) == (seen.key, seen.task, seen.task_item, seen.task_started_ns)
 
 
-def _state_of(entry: Entry) -> str:
-    if entry.state is State.EXITED:
+def _state_of(entry: RegistryEntry) -> str:
+    if entry.state is ProcessState.EXITED:
         return "exited"
     return "dead" if entry.is_dead() else entry.state.name.lower()
 
@@ -382,7 +382,7 @@ class ChildWorkers:
             process.name,
             pid,
             process_start_ticks(pid),
-            clean=entry is not None and entry.state is State.EXITED,
+            clean=entry is not None and entry.state is ProcessState.EXITED,
             item=entry.task_item if entry is not None else 0,
             useful=entry is not None and entry.tasks > 0,
         )
@@ -420,13 +420,13 @@ class ChildWorkers:
                 return process.exitcode
         return self._exitcodes.get(pid)
 
-    def living(self) -> list[Entry]:
+    def living(self) -> list[RegistryEntry]:
         """Those with a slot that have not ended."""
         pids = {process.pid for process in self.processes.values()}
         return [
             each
             for each in self._seen.look()
-            if each.pid in pids and each.state is not State.EXITED
+            if each.pid in pids and each.state is not ProcessState.EXITED
         ]
 
     def pids(self) -> tuple[int, ...]:
@@ -441,7 +441,7 @@ class ChildWorkers:
         """Whether all have ended."""
         return len(self._poll.ended()) == len(self.processes)
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Kill one with SIGKILL if it still is at the call of this look.
 
         It is stopped first, so that what the second look shows is true at the kill.
@@ -454,7 +454,7 @@ class ChildWorkers:
         """
         return self.signal(seen, signal.SIGKILL)
 
-    def signal(self, seen: Entry, signum: int) -> bool:
+    def signal(self, seen: RegistryEntry, signum: int) -> bool:
         """As :meth:`kill`, with another signal."""
         for process in self.processes.values():
             if process.pid == seen.pid and process.is_alive():
@@ -589,7 +589,7 @@ class ExternalWorkers:
                 entry.process_id,
                 entry.pid,
                 entry.start_ticks,
-                clean=entry.state is State.EXITED,
+                clean=entry.state is ProcessState.EXITED,
                 key=key,
                 useful=entry.tasks > 0,
             )
@@ -627,7 +627,7 @@ class ExternalWorkers:
         """
         return None
 
-    def living(self) -> list[Entry]:
+    def living(self) -> list[RegistryEntry]:
         """Those with a slot that have not ended."""
         return [each for each in self._seen.look() if not each.is_dead()]
 
@@ -645,11 +645,11 @@ class ExternalWorkers:
         living = self.living()
         return not living and len(self._seen.last_seen) >= self._number
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Never: they are not ours."""
         return False
 
-    def signal(self, seen: Entry, signum: int) -> bool:
+    def signal(self, seen: RegistryEntry, signum: int) -> bool:
         """Never: they are not ours."""
         return False
 

@@ -19,12 +19,11 @@ from typing import Any, Protocol, runtime_checkable
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 from shmring.queues.arrays import IN_BAND_BYTES, array_reducers
 
-builtin_codec: ModuleType | None
-watched: ModuleType | None
+core: ModuleType | None
 try:
-    from shmring._core import builtin_codec, watched
+    from shmring._core import object_ring as core
 except ImportError:
-    builtin_codec = watched = None  # the fallback, where pickle carries everything
+    core = None  # the fallback, where pickle carries everything
 
 
 __all__ = [
@@ -102,9 +101,9 @@ class ReusedPickler:
             SimpleNamespace(write=chunks.append), protocol=5, buffer_callback=keep_in_band
         )
         self.watched = None
-        if watched is not None:  # before they are copied: what is registered meanwhile is noticed
+        if core is not None:  # before they are copied: what is registered meanwhile is noticed
             awaited = None if array_reducers() else "numpy"
-            self.watched = watched.Watched((copyreg.dispatch_table, _registered), awaited)
+            self.watched = core.Watched((copyreg.dispatch_table, _registered), awaited)
         pickler.dispatch_table = reducers()
         self.chunks = chunks
         self.buffers = buffers
@@ -133,7 +132,7 @@ class PickleCodec:
         Raises:
             EncodeError: naming the type, and the attribute that failed.
         """
-        if builtin_codec is not None and (tree := builtin_codec.encode(obj)) is not None:
+        if core is not None and (tree := core.encode_builtins(obj)) is not None:
             return KIND_TREE, [tree]
         pickler = _spare_picklers.pop() if _spare_picklers else ReusedPickler()
         if pickler.watched is None or pickler.watched.changed():
@@ -158,8 +157,8 @@ class PickleCodec:
         """
         if kind == KIND_BYTES and not buffers:
             return head
-        if kind == KIND_TREE and not buffers and builtin_codec is not None:
-            return builtin_codec.decode(bytes(head))
+        if kind == KIND_TREE and not buffers and core is not None:
+            return core.decode_builtins(bytes(head))
         if kind != KIND_PICKLE:
             raise DecodeError(
                 f"a message of {len(head)} bytes has kind {kind}, not pickle's {KIND_PICKLE}"

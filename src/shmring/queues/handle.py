@@ -13,7 +13,6 @@ import errno
 import multiprocessing.context
 import multiprocessing.reduction
 import multiprocessing.util
-import operator
 import os
 import sys
 import time
@@ -23,8 +22,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring._core.handle import RingHandle
-from shmring._core.layout import LAYOUT
-from shmring.deadline import checked_timeout
+from shmring._core.ring import LAYOUT
+from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
 from shmring.process.leaving import Exit, end_thread_at_exit
 from shmring.shm import segment
@@ -43,10 +42,7 @@ _closed_of: Callable[[RingHandle], bool] = RingHandle.closed.__get__  # type: ig
 
 def rounded_capacity(name: str, value: object) -> int:
     """A capacity in bytes, rounded up to a power of two of at least a page."""
-    try:
-        capacity = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    capacity = checked_int(value, name)
     if not 0 < capacity <= LAYOUT["MAX_CAPACITY"]:
         raise InvalidArgument(
             f"{name}={capacity}: a capacity is a number of bytes from 1 to {LAYOUT['MAX_CAPACITY']}"
@@ -238,7 +234,7 @@ class SharedHandle(RingHandle):
 
     def statistics(self) -> RingStatistics:
         """What stands in the header now; works from every process."""
-        from shmring._core.snapshot import counters
+        from shmring._core.wait import counters
         from shmring.diagnostics import snapshot
         from shmring.queues.statistics import (
             RingStatistics,  # not at the top: dataclasses cost 10 ms

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing.queues
-import operator
 import pickle
 from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeVar
 
 from shmring._core.handle import RingHandle
-from shmring.errors import InvalidArgument, RingClosed
+from shmring.arguments import checked_maxsize
+from shmring.errors import RingClosed
 from shmring.queues.aio import AwaitableRing
 from shmring.queues.codec import (
     BytesCodec,
@@ -52,12 +52,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
     _user_kind = 2
 
     def _lay(self, maxsize: int, codec: Any, max_capacity: int | None, name: str | None) -> None:
-        try:
-            bound = max(0, operator.index(maxsize))
-        except TypeError:
-            raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
-        if bound >= 1 << 63:
-            raise InvalidArgument(f"maxsize={maxsize}: more messages than memory can ever hold")
+        bound = checked_maxsize(maxsize)
         if max_capacity is None:
             limit = max(segment.default_max_capacity(), _FIRST_CAPACITY)
         else:
@@ -146,8 +141,8 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 class _Shadowable:
     """A property that gives way to an attribute of the same name, set on a queue.
 
-    Programs subclass queues and keep a ``name`` or a ``capacity`` in them, of
-    which the standard library's queues know nothing.
+    A plain property would make ``self.name = ...`` raise in subclasses that ran
+    on the standard library's queues, which have no such names.
     """
 
     def __init__(self, shown: Any) -> None:

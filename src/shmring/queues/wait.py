@@ -18,7 +18,7 @@ from typing import Any
 
 from shmring._core.handle import RingHandle
 from shmring._core.wait import Bell, wait_rings
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import InvalidArgument
 from shmring.process.threads import are_greenlets
 

@@ -1,4 +1,4 @@
-"""File descriptors that are kept for long, and file locks."""
+"""Long-lived file descriptors, and file locks with a deadline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["close_own", "identity_of", "wait_for_lock"]
 
 
 def identity_of(fd: int) -> tuple[int, int]:
-    """What tells the file behind a descriptor from others: (st_dev, st_ino)."""
+    """The file behind a descriptor: (st_dev, st_ino)."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
@@ -25,7 +25,7 @@ def close_own(fd: int, identity: tuple[int, int]) -> None:
 
     Args:
         fd: the descriptor.
-        identity: of the file that it was opened for.
+        identity: :func:`identity_of` the file that it was opened for.
     """
     with contextlib.suppress(OSError):
         if identity_of(fd) == identity:
@@ -33,16 +33,16 @@ def close_own(fd: int, identity: tuple[int, int]) -> None:
 
 
 def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    """Try for a file lock until it is there: a blocking one could not be given up.
+    """Try for a file lock until it is granted; a blocking one would have no deadline.
 
     Args:
-        try_lock: tries once, without waiting, and says whether it was granted.
+        try_lock: tries once, without waiting, and returns whether it was granted.
         what: the name of what is locked, for the error.
         timeout: in seconds.
 
     Raises:
-        ShmringError: the holder, which is alive or the kernel would have
-            released its lock, did not let go in time.
+        ShmringError: the holder, which lives (the kernel releases the locks of the
+            dead), did not let go in time.
     """
     deadline = time.monotonic() + timeout
     pause = 0.0002

@@ -1,6 +1,0 @@
-"""Trees of exact builtins, to bytes and back."""
-
-from typing import Any
-
-def encode(obj: Any, /) -> bytes | None: ...
-def decode(data: bytes, /) -> Any: ...

@@ -1,3 +1,0 @@
-"""How long to wait, and for whose sake."""
-
-def set_brief(on: bool) -> bool: ...

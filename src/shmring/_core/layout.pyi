@@ -1,3 +1,0 @@
-"""The layout as numbers, for those who look at a header from Python."""
-
-LAYOUT: dict[str, int]
