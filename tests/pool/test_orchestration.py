@@ -26,7 +26,6 @@ from shmring.errors import (
     ShmringError,
     TaskTimeout,
     WorkerDied,
-    _RemoteTraceback,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
@@ -304,7 +303,7 @@ def test_an_exception_comes_with_its_traceback(ipc: HighPerformanceIPC, start_me
             ipc, 2, tasks=range(10), spawn=True, handler=fail_at_three, method=start_method
         )
     cause = caught.value.__cause__
-    assert isinstance(cause, _RemoteTraceback)
+    assert type(cause).__name__ == "_RemoteTraceback"
     assert "in fail_at_three" in str(cause)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
 
@@ -317,7 +316,7 @@ def test_exceptions_can_stand_among_the_results(ipc: HighPerformanceIPC) -> None
     failed = report.results.pop(3)
     assert report.results == [0, 1, 2, 4, 5]
     assert isinstance(failed, KeyError)
-    assert isinstance(failed.__cause__, _RemoteTraceback)
+    assert type(failed.__cause__).__name__ == "_RemoteTraceback"
 
 
 @both_backends

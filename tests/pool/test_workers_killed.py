@@ -24,12 +24,11 @@ from shmring import Queue
 from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import registry
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ProcessRole, ProcessState
-from shmring.pool import coordinator
-from shmring.pool.coordinator import coordinator_process
-from shmring.pool.worker import Worker, worker_process
-from shmring.pool.workers import SpawnedWorkers, VisitingWorkers
+from shmring.pool import dispatcher
+from shmring.pool.coordinator import _NamespaceSlots, coordinator_process
+from shmring.pool.worker import TaskLoop, worker_process
+from shmring.pool.workers import ChildWorkers, ExternalWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30
@@ -63,11 +62,11 @@ def append(task: tuple[str, int]) -> int:
 
 # where: (of which class, before or after which step, the attempts that there are altogether)
 PLACES: dict[str, tuple[type, str, str, int]] = {
-    "with the claim, before the task is begun": (Worker, "_answer", "before", TASKS),
-    "before the answer is sent": (Worker, "_send", "before", TASKS + 1),
-    "after the answer, with the claim": (Worker, "_send", "after", TASKS),
-    "before the claim is released": (Queue, "_claim_release", "before", TASKS),
-    "after the claim is released": (Queue, "_claim_release", "after", TASKS),
+    "with the delivery, before the task is begun": (TaskLoop, "_call", "before", TASKS),
+    "before the answer is sent": (TaskLoop, "_send", "before", TASKS + 1),
+    "after the answer, with the delivery": (TaskLoop, "_send", "after", TASKS),
+    "before the delivery is released": (Queue, "_claim_release", "before", TASKS),
+    "after the delivery is released": (Queue, "_claim_release", "after", TASKS),
 }
 
 
@@ -86,7 +85,7 @@ def test_killed_between_two_steps(
 
     def step(self: Any, *args: Any) -> Any:
         nonlocal calls
-        working = os.getpid() != home and (name != "_send" or args[0] is MessageType.DATA)
+        working = os.getpid() != home and (name != "_send" or args[0][0] is not None)
         calls += working
         if working and calls == 5 and when == "before":
             die_once(marker)
@@ -101,7 +100,7 @@ def test_killed_between_two_steps(
     assert report.results == list(range(TASKS))
     assert [row.exitcode for row in report.workers].count(-signal.SIGKILL) == 1
     assert sum(len(path.read_text()) for path in folder.iterdir()) == attempts
-    assert report.retried == (when == "before" and cls is Worker)
+    assert report.retried == (when == "before" and cls is TaskLoop)
 
 
 # ---- ended by its task -----------------------------------------------------------------------
@@ -170,7 +169,7 @@ def test_a_stopped_worker_is_silent_and_keeps_its_task(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One is stopped at its task, one with none; a third one does all else."""
-    monkeypatch.setattr(coordinator, "_SILENCE", 0.5)
+    monkeypatch.setattr(dispatcher, "_SILENCE", 0.5)
     begun, go = tmp_path / "begun-0", tmp_path / "go-0"
     (tmp_path / "go-1").touch()
     outcome: list[Any] = []
@@ -300,7 +299,7 @@ def stand_by(namespace: str) -> None:
 @pytest.mark.fault(17)
 def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerformanceIPC) -> None:
     """The dead one is made of a slot: the PID of the living one, started a tick earlier."""
-    workers = VisitingWorkers(ipc, 2, 60.0)
+    workers = ExternalWorkers(_NamespaceSlots(ipc), 2, 60.0)
     with (
         HighPerformanceIPC("ghost", namespace=ipc.namespace) as ghost,
         run_in_process(stand_by, ipc.namespace) as living,
@@ -318,10 +317,10 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
         assert departure.held(entry.pid, entry.start_ticks - 1, 0), "killed before it wrote its key"
         own = entry.pid, entry.start_ticks, entry.key
         assert not departure.held(*own), "claims of the living are its own"
-        workers.bury(departure, useful=False)
+        workers.reap(departure, useful=False)
         assert workers.departed() == []
         holders = [(entry.pid, entry.start_ticks - 1, slot.key), own]
-        assert [each.start_ticks for each in workers.strays(holders)] == [entry.start_ticks - 1]
+        assert [each.start_ticks for each in workers.orphans(holders)] == [entry.start_ticks - 1]
 
         living.kill()
         wait_for(workers.departed, what="its own end to be seen")
@@ -398,10 +397,10 @@ def test_a_task_timeout_spares_the_task_that_began_since_the_look(
 ) -> None:
     """Between the look that finds task 0 overdue and the kill its worker goes on to task 1."""
     tasks = [tmp_path / "0", tmp_path / "1"]
-    living = SpawnedWorkers.living
+    living = ChildWorkers.living
     moved = []
 
-    def look_and_let_go_on(workers: SpawnedWorkers) -> list[registry.RegistryEntry]:
+    def look_and_let_go_on(workers: ChildWorkers) -> list[registry.RegistryEntry]:
         seen = living(workers)
         if any(entry.task == 0 for entry in seen) and not moved:
             wait_for(lambda: time.monotonic_ns() > seen[0].task_started_ns + 500_000_000)
@@ -412,7 +411,7 @@ def test_a_task_timeout_spares_the_task_that_began_since_the_look(
             tasks[1].touch()
         return seen
 
-    monkeypatch.setattr(SpawnedWorkers, "living", look_and_let_go_on)
+    monkeypatch.setattr(ChildWorkers, "living", look_and_let_go_on)
     report = coordinator_process(
         ipc, 1, tasks=tasks, spawn=True, handler=wait_for_the_file, task_timeout=0.4, max_retries=0
     )

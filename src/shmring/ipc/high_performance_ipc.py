@@ -231,6 +231,12 @@ class HighPerformanceIPC:
         slot.count(nbytes=message.nbytes, messages=1)
         return result
 
+    def _send_control(self, queue_name: str, msg_type: MessageType) -> None:
+        """Send a message without data on a queue whose handle here has another codec."""
+        full_name = self._full_name("q", queue_name)
+        with contextlib.closing(attach_queue(full_name, 0.0, MessageCodec())) as queue:
+            queue.put(Message(msg_type, self.process_id, time.time(), None), True, _SLICE)
+
     def receive_message(
         self,
         queue_name: str,

@@ -8,7 +8,7 @@
     answer   (number, value)                      the result of a call
              (number, index, [value, ...])        results of a chunk from ``index`` on
              (number, index, failure, text)       an exception: pickled, and its traceback
-             (None, kind, worker id, content)     not about a task: "log", "beat", "left", ...
+             (None, kind, worker id, content)     not about a task: "log", "left", "broken"
 
 A function that is pickled by its name travels as those bytes, which are made
 once in the sender and loaded once in each worker. Everything else is one pickle
@@ -23,10 +23,12 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from shmring._backend import backend
 from shmring.errors import DecodeError, RemoteError
+from shmring.ipc.message import MessageCodec, MessageType
 from shmring.queues.codec import KIND_PICKLE, PickleCodec, ReusedPickler, decode_error, encode_error
 
-__all__ = ["CAREFUL", "SPREAD", "STOP", "FunctionReferences", "Functions", "isolate_failures"]
+__all__ = ["CAREFUL", "SPREAD", "STOP", "FunctionReferences", "Functions", "PoolCodec"]
 
 # Flags of a chunk.
 CAREFUL = 1  # each result is sent before the next call begins
@@ -92,33 +94,52 @@ class Functions:
         return function
 
 
-def isolate_failures(queue: Any) -> list[tuple[int, DecodeError]]:
-    """Have a queue note which task each message belonged to that could not be unpickled.
+class PoolCodec(PickleCodec):
+    """Pickle, which notes the tasks of what it cannot decode, and control messages.
 
-    Args:
-        queue: the handle that will be read from.
+    SHUTDOWN and HEARTBEAT travel as messages of :mod:`shmring.ipc.message`, so that a
+    worker that a program wrote by hand can understand and send them.
 
-    Returns:
-        a list to which the handle appends (number, error) for each such message.
+    Attributes:
+        failures: (number of the task, error) of each message that could not be unpickled.
     """
-    failures: list[tuple[int, DecodeError]] = []
-    codec = PickleCodec()
 
-    def explain(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
-        explained = decode_error(head, buffers, error)
-        failures.append((_number_in(head), explained))
-        return explained
+    def __init__(self) -> None:
+        self.failures: list[tuple[int, DecodeError]] = []
 
-    def decode(kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
+    def install(self, queue: Any) -> PoolCodec:
+        """Use this codec in a handle of a queue, with its fast path for builtins."""
+        if backend == "ring":
+            queue._set_codec(
+                self.encode,
+                self.decode,
+                True,
+                True,
+                ReusedPickler,
+                load,
+                encode_error,
+                self._explained,
+            )
+        return self
+
+    def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
+        """The object; what cannot be unpickled is noted and raised."""
+        if kind == MessageCodec.KIND:
+            message = MessageCodec().decode(kind, head, list(buffers))
+            if message.msg_type is MessageType.SHUTDOWN:
+                return STOP
+            return None, "beat", message.sender_id, None
         if kind != KIND_PICKLE:
-            return codec.decode(kind, head, buffers)
+            return super().decode(kind, head, buffers)
         try:
             return load(head, buffers=buffers)
         except Exception as error:
-            raise explain(head, buffers, error) from error
+            raise self._explained(head, buffers, error) from error
 
-    queue._set_codec(codec.encode, decode, True, True, ReusedPickler, load, encode_error, explain)
-    return failures
+    def _explained(self, head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
+        explained = decode_error(head, buffers, error)
+        self.failures.append((_number_in(head), explained))
+        return explained
 
 
 def load(head: bytes, *, buffers: Any = ()) -> Any:

@@ -17,8 +17,9 @@ from shmring._backend import backend
 from shmring.arguments import checked_timeout
 from shmring.errors import Full, InvalidArgument, NotSupportedByFallback, ShmringError
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
+from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ProcessRole, RegistryEntry
-from shmring.pool.channel import STOP
+from shmring.pool.channel import PoolCodec
 from shmring.pool.dispatcher import Dispatcher
 from shmring.pool.task_table import Failure, Task
 from shmring.pool.worker import (
@@ -29,7 +30,6 @@ from shmring.pool.worker import (
     run_spawned_worker,
 )
 from shmring.pool.workers import ChildWorkers, ExternalWorkers, WorkerReport, Workers
-from shmring.queues.codec import PickleCodec
 
 __all__ = ["Progress", "Report", "WorkerReport", "coordinator_process"]
 
@@ -293,7 +293,7 @@ class _Run:
         if len(shared_data):
             ipc.write_shared_data(DATA_BUFFER, shared_data)
         for queue_name in (RESULT_QUEUE, self._queue_name):
-            ipc._create_queue(queue_name, 0, PickleCodec())
+            ipc._create_queue(queue_name, 0, PoolCodec())
             stack.callback(ipc.close_message_queue, queue_name)
 
     def _work(self) -> None:
@@ -338,15 +338,14 @@ class _Run:
         self._heartbeats += kind == "beat"
 
     def _dismiss(self, workers: Workers, grace: float) -> None:
-        """One STOP message a worker, then wait for their end, or see to it."""
+        """One SHUTDOWN message a worker, then wait for their end, or see to it."""
         dispatcher = self._dispatcher
         try:
             with contextlib.suppress(ShmringError, Full):
                 if backend == "ring":
                     dispatcher.recall()  # after an error tasks are left
-                queue = self._ipc.message_queues[self._queue_name]
                 for _ in range(workers.to_dismiss()):
-                    queue.put(STOP, True, _SLICE)
+                    self._ipc._send_control(self._queue_name, MessageType.SHUTDOWN)
                 deadline = time.monotonic() + grace
                 while not workers.all_gone() and time.monotonic() < deadline:
                     dispatcher.take_in(0.005)  # so that no worker waits for room

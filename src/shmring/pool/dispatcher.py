@@ -41,7 +41,7 @@ from shmring.errors import (
     WorkerDied,
 )
 from shmring.ipc.registry import RegistryEntry
-from shmring.pool.channel import isolate_failures
+from shmring.pool.channel import PoolCodec
 from shmring.pool.task_table import Failure, Task, TaskCancelled, TaskTable
 from shmring.pool.workers import Departure, Workers
 from shmring.process.liveness import is_process_stopped
@@ -105,7 +105,8 @@ class Dispatcher:
         self._floor = floor
         self._window = self._room = floor
         self._window_filled = 0.0
-        self._undecodable = isolate_failures(answers) if backend == "ring" else []
+        self._undecodable = PoolCodec().install(answers).failures
+        PoolCodec().install(tasks)
         self._on_message = on_message
         self._on_event = on_event
         self._last_position = 0

@@ -43,9 +43,9 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
+from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ITEM_STEP, ProcessRole, RegistrySlot
-from shmring.pool.channel import CAREFUL, SPREAD, Functions, isolate_failures
-from shmring.queues.codec import PickleCodec
+from shmring.pool.channel import CAREFUL, SPREAD, Functions, PoolCodec
 
 __all__ = [
     "DATA_BUFFER",
@@ -116,6 +116,7 @@ class TaskLoop:
         employer: asked between two waits.
         handler: called for tasks that name no function.
         leaves_at_interrupt: let KeyboardInterrupt end the worker, its task unanswered.
+        heartbeat_interval: send a heartbeat so often while waiting, in seconds; None for never.
         max_tasks: leave after so many tasks; None for no limit.
         is_too_large: asked between two tasks, at most every 50 ms: leave if it is true.
 
@@ -133,6 +134,7 @@ class TaskLoop:
         *,
         handler: Callable[[Any], Any] = echo,
         leaves_at_interrupt: bool = False,
+        heartbeat_interval: float | None = None,
         max_tasks: int | None = None,
         is_too_large: Callable[[], bool] | None = None,
     ) -> None:
@@ -144,12 +146,14 @@ class TaskLoop:
         self._employer = employer
         self._handler = handler
         self._leaves_at_interrupt = leaves_at_interrupt
+        self._heartbeat_interval = heartbeat_interval
+        self._heartbeat_due = 0.0
         self._max_tasks = max_tasks
         self._is_too_large = is_too_large
         self._next_look = 0
         self._functions = Functions()
         self._words = slot.task_words()
-        self._failures = isolate_failures(tasks) if backend == "ring" else []
+        self._failures = PoolCodec().install(tasks).failures
         self._cancellable = False
 
     def beat(self) -> None:
@@ -176,7 +180,7 @@ class TaskLoop:
         """Send something that answers no task.
 
         Args:
-            kind: "beat", "log", "left" or "broken".
+            kind: "log", "left" or "broken".
             content: anything that can be pickled.
         """
         self._send((None, kind, self.worker_id, content))
@@ -187,11 +191,12 @@ class TaskLoop:
         reason = None
         limited = self._max_tasks is not None or self._is_too_large is not None
         self._words.end(0)
+        self._beat_on()
         while reason is None:
             try:
                 number, function, args, kwargs = take(True, _SLICE)
             except Empty:
-                self._slot.beat()
+                self._beat_on()
                 if self._employer.is_gone():
                     return
                 continue
@@ -212,6 +217,15 @@ class TaskLoop:
                 reason = reason or self._limit_reached()
         if reason != "stop":
             self.tell("left", reason)
+
+    def _beat_on(self) -> None:
+        self._slot.beat()
+        if self._heartbeat_interval is not None and time.monotonic() >= self._heartbeat_due:
+            self._heartbeat_due = time.monotonic() + self._heartbeat_interval
+            self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        """Send a heartbeat as a message; done by workers of a coordinator."""
 
     def _limit_reached(self) -> str | None:
         if self._max_tasks is not None and self.answered >= self._max_tasks:
@@ -365,9 +379,9 @@ class Worker(TaskLoop):
         """
         ipc = self.ipc
         slot = ipc.register(ProcessRole.WORKER)
-        ipc._connect_queue(self._task_queue, timeout, PickleCodec())
+        ipc._connect_queue(self._task_queue, timeout, PoolCodec())
         try:
-            ipc._connect_queue(RESULT_QUEUE, 0.0, PickleCodec())
+            ipc._connect_queue(RESULT_QUEUE, 0.0, PoolCodec())
             ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
         except RingNotFound:
             return  # the coordinator made them first and removed them first: it has ended
@@ -382,8 +396,13 @@ class Worker(TaskLoop):
             coordinator,
             handler=self._given_handler,
             leaves_at_interrupt=True,
+            heartbeat_interval=ipc.heartbeat_interval,
         )
         self.run()
+
+    def _send_heartbeat(self) -> None:
+        self.ipc._send_control(RESULT_QUEUE, MessageType.HEARTBEAT)
+        self.ipc.last_heartbeat = time.time()
 
     def _find_coordinator(self) -> _Coordinator | None:
         for entry in self.ipc.registry_entries():
