@@ -6,10 +6,12 @@ What it has in common with the ring is tested over both: test_queue, test_codecs
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from shmring.errors import (
     RingClosed,
     RingExists,
     RingNotFound,
+    ShutDown,
 )
 from shmring.fallback import files
 from shmring.fallback.files import (
@@ -30,9 +33,10 @@ from shmring.fallback.files import (
     cleanup_stale,
     fallback_folder,
 )
-from shmring.fallback.queues import Queue, Ring
+from shmring.fallback.queues import JoinableQueue, Queue, Ring
 from shmring.fallback.server import ServedQueue
 from shmring.ipc.message import Message, MessageCodec, MessageType
+from shmring.process.liveness import is_process_dead
 from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
@@ -156,6 +160,11 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
         lambda: Queue.attach("x"),
         lambda: plain.name,
         plain.unlink,
+        plain.fileno,
+        plain.statistics,
+        lambda: plain.capacity,
+        lambda: plain.max_capacity,
+        lambda: plain.largest,
         lambda: asyncio.run(plain.aget(timeout=1)),
         lambda: asyncio.run(plain.aput(1, timeout=1)),
         lambda: asyncio.run(anext(plain)),
@@ -165,6 +174,38 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
     ):
         with pytest.raises(NotSupportedByFallback, match="needs the compiled ring"):
             call()
+
+
+class Labelled(Queue[Any]):
+    """As programs write them for multiprocessing.Queue."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(ctx=multiprocessing.get_context("spawn"))
+        self.name = name
+
+
+def test_a_subclass_keeps_attributes_of_names_that_only_the_ring_has() -> None:
+    with Labelled("jobs") as labelled:
+        labelled.put(1)
+        assert (labelled.name, labelled.get(timeout=10)) == ("jobs", 1)
+
+
+def test_an_immediate_shutdown_counts_what_it_drops_as_worked_off() -> None:
+    with JoinableQueue[int]() as joinable:
+        joinable.put_many(range(3))
+        wait_for(lambda: not joinable.empty(), what="the feeder thread")
+        assert joinable.get(timeout=10) == 0
+        joinable.shutdown(immediate=True)
+
+        def all_dropped() -> bool:
+            with pytest.raises(ShutDown):
+                joinable.get()
+            return joinable.qsize() == 0
+
+        wait_for(all_dropped, what="the messages of the feeder thread")
+        assert not joinable.join(timeout=0.01), "the one that was taken is unfinished"
+        joinable.task_done()
+        assert joinable.join(timeout=0)
 
 
 # -- ServedQueue ----------------------------------------------------------------------------
@@ -232,7 +273,48 @@ def test_a_served_queue_is_found_by_name(name: str, start_method: str) -> None:
     served.close()
 
 
-def test_nobody_serves(name: str) -> None:
+def test_a_served_queue_stays_when_its_last_client_goes(name: str) -> None:
+    """Else a client that comes while another goes finds no queue."""
+    served = ServedQueue.create(name, 0, MessageCodec())
+    client = ServedQueue.attach(name, 1, MessageCodec())
+    client.put(Message(MessageType.DATA, "a", 1.0, 5))
+    client.close()
+    assert served._server is not None
+    assert served._server.number_of_objects(None) == 1  # type: ignore[attr-defined]
+    assert served.get(timeout=5).data == 5
+    served.close()
+
+
+def tell_pid_and_wait(connection: Any) -> None:
+    connection.send(os.getpid())
+    signal.pause()
+
+
+def serve_with_a_child(name: str, connection: Any) -> None:
+    served = ServedQueue.create(name, 0, MessageCodec())
+    with run_in_process(tell_pid_and_wait, connection, method="fork"):
+        served.get()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork, and a process that is killed")
+def test_a_forked_child_of_a_killed_server_does_not_hold_its_name(name: str) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs, run_in_process(serve_with_a_child, name, theirs, method="fork") as server:
+        assert ours.poll(30)
+        orphan = ours.recv()
+        try:
+            client = ServedQueue.attach(name, 30, MessageCodec())
+            server.kill()
+            with pytest.raises(RingClosed):
+                client.get(timeout=30)
+            served = ServedQueue.create(name, 0, MessageCodec())
+            served.close()
+            assert not is_process_dead(orphan)
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+
+
+def test_no_process_serves(name: str) -> None:
     with pytest.raises(RingNotFound):
         ServedQueue.attach(name, 0.05, MessageCodec())
 
@@ -323,6 +405,15 @@ def test_the_lock_excludes_processes_and_threads(name: str) -> None:
             each.join(60)
     assert int.from_bytes(shared.buffer[0:4], "big") == 800
     shared.close()
+
+
+def test_a_finalizer_that_runs_under_the_lock_does_not_wait_for_it(name: str) -> None:
+    inner = SharedFile.create(f"{name}-inner", 100)
+    outer = SharedFile.create(name, 100)
+    with outer.exclusive():
+        inner.close()
+    assert not (fallback_folder() / f"{name}-inner").exists()
+    outer.close()
 
 
 @pytest.mark.parametrize("bad", ["", "a/b", "a\0b", "..", "x" * 201])
