@@ -26,7 +26,7 @@ from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
 from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 from shmring.queues import codec as codec_module
 from shmring.queues.codec import PickleCodec
-from shmring.queues.pickle_errors import culprit_of
+from shmring.queues.pickle_errors import unpicklable_part
 from support import own_name, run_in_process
 
 if shmring.backend == "ring":
@@ -434,7 +434,7 @@ def test_naming_costs_no_more_than_the_attempt():
     obj["bad"] = threading.Lock()
     tracemalloc.start()
     try:
-        assert culprit_of(obj, copyreg.dispatch_table) == "['bad'] (a lock)"
+        assert unpicklable_part(obj, copyreg.dispatch_table) == "['bad'] (a lock)"
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
         tracemalloc.stop()
