@@ -118,16 +118,11 @@ _spare_picklers: list[ReusedPickler] = []
 class PickleCodec:
     """Pickle protocol 5 with large buffers out of band; the default.
 
-    What is made of exact builtins alone is encoded by ``builtin_codec`` instead, which
-    carries the same in a fraction of the time.
+    Trees of exact builtins have a faster encoding of their own.
     """
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """Encode an object.
-
-        Returns:
-            The kind; and builtins in shmring's encoding, or a pickle and its out-of-band
-            buffers.
+        """Encode builtins as such, other objects as a pickle and its out-of-band buffers.
 
         Raises:
             EncodeError: it cannot be pickled; the text names the part that failed.
@@ -150,11 +145,7 @@ class PickleCodec:
         return KIND_PICKLE, segments
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
-        """Unpickle, which runs code of the sender's choosing.
-
-        Raises:
-            DecodeError: it failed; the text names the sizes and the first type.
-        """
+        """Unpickle, which runs code of the sender's choosing; DecodeError if it fails."""
         if kind == KIND_BYTES and not buffers:
             return head
         if kind == KIND_BUILTINS and not buffers and core is not None:

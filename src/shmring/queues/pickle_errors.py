@@ -32,15 +32,9 @@ _HELPERS = frozenset(
 
 
 def unpicklable_part(obj: Any, reducers: Mapping[type, Any]) -> str | None:
-    """The part of `obj` that pickle fails on, and the way to it.
+    """The part of `obj` that pickle fails on, such as ".connection['lock'] (a lock)".
 
-    Args:
-        obj: an object that could not be pickled.
-        reducers: the dispatch table that was used.
-
-    Returns:
-        Such as ".connection['lock'] (a lock)"; None if it is `obj` itself, or
-        was not found.
+    None if it is `obj` itself, or was not found.
     """
     try:
         pickler = _TracingPickler(reducers)
