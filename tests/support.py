@@ -19,8 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
 
@@ -168,6 +166,8 @@ def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[st
         check=False,
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
+        import pytest  # not at the top: programs that tests start import this module too
+
         pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
     return done
 
