@@ -34,7 +34,7 @@ OWNER_DIED = 0x40000000
 
 
 def hold(fd: int, offset: int, owner: int) -> None:
-    """Write a lock word as if `owner` held it (0: nobody)."""
+    """Write a lock word as if `owner` held it (0: it is free)."""
     os.pwrite(fd, struct.pack("<I", owner), offset)
 
 
@@ -629,7 +629,7 @@ def test_what_an_ipc_had_is_missed_when_it_is_used_and_not_when_it_arrives():
 
 
 @pytest.mark.parametrize("make", [Queue, Ring.create])
-def test_who_selects_on_a_queue_is_sent_to_wait(make):
+def test_select_on_a_queue_names_wait(make):
     with make() as queue:
         selector = selectors.DefaultSelector()
         for call in (
