@@ -70,4 +70,5 @@ else:
     }
     if backend == "queue":
         _homes = dict.fromkeys(_homes, "fallback.queues")
+        _homes |= dict.fromkeys(("SharedMemoryManager", "cleanup_stale"), "fallback.files")
     __getattr__, __dir__ = lazily(globals(), _homes)

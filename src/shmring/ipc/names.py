@@ -53,7 +53,8 @@ if backend == "ring":
         return open_segment(name)
 
 else:
-    from shmring.fallback.queues import ServedQueue, SharedFile
+    from shmring.fallback.files import SharedFile
+    from shmring.fallback.server import ServedQueue
 
     def create_queue(name: str, maxsize: int) -> Any:
         """Make a queue of messages; RingExists if the name is in use."""

@@ -7,13 +7,16 @@ again in each forked child, whether multiprocessing or ``os.fork`` made it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.util
 import os
 import threading
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Exit", "Leaver", "end_thread_at_exit"]
+__all__ = ["Exit", "Leaver", "close_dropped", "end_thread_at_exit"]
 
 
 class Leaver(Protocol):
@@ -73,6 +76,16 @@ def end_thread_at_exit() -> None:
     """
     if _exiting == os.getpid() and threading.current_thread() is not threading.main_thread():
         raise SystemExit
+
+
+def close_dropped(handle: object, close: Callable[[], object]) -> None:
+    """Close a handle that was dropped open, for its ``__del__``, and warn."""
+    dropped = repr(handle)
+    with contextlib.suppress(OSError):
+        close()  # first: where warnings are errors the next line raises
+    warnings.warn(
+        f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=3, source=handle
+    )
 
 
 _exits: weakref.WeakSet[Exit] = weakref.WeakSet()

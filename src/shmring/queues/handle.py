@@ -15,7 +15,6 @@ import multiprocessing.util
 import os
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +23,7 @@ from shmring._core.handle import RingHandle
 from shmring._core.ring import LAYOUT
 from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
-from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.process.leaving import Exit, close_dropped, end_thread_at_exit
 from shmring.shm import segment
 
 if TYPE_CHECKING:
@@ -280,11 +279,7 @@ class SharedHandle(RingHandle):
         leaving = getattr(self, "_exit", None)
         if leaving is None or leaving.pid != os.getpid():
             return
-        dropped = repr(self)
-        self._leave()  # first: where warnings are errors the next line raises
-        warnings.warn(
-            f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
-        )
+        close_dropped(self, self._leave)
 
     def __repr__(self) -> str:
         if self._ended:

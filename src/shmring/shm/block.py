@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from shmring.arguments import checked_int
+from shmring.arguments import checked_int, checked_name
 from shmring.errors import InvalidArgument, RingClosed, RingExists, RingNotFound
 from shmring.process.leaving import Exit, end_thread_at_exit
 
@@ -35,9 +35,11 @@ class NamedBlock:
     """
 
     _most_bytes = sys.maxsize
+    _most_name_bytes = 255
+    _not_in_names = "/\0"
 
     def __init__(self, name: str, size: int) -> None:
-        self.name = self._checked_name(name)
+        self.name = checked_name(name, self._most_name_bytes, self._not_in_names)
         self.size = checked_int(size, "size")
         if not 0 < self.size <= self._most_bytes:
             raise InvalidArgument(f"size={size}: a block has from 1 to {self._most_bytes} bytes")
@@ -144,11 +146,6 @@ class NamedBlock:
         return f"<shmring.SharedMemoryManager {self.name!r} of {self.size} bytes, {state}>"
 
     # ---- a back end's ------------------------------------------------------------------------
-
-    @staticmethod
-    def _checked_name(name: str) -> str:
-        """Return the name, or raise InvalidArgument."""
-        raise NotImplementedError
 
     def _open(self, new: bool) -> None:
         """Set ``_memory``; RingExists, or RingNotFound, if that cannot be."""

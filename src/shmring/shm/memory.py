@@ -41,7 +41,6 @@ class SharedMemoryManager(NamedBlock):
     """
 
     _most_bytes = LAYOUT["MAX_CAPACITY"]
-    _checked_name = staticmethod(segment.check_name)
 
     def write_data(self, data: Any, offset: int = 0) -> None:
         """Copy a contiguous bytes-like object into the block, under the lock.
@@ -58,8 +57,7 @@ class SharedMemoryManager(NamedBlock):
             InvalidArgument: `length` or `offset` is negative, or the end lies
                 past `size`.
         """
-        data: bytes = self._attached().read(length, offset)
-        return data
+        return self._attached().read(length, offset)  # type: ignore[no-any-return]
 
     def _open(self, new: bool) -> None:
         if new:
