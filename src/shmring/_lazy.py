@@ -24,9 +24,6 @@ def lazily(
         namespace: the module's ``globals()``, where a name is kept once it is known.
         homes: the module of this package that defines each name.  These modules and
             their packages can be asked for too, as if they had been imported.
-
-    Returns:
-        The two functions, for the module to bind.
     """
     own_name: str = namespace["__name__"]
 

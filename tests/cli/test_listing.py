@@ -49,7 +49,7 @@ def _wait_for_one(queue: Queue[int]) -> None:
     queue.get()
 
 
-def test_a_named_queue_and_who_waits_on_it() -> None:
+def test_a_named_queue_and_its_waiters() -> None:
     with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         block = found(NAME)
@@ -79,7 +79,7 @@ def _read_for_ever(queue: Queue[int]) -> None:
     signal.pause()
 
 
-def test_an_anonymous_ring_is_found_by_who_has_it_open() -> None:
+def test_an_anonymous_ring_is_found_by_its_open_files() -> None:
     with Ring.create() as ring, run_in_process(_hold_for_ever, ring) as holder:
         wait_for(lambda: ring.statistics().holders)
         block = found(None, holder.pid)

@@ -239,7 +239,7 @@ def test_namespaces_do_not_meet(ipc: HighPerformanceIPC, namespace: str) -> None
         assert stranger.check_alive_processes() == []
 
 
-# -- who is there ---------------------------------------------------------------------------
+# -- processes ------------------------------------------------------------------------------
 
 
 def keep_beating(namespace: str, process_id: str) -> None:
@@ -261,7 +261,7 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
     with run_in_process(keep_beating, ipc.namespace, "child", method=start_method) as process:
         wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         process.kill()
-        # Well within the ten seconds, and nobody has reaped it.
+        # Well within the ten seconds, and it is not reaped.
         wait_for(lambda: ipc.check_alive_processes() == [], 5, "its death")
     assert ipc.get_stats()["alive_processes"] == 1
     assert list(ipc.alive_processes) == ["child"]

@@ -1,4 +1,4 @@
-"""HighPerformanceIPC among others: who lives, who is dead, who takes a slot and gives it back."""
+"""HighPerformanceIPC and the registry: living and dead processes, slots taken and given back."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_dead_stay_dead_when_another_has_their_slot(
 
 
 @pytest.mark.usefixtures("slots_go_at_once")
-def test_an_old_heartbeat_revives_nobody(ipc: HighPerformanceIPC, namespace: str) -> None:
+def test_an_old_heartbeat_revives_no_process(ipc: HighPerformanceIPC, namespace: str) -> None:
     ipc.create_message_queue("q")
     queue = ipc.message_queues["q"]
     with HighPerformanceIPC("a", namespace=namespace) as mortal:

@@ -1,4 +1,4 @@
-"""The registry: who is there, dead and silent told apart, slots that nobody loses."""
+"""The registry: its entries, dead and silent told apart, slots that are never lost."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def test_slots_of_the_dead_and_the_departed_are_used_again(
     assert find(shared, "heir").is_dead()
     assert shared.register("next").index == index
     heir.release()
-    assert find(shared, "next").state is ProcessState.STARTING, "an old handle ends nobody else"
+    assert find(shared, "next").state is ProcessState.STARTING, (
+        "an old handle ends no other process"
+    )
 
 
 def take_slots(barrier_event: Event, number: int) -> None:
@@ -207,7 +209,7 @@ def hold_lock(held: Event) -> None:
         signal.pause()
 
 
-def test_one_killed_while_it_allocates_stops_nobody(shared: Registry) -> None:
+def test_one_killed_while_it_allocates_stops_no_other(shared: Registry) -> None:
     import multiprocessing
 
     held = multiprocessing.get_context("fork").Event()

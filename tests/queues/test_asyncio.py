@@ -86,7 +86,7 @@ def put_range(queue, count):
         queue.put(i)
 
 
-# ---- who is served, and when ------------------------------------------------------------------
+# ---- the order of the calls -------------------------------------------------------------------
 
 
 def test_what_is_there_is_taken_at_once_without_a_thread(queue):
@@ -483,7 +483,7 @@ def test_shutdown_while_waiting(queue, immediate):
     run(main())
 
 
-def test_shutdown_reaches_those_who_put():
+def test_shutdown_reaches_waiting_aputs():
     async def main():
         with Queue(1) as queue:
             queue.put("full")
@@ -556,7 +556,7 @@ def test_several_loops_in_several_threads(queue):
     assert max(most) <= 2  # one, and perhaps the last instructions of the one before
 
 
-def test_a_loop_that_does_not_run_holds_nobody_up(queue):
+def test_a_loop_that_does_not_run_holds_up_no_other(queue):
     stopped, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
     pending = stopped.create_task(queue.aget())
     lost = closed.create_task(queue.aget())
@@ -567,8 +567,8 @@ def test_a_loop_that_does_not_run_holds_nobody_up(queue):
 
     async def main():
         (task,) = await start(queue, 1)
-        queue.put("for who runs")
-        assert await task == "for who runs"
+        queue.put("for the running loop")
+        assert await task == "for the running loop"
 
     run(main())
     queue.put("later")

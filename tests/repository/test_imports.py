@@ -1,4 +1,4 @@
-"""What is imported when, and that nobody sees the difference.
+"""Imports: what is imported when, invisibly to users.
 
 A child that is started by spawn imports before it can say anything: its first
 message is to come no later than 20 ms after the one it would have sent through

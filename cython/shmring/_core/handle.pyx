@@ -92,7 +92,7 @@ cdef int64_t deadline_of(object timeout) except -1:
     if not seconds >= 0:
         if not seconds < 0:
             raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, or None to wait for ever")
-        seconds = 0  # a deadline that has passed, as in shmring.deadline
+        seconds = 0  # a deadline that has passed, as in shmring.arguments
     if seconds > 1e9:
         return INT64_MAX
     return monotonic_ns() + <int64_t>(seconds * 1e9)

@@ -209,16 +209,7 @@ class HighPerformanceIPC:
         )
 
     def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
-        """Send one message by another method of a queue than ``put``.
-
-        Args:
-            put: puts the message that it is given; an exception counts as an error.
-            msg_type: what the message is for.
-            data: as for :meth:`send_message`.
-
-        Returns:
-            The result of ``put``.
-        """
+        """Send one message by another method of a queue than ``put``; return its result."""
         with self._counted_errors():
             if not isinstance(msg_type, MessageType):
                 raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
@@ -432,14 +423,7 @@ class HighPerformanceIPC:
         return self._registration.registry.entries()
 
     def registry_entry(self, index: int) -> RegistryEntry | None:
-        """The entry of one slot of the registry.
-
-        Args:
-            index: the number of the slot.
-
-        Returns:
-            The entry, or None if the slot is free.
-        """
+        """The entry of one slot of the registry; None if the slot is free."""
         self._beat()
         assert self._registration is not None
         return self._registration.registry.entry(index)
@@ -450,14 +434,7 @@ class HighPerformanceIPC:
         return self._registration is not None and self._pid == os.getpid()
 
     def register(self, role: ProcessRole) -> RegistrySlot:
-        """Take part in the namespace in another role than PEER.
-
-        Args:
-            role: what this process is to the others.
-
-        Returns:
-            Its slot in the registry.
-        """
+        """Take part in the namespace in a role; return the slot in the registry."""
         slot = self._beat()
         slot.set_role(role)
         return slot

@@ -113,28 +113,18 @@ class Envelope:
 
     @classmethod
     def seal(cls, number: int, attempt: int, good: bool, content: object) -> Envelope:
-        """Encode the content.
+        """Encode the content for the ``data`` of a message.
 
         Args:
             number: of the task, from 0.
             attempt: how often the task was tried before.
             good: of an answer: True for a result, False for a failure.
             content: anything that can be pickled.
-
-        Returns:
-            The envelope, for the ``data`` of a message.
-
-        Raises:
-            EncodeError: the content cannot be pickled.
         """
         return cls(number, attempt, good, *_PICKLE.encode(content))
 
     def open(self) -> object:
-        """Decode and return the content of an envelope that arrived.
-
-        Raises:
-            DecodeError: it cannot be unpickled here.
-        """
+        """Decode the content of an envelope that arrived; DecodeError if that fails."""
         head, *buffers = self.segments
         return _PICKLE.decode(
             self.kind,
@@ -156,13 +146,7 @@ class MessageCodec:
         self._data: DataCodec = PickleCodec() if data_codec is None else data_codec
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
-        """Turn a message into a kind and segments.
-
-        Args:
-            obj: a :class:`Message`; its ``nbytes`` is set.
-
-        Returns:
-            The kind of the frame and its segments: the head, then large buffers.
+        """Turn a message into a kind and segments, the head first; set its ``nbytes``.
 
         Raises:
             EncodeError: it is not a message, or its data cannot be encoded.
@@ -207,14 +191,6 @@ class MessageCodec:
 
     def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> Message:
         """Turn a frame back into a message; every length in it is checked first.
-
-        Args:
-            kind: the kind of the frame.
-            head: its first segment.
-            buffers: its other segments.
-
-        Returns:
-            The message, with its ``nbytes``.
 
         Raises:
             DecodeError: the frame is not a message, or its data cannot be decoded.

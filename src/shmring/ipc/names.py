@@ -81,14 +81,5 @@ else:
 
 
 def full_name(namespace: str, kind: str, name: str) -> str:
-    """The name of a file, unique for namespace, kind and name.
-
-    Args:
-        namespace: a valid one.
-        kind: "q" is a queue, "m" is memory.
-        name: the user's.
-
-    Raises:
-        InvalidArgument: an impossible name.
-    """
+    """The file of a queue (kind "q") or memory ("m"); InvalidArgument for an impossible name."""
     return f"shmring.{namespace}.{kind}.{checked_name(name, _MAX_NAME_BYTES, _FORBIDDEN)}"

@@ -174,11 +174,7 @@ class RegistryEntry:
         return max(0.0, (time.monotonic_ns() - self.heartbeat_ns) / 1e9)
 
     def is_silent(self, limit: float) -> bool:
-        """Whether no heartbeat came within the limit, which proves nothing.
-
-        Args:
-            limit: in seconds.
-        """
+        """Whether no heartbeat came within `limit` seconds, which proves nothing."""
         return self.silent_for() > limit
 
 
@@ -284,11 +280,7 @@ class RegistrySlot:
         self.beat()
 
     def waiting(self, on: str) -> None:
-        """Store that the process begins to wait; call :meth:`beat` while it does.
-
-        Args:
-            on: the name of the queue that it waits for; cut to 64 bytes.
-        """
+        """Store that the process begins to wait on a queue; call :meth:`beat` while it does."""
         words, base = self._words, self._base
         _write_text(words, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
         words[base + _ON_LENGTH] = min(len(on.encode()), _ON_BYTES)
@@ -308,13 +300,7 @@ class RegistrySlot:
         )
 
     def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
-        """Add to the counters.
-
-        Args:
-            tasks: tasks answered.
-            nbytes: bytes sent or received.
-            messages: messages sent or received.
-        """
+        """Add tasks answered, and bytes and messages sent or received."""
         words, base = self._words, self._base
         for word, more in ((_TASKS, tasks), (_BYTES, nbytes), (_MESSAGES, messages)):
             if more:
@@ -408,14 +394,7 @@ class Registry:
         return [entry for entry in found if entry is not None]
 
     def entry(self, index: int) -> RegistryEntry | None:
-        """The process of one slot.
-
-        Args:
-            index: the number of the slot.
-
-        Returns:
-            The entry; None if the slot is free or is being taken just now.
-        """
+        """The process of one slot; None if the slot is free or is being taken just now."""
         if not 0 <= index < SLOTS:
             raise InvalidArgument(f"slot index={index}: 0 to {SLOTS - 1} exist")
         base = (index + 1) * _SLOT_WORDS
@@ -506,13 +485,7 @@ class SeenProcesses:
         self._stood: dict[str, tuple[int, int, int]] = {}  # the slot in which each was seen alive
 
     def look(self, entries: list[RegistryEntry], dead: set[tuple[int, int]], when: float) -> None:
-        """Note the entries of the registry.
-
-        Args:
-            entries: of other processes.
-            dead: the index and incarnation of those that have ended.
-            when: a time before the registry was read.
-        """
+        """Note entries of other processes, read after `when`; `dead`: (index, incarnation)."""
         living = {each.process_id: each for each in entries if _key(each)[:2] not in dead}
         standing = {_key(each) for each in entries}
         ended = {each.process_id for each in entries}
@@ -526,23 +499,13 @@ class SeenProcesses:
             self.saw(process_id, entry.heartbeat_ns / 1e9, when)
 
     def saw(self, process_id: str, when: float, alive_at: float) -> None:
-        """Note a sign of life.
-
-        Args:
-            process_id: of the process.
-            when: it came.
-            alive_at: when the process was certainly alive: an older proof of death is void.
-        """
+        """Note a sign of life that came at `when`; proofs of death before `alive_at` are void."""
         self.last_seen[process_id] = max(when, self.last_seen.get(process_id, 0.0))
         if alive_at >= self._proven_dead.get(process_id, math.inf):
             del self._proven_dead[process_id]
 
     def alive(self, since: float) -> list[str]:
-        """The processes seen since then and not proven dead, sorted.
-
-        Args:
-            since: in seconds of ``time.monotonic()``.
-        """
+        """The processes seen since then and not proven dead, sorted."""
         return sorted(
             process_id
             for process_id, seen in self.last_seen.items()
@@ -571,12 +534,7 @@ def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:
 def open_segment(name: str, timeout: float = 10.0) -> RegistryStorage:
     """Open the registry of that name in /dev/shm; make it if there is none.
 
-    Args:
-        name: as for a named queue.
-        timeout: bound of the race with processes that close it, in seconds.
-
-    Returns:
-        Storage for :class:`Registry`; the last process to close it removes the name.
+    The last process to close it removes the name; `timeout` bounds the race with it.
 
     Raises:
         RingNotFound: the race was lost until the deadline.

@@ -14,14 +14,9 @@ __all__ = ["is_process_dead", "is_process_stopped", "process_start_ticks"]
 
 
 def process_start_ticks(pid: int) -> int:
-    """When a process started, which together with its pid identifies it.
+    """When a process started, in clock ticks since boot; 0: no such process, or unknown.
 
-    Args:
-        pid: the process.
-
-    Returns:
-        Clock ticks since boot; 0 where the system does not tell, or there is no
-        such process.
+    Together with its pid it identifies the process.
     """
     try:
         return int(_stat_fields(pid)[19])
@@ -30,15 +25,10 @@ def process_start_ticks(pid: int) -> int:
 
 
 def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
-    """Whether the kernel proves that a process has ended; a zombie has.
+    """Whether the kernel proves that a process has ended; never on Windows.
 
-    Args:
-        pid: the process.
-        start_ticks: its :func:`process_start_ticks`; if 0 (unknown), a later
-            process of the same pid is taken for it.
-
-    Returns:
-        True only with proof; False where the system offers none (Windows).
+    Without its :func:`process_start_ticks` a later process of the same pid is
+    taken for it.
     """
     if pid <= 0 or pid > 0x7FFFFFFF:
         return True
@@ -64,11 +54,7 @@ def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
 
 
 def is_process_stopped(pid: int) -> bool:
-    """Whether a process is stopped, by SIGSTOP or by a debugger.
-
-    Args:
-        pid: the process.
-    """
+    """Whether a process is stopped, by SIGSTOP or by a debugger."""
     try:
         return _stat_fields(pid)[0] in (b"T", b"t")
     except (OSError, IndexError):

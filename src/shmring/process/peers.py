@@ -71,12 +71,7 @@ class PeerPoll:
         return peer.pid, peer.start_ticks or 0
 
     def error(self, outcome: str, count: int = 0) -> PeerDied:
-        """The exception to raise when all are dead.
-
-        Args:
-            outcome: what has not come.
-            count: how many objects were put.
-        """
+        """The exception to raise when all are dead; `outcome` says what has not come."""
         deaths = tuple((each.pid, each.exitcode) for each in self._dead)
         return PeerDied(*deaths[-1], deaths, outcome, count)
 

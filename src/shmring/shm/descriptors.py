@@ -19,13 +19,9 @@ def identity_of(fd: int) -> tuple[int, int]:
 
 
 def close_own(fd: int, identity: tuple[int, int]) -> None:
-    """Close a descriptor, unless its number belongs to another file by now.
+    """Close a descriptor, unless its number belongs to another file than `identity` by now.
 
     A program may have closed it behind the handle: daemons close everything.
-
-    Args:
-        fd: the descriptor.
-        identity: :func:`identity_of` the file that it was opened for.
     """
     with contextlib.suppress(OSError):
         if identity_of(fd) == identity:
@@ -33,16 +29,10 @@ def close_own(fd: int, identity: tuple[int, int]) -> None:
 
 
 def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    """Try for a file lock until it is granted; a blocking one would have no deadline.
-
-    Args:
-        try_lock: tries once, without waiting, and returns whether it was granted.
-        what: the name of what is locked, for the error.
-        timeout: in seconds.
+    """Call `try_lock` until it grants the lock of `what`; a blocking lock has no deadline.
 
     Raises:
-        ShmringError: the holder, which lives (the kernel releases the locks of the
-            dead), did not let go in time.
+        ShmringError: its holder, which is alive, kept it for `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     pause = 0.0002

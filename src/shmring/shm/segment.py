@@ -250,12 +250,9 @@ def _why_nameless(fd: int, error: OSError) -> str | None:
 
 
 def create_named(name: str, size: int, header: bytes = b"") -> int:
-    """Make a named block of plain memory, of `size` allocated bytes, that begins with `header`.
+    """Make a named block of `size` bytes that begins with `header`; return its descriptor.
 
-    The name appears when the block is complete.
-
-    Returns:
-        The descriptor; after closing it call :func:`release`.
+    The name appears when the block is complete; see :func:`release`.
     """
     check_name(name)
     fd = create_anonymous(size)
@@ -315,12 +312,10 @@ def _not_opened(error: OSError, path: str) -> OSError:
 
 
 def open_memory(name: str) -> int:
-    """Open a block of :func:`create_named`; return its descriptor.
+    """Open a block of :func:`create_named`, as :func:`open_named`.
 
-    Raises:
-        RingNotFound: there is none.
-        AccessRefused: as :func:`open_named`; or it was made in another PID
-            namespace: locks and slots name their owners by pid.
+    Refused where it was made in another PID namespace: its locks and slots name
+    their owners by pid.
     """
     fd = open_named(name)
     try:
@@ -423,11 +418,8 @@ def release(name: str, identity: tuple[int, int]) -> None:
     """After unmapping and closing: remove the name, if no other process has the block open.
 
     If one has, this is tried again when this process ends: it may be a daemon of
-    this process, which is terminated then and does not leave by itself.
-
-    Args:
-        name: the name of the block.
-        identity: its (st_dev, st_ino): a newer block of the same name is left alone.
+    this process, which is terminated then and does not leave by itself.  A newer
+    block of that name, with another (st_dev, st_ino), is left alone.
     """
     global _left_by
     try:
