@@ -238,7 +238,7 @@ class SharedHandle(RingHandle):
 
     def statistics(self) -> RingStatistics:
         """What stands in the header now; works from every process."""
-        from shmring._core.wait import counters
+        from shmring._core.handle import counters
         from shmring.diagnostics import snapshot
         from shmring.queues.statistics import (
             RingStatistics,  # not at the top: dataclasses cost 10 ms
