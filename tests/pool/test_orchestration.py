@@ -175,12 +175,14 @@ def test_results_in_order_and_a_row_for_each_worker(
     assert [row.state for row in report.workers] == ["exited", "exited"]
     assert {row.worker_id for row in report.workers} == {"worker-0", "worker-1"}
     assert sum(row.tasks for row in report.workers) == 200
-    assert all(row.nbytes > 0 and row.heartbeats > 0 for row in report.workers)
+    assert all(row.heartbeats > 0 for row in report.workers)
     assert all(row.exitcode == 0 for row in report.workers)
     assert (report.retried, report.died) == (0, 0)
     assert report.heartbeats >= 2
     # 200 tasks and one SHUTDOWN message a worker.
     assert report.stats["messages_sent"] == 202
+    if backend == "ring":
+        assert report.stats["bytes_transferred"] > 202 * 16
 
 
 @both_backends
@@ -669,12 +671,17 @@ def test_impossible_arguments_are_refused(ipc: HighPerformanceIPC, wrong: dict[s
 
 
 @both_backends
-def test_the_example_runs(start_method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert multiprocessing_example(2, 20, method=start_method) == [n * n for n in range(20)]
-    printed = capsys.readouterr().out
-    assert "20 tasks in" in printed
-    assert f"on the {backend} back end" in printed
-    assert printed.count("worker-") == 2
+def test_the_example_runs(start_method: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "shmring")
+    results = multiprocessing_example(method=start_method)
+    assert [each["task_id"] for each in results] == list(range(100))
+    assert [each["result"] for each in results] == [
+        f"processed_task_data_{number}" for number in range(100)
+    ]
+    assert {each["worker_id"] for each in results} <= {f"worker-{number}" for number in range(4)}
+    assert "100 tasks in" in caplog.text
+    assert sum(text.startswith("worker-") for text in caplog.messages) == 4
+    assert "'messages_sent': 104" in caplog.text
 
 
 def test_a_report_can_be_kept(ipc: HighPerformanceIPC) -> None:

@@ -400,12 +400,11 @@ def _words_table(outcome: Outcome) -> Table:
 
 
 def _workers_table(outcome: Outcome) -> Table:
-    table = _table("worker", "tasks", "bytes", "heartbeats", "state")
+    table = _table("worker", "tasks", "heartbeats", "state")
     for row in sorted(outcome.workers, key=lambda each: (len(each.worker_id), each.worker_id)):
         table.add_row(
             row.worker_id,
             f"{row.tasks:,}",
-            f"{row.nbytes:,}",
             f"{row.heartbeats:,}",
             "killed" if row.exitcode == -9 else row.state,
         )

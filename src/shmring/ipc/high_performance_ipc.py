@@ -227,6 +227,8 @@ class HighPerformanceIPC:
         full_name = self._full_name("q", queue_name)
         with contextlib.closing(attach_queue(full_name, 0.0, MessageCodec())) as queue:
             queue.put(Message(msg_type, self.process_id, time.time(), None), True, _SLICE)
+        with self._guard:
+            self.stats["messages_sent"] += 1
 
     def receive_message(
         self,

@@ -120,6 +120,8 @@ class PoolCodec(PickleCodec):
                 encode_error,
                 self._explained,
             )
+        else:
+            queue._codec = self
         return self
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:

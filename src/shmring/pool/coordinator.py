@@ -268,6 +268,9 @@ class _Run:
             with ipc._guard:
                 ipc.stats["messages_sent"] += table.submitted
                 ipc.stats["messages_received"] += table.answered_count + self._heartbeats
+                if backend == "ring":
+                    for queue in ipc.message_queues.values():
+                        ipc.stats["bytes_transferred"] += queue.statistics().bytes_put
             if self._failure is not None and not self._return_exceptions:
                 raise self._failure
             return Report(

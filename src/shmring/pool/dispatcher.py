@@ -187,16 +187,9 @@ class Dispatcher:
         with self.lock:
             self._window = self._room = self._floor
             found: list[Task] = []
-            while True:
-                try:
-                    messages = self._tasks.get_many(None, False)
-                except Empty:
-                    break
-                except DecodeError as error:
-                    messages = error.items
-                found += [
-                    self.table.sent[each[0]] for each in messages if each[0] in self.table.sent
-                ]
+            sent = self.table.sent
+            while messages := _take_all(self._tasks, 0):
+                found += [sent[each[0]] for each in messages if each[0] in sent]
             for task in reversed(found):
                 self.table.requeue(task)
 
@@ -242,12 +235,7 @@ class Dispatcher:
 
     def take_in(self, timeout: float) -> int:
         """Wait for answers, and deal with all that are there."""
-        try:
-            answers = self._answers.get_many(None, timeout > 0, timeout)
-        except Empty:
-            return 0
-        except DecodeError as error:
-            answers = error.items
+        answers = _take_all(self._answers, timeout)
         finished = []
         table = self.table
         with self.lock:
@@ -448,6 +436,19 @@ class Dispatcher:
                 task.expired = error
         if self._on_event is not None:
             self._on_event(why, entry.task, entry)
+
+
+def _take_all(queue: Any, timeout: float) -> list[Any]:
+    """Wait for one message, and take all that are there; what cannot be decoded is left out."""
+    try:
+        if backend == "ring":
+            messages: list[Any] = queue.get_many(None, timeout > 0, timeout)
+            return messages
+        return [queue.get(timeout > 0, timeout)]  # of a served queue one at a time
+    except Empty:
+        return []
+    except DecodeError as error:
+        return getattr(error, "items", [])
 
 
 def _resident(pid: int) -> int:

@@ -1,7 +1,8 @@
-"""The whole of it in one call: workers, a coordinator, tasks out and results in."""
+"""Example: a coordinator, workers that it did not start, tasks out and results in."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import secrets
@@ -10,42 +11,50 @@ from typing import Any
 from shmring._backend import backend
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.pool.coordinator import Report, coordinator_process
-from shmring.pool.worker import worker_process
+from shmring.pool.worker import current_worker, worker_process
 
-__all__ = ["multiprocessing_example", "square"]
+__all__ = ["multiprocessing_example", "process_task"]
+
+_LOG = logging.getLogger("shmring")
+
+_TASKS = 100
 
 
-def square(number: int) -> int:
-    """What the workers of the example do.
+def process_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Do one task of the example: what its workers run.
 
     Args:
-        number: a task.
+        task: ``task_id`` and ``data``.
 
     Returns:
-        its square.
+        ``task_id``, ``result`` and the ``worker_id`` that made it.
     """
-    return number * number
+    return {
+        "task_id": task["task_id"],
+        "result": f"processed_{task['data']}",
+        "worker_id": current_worker().worker_id,
+    }
 
 
 def multiprocessing_example(
-    num_workers: int = 2, num_tasks: int = 20, *, method: str | None = None
-) -> list[int]:
-    """Square numbers in other processes, and print who did what.
+    num_workers: int = 4, *, method: str | None = None
+) -> list[dict[str, Any]]:
+    """Have 100 small tasks done by other processes, and log who did what.
 
-    It starts the workers itself, runs on both back ends, and leaves nothing
-    behind; its namespace is its own, so that several can run at a time.
+    It starts the workers itself, with 1 MiB of shared memory beside the queues, runs
+    on both back ends, and leaves nothing behind. Its namespace is its own, so that
+    several can run at a time.
 
     Args:
         num_workers: how many processes.
-        num_tasks: how many numbers.
-        method: the start method; None is the default of the platform.
+        method: the start method; None for the platform's.
 
     Returns:
-        the squares, in order.
+        One dict a task, in order: see :func:`process_task`.
 
     Raises:
         InvalidArgument: an impossible number of workers.
-        ShmringError: as :func:`~shmring.pool.coordinator.coordinator_process`.
+        ShmringError: as :func:`~shmring.coordinator_process`.
     """
     namespace = f"example-{os.getpid()}-{secrets.token_hex(4)}"
     context: Any = multiprocessing.get_context(method)
@@ -53,16 +62,17 @@ def multiprocessing_example(
         context.Process(
             target=worker_process,
             args=(number, "task_queue"),
-            kwargs={"handler": square, "namespace": namespace},
+            kwargs={"handler": process_task, "namespace": namespace},
         )
         for number in range(num_workers)
     ]
+    tasks = [{"task_id": number, "data": f"task_data_{number}"} for number in range(_TASKS)]
     # The IPC outlives the workers: the last one out removes the registry.
     with HighPerformanceIPC("coordinator", namespace=namespace) as ipc:
         try:
             for worker in workers:
                 worker.start()
-            report = coordinator_process(ipc, num_workers, tasks=range(num_tasks))
+            report = coordinator_process(ipc, num_workers, tasks=tasks)
         except BaseException:
             for worker in workers:
                 if worker.pid is not None:
@@ -72,14 +82,19 @@ def multiprocessing_example(
             for worker in workers:
                 if worker.pid is not None:
                     worker.join()
-    _print_summary(report)
+    _log_summary(report)
     return report.results
 
 
-def _print_summary(report: Report) -> None:
-    print(f"{len(report.results)} tasks in {report.seconds:.3f} s on the {backend} back end")
+def _log_summary(report: Report) -> None:
+    _LOG.info("%d tasks in %.3f s on the %s", len(report.results), report.seconds, backend)
     for row in sorted(report.workers, key=lambda each: each.worker_id):
-        print(
-            f"  {row.worker_id}: process {row.pid}, {row.tasks} tasks, {row.nbytes} bytes, "
-            f"{row.heartbeats} heartbeats, {row.state}"
+        _LOG.info(
+            "%s: process %d, %d tasks, %d heartbeats, %s",
+            row.worker_id,
+            row.pid,
+            row.tasks,
+            row.heartbeats,
+            row.state,
         )
+    _LOG.info("coordinator: %s", dict(report.stats))

@@ -230,7 +230,10 @@ class ProcessPoolExecutor(Executor):
             chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
             flags = SPREAD if spread else 0
             ahead = (self._submit(fn, chunk, flags, retries) for chunk in chunks)
-        return _results(ahead, deque_of(ahead, buffersize), deadline, chunksize > 1)
+        first = collections.deque(itertools.islice(ahead, buffersize))
+        results = _results(ahead, first, deadline, chunksize > 1)
+        next(results)
+        return results
 
     def map_unordered(
         self,
@@ -333,11 +336,6 @@ class PoolView:
         return self._pool._map(fn, iterables, timeout, chunksize, buffersize, self._retries)
 
 
-def deque_of(ahead: Iterator[Any], buffersize: int | None) -> collections.deque[Any]:
-    """What is submitted before the first result is taken."""
-    return collections.deque(itertools.islice(ahead, buffersize))
-
-
 def _results(
     ahead: Iterator[TaskFuture[Any]],
     futures: collections.deque[TaskFuture[Any]],
@@ -346,6 +344,7 @@ def _results(
 ) -> Iterator[Any]:
     """Take the results in order, submitting one more for each."""
     try:
+        yield  # up to here at once: one that was never begun would not cancel when it is closed
         while futures:
             future = futures.popleft()
             left = None if deadline is None else deadline - time.monotonic()

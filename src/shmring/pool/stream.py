@@ -39,9 +39,10 @@ def unordered(
     elif not isinstance(buffersize, int) or buffersize < 1:
         raise InvalidArgument(f"buffersize={buffersize!r}: at least 1, or None")
     total = len(iterable) if isinstance(iterable, Sized) else None
-    return _Stream(pool, fn, iter(iterable), chunksize, buffersize, retries).results(
-        _reporter(progress), total
-    )
+    stream = _Stream(pool, fn, iter(iterable), chunksize, buffersize, retries)
+    results = stream.results(_reporter(progress), total)
+    next(results)
+    return results
 
 
 class _Stream:
@@ -74,6 +75,7 @@ class _Stream:
         taken = 0
         try:
             self._fill()
+            yield  # up to here at once, so that closing it always cancels
             while self._open:
                 future = self._done.get()
                 size = self._open.pop(future)

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import selectors
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -32,6 +33,8 @@ __all__ = [
 
 # Workers that die one after another without having done anything: not tried for ever.
 _MOST_FALSE_STARTS = 3
+# A worker that something killed says less about the next one.
+_KILLED_WEIGHT = 1 / 8
 # How long a worker may take to stop, in seconds; one in a system call may be slow.
 _MOST_STOPPING = 1.0
 
@@ -59,8 +62,6 @@ class WorkerReport:
     worker_id: str
     pid: int
     tasks: int
-    nbytes: int
-    messages: int
     heartbeats: int
     state: str
     exitcode: int | None
@@ -77,7 +78,7 @@ class Departure:
         clean: whether it left by itself, as it does when it is not needed.
         key: tells it from other workers of its process; 0 where the process has ended.
         item: the call of a chunk at which it was.
-        useful: whether it had answered anything.
+        useful: whether it had got as far as waiting for tasks.
     """
 
     worker_id: str
@@ -241,8 +242,6 @@ class _SeenWorkers:
                 worker_id=entry.process_id,
                 pid=entry.pid,
                 tasks=entry.tasks,
-                nbytes=entry.nbytes,
-                messages=entry.messages,
                 heartbeats=entry.heartbeats,
                 state=_state_of(entry),
                 exitcode=exitcodes.get(entry.pid),
@@ -313,8 +312,10 @@ class ChildWorkers:
         self._seen = _SeenWorkers(slots)
         self._exitcodes: dict[int, int | None] = {}
         self._names: dict[int, str] = {}
-        self._false_starts = 0
+        self._start_ticks: dict[int, int] = {}
+        self._false_starts = 0.0
         self._poll = _Sentinels()
+        self._lock = threading.Lock()  # any thread that submits may start some
 
     @property
     def missing(self) -> bool:
@@ -328,11 +329,15 @@ class ChildWorkers:
             InvalidArgument: the arguments cannot be sent to a process.
             ShmringError: workers keep dying before they have done anything.
         """
+        with self._lock:
+            self._start(unanswered)
+
+    def _start(self, unanswered: int) -> None:
         wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
         while len(self.processes) < wanted:
             if self._false_starts >= _MOST_FALSE_STARTS:
                 raise ShmringError(
-                    f"{self._false_starts} workers in a row died before they answered or even "
+                    f"{self._false_starts:g} workers in a row died before they answered or even "
                     f"took a task (exit codes {sorted(set(self._exitcodes.values()), key=repr)}): "
                     "can they import the module of the function?"
                 )
@@ -350,6 +355,7 @@ class ChildWorkers:
             with interrupts_held():
                 process.start()
                 self._names[process.pid or 0] = worker_id
+                self._start_ticks[process.pid or 0] = process_start_ticks(process.pid or 0)
                 self.processes[index] = process
                 self._poll.add(process)
             if self._on_start is not None:
@@ -363,8 +369,9 @@ class ChildWorkers:
 
     def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
         return InvalidArgument(
-            f"a worker cannot be started with {method!r}: {error} (handler and initializer must be "
-            "functions at the top level of a module, and their arguments must be picklable)"
+            f"what the workers are to run cannot be sent to a worker started with {method!r} "
+            f"({error}): handler and initializer are functions at the top level of a module, "
+            "and their arguments can be pickled"
         )
 
     def departed(self) -> list[Departure]:
@@ -384,7 +391,7 @@ class ChildWorkers:
             process_start_ticks(pid),
             clean=entry is not None and entry.state is ProcessState.EXITED,
             item=entry.task_item if entry is not None else 0,
-            useful=entry is not None and entry.tasks > 0,
+            useful=entry is not None and entry.state is not ProcessState.STARTING,
         )
 
     def reap(self, departure: Departure, useful: bool) -> None:
@@ -394,15 +401,20 @@ class ChildWorkers:
             departure: from :meth:`departed`.
             useful: whether it had answered or taken a task.
         """
-        for index, process in list(self.processes.items()):
-            if process.pid == departure.pid:
-                if not departure.clean:
-                    kill_group(departure.pid)
-                process.join()
-                self._exitcodes[departure.pid] = process.exitcode
-                self._poll.remove(process)
-                del self.processes[index]
-        self._false_starts = 0 if useful or departure.clean else self._false_starts + 1
+        with self._lock:
+            for index, process in list(self.processes.items()):
+                if process.pid == departure.pid:
+                    if not departure.clean:
+                        self._signal_group(process, signal.SIGKILL)
+                    process.join()
+                    self._exitcodes[departure.pid] = process.exitcode
+                    self._poll.remove(process)
+                    del self.processes[index]
+        if useful or departure.clean:
+            self._false_starts = 0.0
+        else:
+            killed = self._exitcodes.get(departure.pid) == -signal.SIGKILL
+            self._false_starts += _KILLED_WEIGHT if killed else 1
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
         """None: the sentinels tell of all."""
@@ -414,15 +426,16 @@ class ChildWorkers:
         Args:
             pid: the worker.
         """
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             if process.pid == pid:
+                self._signal_group(process, signal.SIGKILL)  # while its number cannot be another's
                 process.join()
                 return process.exitcode
         return self._exitcodes.get(pid)
 
     def living(self) -> list[RegistryEntry]:
         """Those with a slot that have not ended."""
-        pids = {process.pid for process in self.processes.values()}
+        pids = {process.pid for process in list(self.processes.values())}
         return [
             each
             for each in self._seen.look()
@@ -431,7 +444,7 @@ class ChildWorkers:
 
     def pids(self) -> tuple[int, ...]:
         """The processes that were started and have not been reaped."""
-        return tuple(process.pid for process in self.processes.values() if process.pid)
+        return tuple(process.pid for process in list(self.processes.values()) if process.pid)
 
     def to_dismiss(self) -> int:
         """One STOP message for each that lives."""
@@ -456,7 +469,7 @@ class ChildWorkers:
 
     def signal(self, seen: RegistryEntry, signum: int) -> bool:
         """As :meth:`kill`, with another signal."""
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             if process.pid == seen.pid and process.is_alive():
                 with _stopped(seen.pid):
                     if not self._seen.is_at(seen):
@@ -466,10 +479,9 @@ class ChildWorkers:
         return False
 
     def signal_all(self, signum: int) -> None:
-        """Send a signal to all of them."""
+        """Send a signal to all of them, and to what they started."""
         for process in list(self.processes.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signum)
+            self._signal_group(process, signum)
 
     def close(self) -> None:
         """Give back what was used for starting them and looking after them."""
@@ -477,37 +489,47 @@ class ChildWorkers:
         self._poll.close()
 
     def stop(self, grace: float) -> None:
-        """Join all; terminate, then kill, those that do not end.
+        """Wait for all to end; terminate, then kill, those that do not.
 
         Args:
             grace: how long to wait before each step, in seconds.
         """
         try:
-            self._join(grace)
-            for process in self.processes.values():
-                process.terminate()
-            self._join(min(grace, 1.0))
+            self._wait(grace)
+            if not self.all_gone():
+                self.signal_all(signal.SIGTERM)
+                self._wait(min(grace, 1.0))
         finally:  # also after a second Ctrl-C
-            self.kill_all()
+            self._reap_all()
 
-    def kill_all(self) -> None:
-        """Kill all, and what they started; join them."""
+    def _wait(self, seconds: float) -> None:
+        """Wait for all to end, without reaping: until then a PID means what it meant."""
+        deadline = time.monotonic() + seconds
+        while not self.all_gone() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def _reap_all(self) -> None:
+        self._seen.look()
         for process in self.processes.values():
-            if process.is_alive():
-                kill_group(process.pid or 0)
-                process.kill()
+            if not self._departure(process).clean:
+                self._signal_group(process, signal.SIGKILL)
+            process.kill()
         for process in self.processes.values():
             process.join()
             self._exitcodes[process.pid or 0] = process.exitcode
-        self._seen.look()
-        for process in self.processes.values():
             self._poll.remove(process)
         self.processes.clear()
 
-    def _join(self, grace: float) -> None:
-        deadline = time.monotonic() + grace
-        for process in self.processes.values():
-            process.join(max(0.0, deadline - time.monotonic()))
+    def _signal_group(self, process: BaseProcess, signum: int) -> None:
+        """Send a signal to a worker and, if it leads a group of its own, to what it started."""
+        pid = process.pid or 0
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # Alive or not reaped: otherwise the number may be another's by now.
+            if process_start_ticks(pid) == self._start_ticks.get(pid):
+                if os.getpgid(pid) == pid:
+                    os.killpg(pid, signum)
+                else:
+                    os.kill(pid, signum)
 
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
@@ -515,18 +537,11 @@ class ChildWorkers:
         # One that died at once may have lost its slot to the next before it was looked at.
         seen = {row.pid for row in rows}
         rows += [
-            WorkerReport(name, pid, 0, 0, 0, 0, "dead", self._exitcodes.get(pid))
+            WorkerReport(name, pid, 0, 0, "dead", self._exitcodes.get(pid))
             for pid, name in self._names.items()
             if pid not in seen
         ]
         return rows
-
-
-def kill_group(pid: int) -> None:
-    """Kill the processes that a worker started, where it leads a group of its own."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getpgid(pid) == pid != os.getpid():
-            os.killpg(pid, signal.SIGKILL)
 
 
 class _Sentinels:

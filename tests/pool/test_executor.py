@@ -1,0 +1,752 @@
+"""ProcessPoolExecutor: futures that are answered once, whatever dies, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shmring
+from shmring import (
+    DecodeError,
+    EncodeError,
+    InvalidArgument,
+    MemoryExceeded,
+    ProcessPoolExecutor,
+    RemoteError,
+    TaskTimeout,
+    WorkerDied,
+    share,
+)
+from support import wait_for
+
+pytestmark = pytest.mark.skipif(shmring.backend != "ring", reason="a pipe cannot carry a pool")
+
+
+@pytest.fixture
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as opened:
+        yield opened
+    assert multiprocessing.active_children() == []
+
+
+# ---- what the workers of these tests do --------------------------------------------------------
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def note(folder: Path, number: int) -> int:
+    """Leave a line for each time that this task begins."""
+    with (folder / str(number)).open("a") as lines:
+        lines.write("x")
+    return number
+
+
+def note_and_wait(folder: Path, number: int) -> int:
+    note(folder, number)
+    wait_for((folder / "go").exists, 60)
+    return number
+
+
+def die_at(deadly: int, folder: Path, number: int) -> int:
+    note(folder, number)
+    if number == deadly:
+        os._exit(3)
+    return number
+
+
+def die_once(folder: Path, number: int) -> int:
+    with contextlib.suppress(FileExistsError):
+        (folder / f"died-{number}").touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def times_begun(folder: Path) -> dict[int, int]:
+    return {int(each.name): len(each.read_text()) for each in folder.iterdir()}
+
+
+def start_child_and_wait(folder: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    (folder / "child").write_text(str(child.pid))
+    wait_for((folder / "go").exists, 60)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def number_in(path: Path) -> int:
+    wait_for(lambda: path.exists() and path.read_text(), 30)
+    return int(path.read_text())
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunksize", [1, 7, 100])
+def test_map_gives_results_in_order(pool: ProcessPoolExecutor, chunksize: int) -> None:
+    assert list(pool.map(square, range(50), chunksize=chunksize)) == [n * n for n in range(50)]
+    assert list(pool.map(pow, range(9), range(9), chunksize=chunksize)) == [n**n for n in range(9)]
+
+
+def test_map_unordered_gives_every_result_once(pool: ProcessPoolExecutor) -> None:
+    assert sorted(pool.map_unordered(square, range(5000))) == [n * n for n in range(5000)]
+
+
+def test_map_unordered_reads_an_endless_iterable_as_results_are_taken(
+    pool: ProcessPoolExecutor,
+) -> None:
+    read = []
+
+    def endless() -> Iterator[int]:
+        while True:
+            read.append(len(read))
+            yield read[-1]
+
+    results = pool.map_unordered(square, endless(), chunksize=2, buffersize=3)
+    for _ in range(10):
+        next(results)
+        assert len(read) <= 10 + 2 + 2 * 3
+    results.close()  # type: ignore[attr-defined]
+    assert pool.submit(square, 3).result(30) == 9
+
+
+def test_map_with_buffersize_reads_as_results_are_taken(pool: ProcessPoolExecutor) -> None:
+    read = []
+    results = pool.map(square, (read.append(n) or n for n in range(100)), buffersize=4)
+    assert len(read) == 4
+    assert next(results) == 0
+    assert len(read) == 5
+    assert list(results) == [n * n for n in range(1, 100)]
+
+
+def test_a_stream_that_is_closed_early_cancels_what_no_worker_has_taken(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    task = functools.partial(note_and_wait, tmp_path)
+    results = pool.map(task, range(20))
+    wait_for(lambda: len(times_begun(tmp_path)) == 2)
+    del results
+    (tmp_path / "go").touch()
+    pool.shutdown()
+    (tmp_path / "go").unlink()
+    assert len(times_begun(tmp_path)) <= 4
+
+
+def test_progress_is_told(pool: ProcessPoolExecutor) -> None:
+    told: list[tuple[int, int | None]] = []
+    work = pool.map_unordered(square, range(10), chunksize=5, progress=lambda *at: told.append(at))
+    assert len(list(work)) == 10
+    assert told == [(5, 10), (10, 10)]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1 << 10, 1 << 20, 1 << 24])
+def test_arrays_go_there_and_back(pool: ProcessPoolExecutor, nbytes: int) -> None:
+    sent = np.arange(nbytes // 4, dtype=np.float32)
+    came = pool.submit(np.negative, sent).result(30)
+    assert np.array_equal(came, -sent)
+    assert came.flags.writeable or nbytes == 0
+
+
+def test_a_future_works_with_waiters_of_every_kind(pool: ProcessPoolExecutor) -> None:
+    called: list[int] = []
+    work = [pool.submit(square, n) for n in range(20)]
+    for each in work:
+        each.add_done_callback(lambda done: called.append(done.result()))
+    assert not futures.wait(work, 30).not_done
+    assert {each.result() for each in futures.as_completed(work)} == {n * n for n in range(20)}
+    wait_for(lambda: len(called) == 20)
+    work[0].add_done_callback(lambda done: called.append(-1))
+    assert called[-1] == -1
+
+
+def test_many_threads_submit_and_wait(pool: ProcessPoolExecutor) -> None:
+    wrong: list[int] = []
+
+    def work(start: int) -> None:
+        for number in range(start, start + 200):
+            if pool.submit(square, number).result(60) != number * number:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n * 1000,)) for n in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+        assert not each.is_alive()
+    assert wrong == []
+
+
+def test_it_serves_run_in_executor(pool: ProcessPoolExecutor) -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(pool, square, n) for n in range(50)))
+
+    assert asyncio.run(main()) == [n * n for n in range(50)]
+
+
+def pool_within(number: int) -> int:
+    with ProcessPoolExecutor(1) as inner:
+        return inner.submit(square, number).result(60)
+
+
+def test_a_worker_may_have_a_pool_of_its_own(start_method: str) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start_method)) as pool:
+        assert pool.submit(pool_within, 7).result(60) == 49
+
+
+# ---- failures ----------------------------------------------------------------------------------
+
+
+class Unfriendly(Exception):
+    """Can be pickled, and not unpickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("only one")
+
+
+class RaisesWhenLoaded:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit(3)",)
+
+
+def raises(error: type[BaseException], *args: Any) -> None:
+    raise error(*args)
+
+
+def make(what: type) -> Any:
+    return what()
+
+
+def give_back_a_lambda() -> Any:
+    return lambda: 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        ((raises, ValueError, 7), ValueError, "7"),
+        ((raises, Unfriendly, 1, 2), RemoteError, "Unfriendly: only one"),
+        ((raises, SystemExit, 5), SystemExit, "5"),
+        ((raises, KeyboardInterrupt), KeyboardInterrupt, None),
+        ((give_back_a_lambda,), EncodeError, "lambda"),
+        ((make, RaisesWhenLoaded), DecodeError, "SystemExit"),
+        ((square, RaisesWhenLoaded()), DecodeError, "SystemExit"),
+        ((square, give_back_a_lambda()), EncodeError, "lambda"),
+        ((give_back_a_lambda(),), EncodeError, "lambda"),
+    ],
+    ids=[
+        "raises",
+        "raises what cannot be unpickled",
+        "exits",
+        "interrupts",
+        "a result that cannot be pickled",
+        "a result that cannot be unpickled",
+        "an argument that cannot be unpickled",
+        "an argument that cannot be pickled",
+        "a function that cannot be pickled",
+    ],
+)
+def test_a_failure_costs_its_own_task_only(
+    pool: ProcessPoolExecutor, call: Any, error: type[BaseException], text: str | None
+) -> None:
+    before, failing, after = pool.submit(square, 2), pool.submit(*call), pool.submit(square, 3)
+    with pytest.raises(error, match=text):
+        failing.result(30)
+    assert (before.result(30), after.result(30)) == (4, 9)
+    assert pool.statistics().died == 0
+
+
+def test_an_exception_brings_its_remote_traceback(pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(ValueError, match="7") as caught:
+        pool.submit(raises, ValueError, 7).result(30)
+    assert "raise error(*args)" in str(caught.value.__cause__)
+
+
+def test_a_call_of_a_chunk_that_raises_comes_after_the_results_before_it(
+    pool: ProcessPoolExecutor,
+) -> None:
+    results = pool.map(divmod, [4] * 6, [1, 2, 4, 0, 1, 2], chunksize=6)
+    assert [next(results) for _ in range(3)] == [(4, 0), (2, 0), (1, 0)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def initialize(what: str) -> None:
+    if what == "raise":
+        raise ValueError("no such luck")
+    os._exit(4)
+
+
+@pytest.mark.parametrize(("what", "text"), [("raise", "no such luck"), ("exit", r"\[4\]")])
+def test_a_pool_that_cannot_start_is_broken_and_says_why(what: str, text: str) -> None:
+    with ProcessPoolExecutor(2, initializer=initialize, initargs=(what,)) as pool:
+        first = pool.submit(square, 2)
+        with pytest.raises(BrokenProcessPool, match=text):
+            first.result(60)
+        with pytest.raises(BrokenProcessPool, match=text):
+            pool.submit(square, 2)
+
+
+# ---- workers that die --------------------------------------------------------------------------
+
+
+@pytest.mark.fault(12)
+def test_of_a_killed_worker_exactly_its_own_task_runs_again(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """Two run, four wait in the queue; one of the two workers is killed."""
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(6)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    os.kill(next(iter(pool._processes)), signal.SIGKILL)
+    wait_for(lambda: sum(times_begun(tmp_path).values()) == 3, 30)
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in work] == list(range(6))
+    (tmp_path / "go").unlink()
+    assert sorted(times_begun(tmp_path).values()) == [1, 1, 1, 1, 1, 2]
+    statistics = pool.statistics()
+    assert (statistics.retried, statistics.died) == (1, 1)
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("chunksize", [1, 10])
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_deadly_call_fails_alone(
+    pool: ProcessPoolExecutor, tmp_path: Path, chunksize: int, retries: int
+) -> None:
+    task = functools.partial(die_at, 13, tmp_path)
+    results = pool.options(retries=retries).map(task, range(30), chunksize=chunksize)
+    assert [next(results) for _ in range(13)] == list(range(13))
+    with pytest.raises(WorkerDied) as caught:
+        next(results)
+    assert isinstance(caught.value, BrokenProcessPool)
+    assert (caught.value.exitcode, caught.value.attempts) == (3, retries + 1)
+    pool.shutdown()
+    begun = times_begun(tmp_path)
+    assert begun.pop(13) == retries + 1
+    if retries == 0:
+        assert set(begun.values()) == {1}, "at most once"
+
+
+@pytest.mark.fault(12)
+def test_all_workers_killed_at_once_lose_nothing(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(20)]
+    for killing in range(4):  # tasks that only stand in the queue are not charged
+        wait_for(lambda: sum(times_begun(tmp_path).values()) >= 2 * killing + 2, 30)  # noqa: B023
+        if killing < 2:
+            for pid in list(pool._processes):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            break
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in work] == list(range(20))
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("chunksize", [1, 16])
+def test_a_random_worker_killed_again_and_again_costs_no_result(
+    pool: ProcessPoolExecutor, chunksize: int
+) -> None:
+    rng = random.Random(7)
+    stop = threading.Event()
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        while not stop.wait(0.02):
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(rng.choice(list(pool._processes)), signal.SIGKILL)
+                killed += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        patient = pool.options(retries=1000)
+        rounds = 0
+        while killed < 20:
+            results = list(patient.map(square, range(1000), chunksize=chunksize))
+            assert results == [n * n for n in range(1000)]
+            rounds += 1
+    finally:
+        stop.set()
+        killer.join(30)
+    assert rounds > 0
+
+
+@pytest.mark.fault(12)
+def test_an_idle_worker_that_is_killed_is_replaced(pool: ProcessPoolExecutor) -> None:
+    assert pool.submit(square, 2).result(30) == 4
+    (first, second) = pool._processes
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: first not in pool._processes, 30)
+    assert [each.result(30) for each in [pool.submit(square, n) for n in range(9)]][8] == 64
+    assert second in pool._processes
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("chunksize", [1, 5])
+def test_only_the_call_that_takes_too_long_fails_and_what_it_started_ends(
+    tmp_path: Path, chunksize: int
+) -> None:
+    with ProcessPoolExecutor(1, task_timeout=0.5, max_retries=0) as pool:
+        results = pool.map(start_or_square, [(tmp_path, n) for n in range(5)], chunksize=chunksize)
+        assert [next(results) for _ in range(3)] == [0, 1, 4]
+        with pytest.raises(TaskTimeout, match=r"task_timeout=0\.5 s"):
+            next(results)
+        child = number_in(tmp_path / "child")
+        wait_for(lambda: not is_alive(child), 10)
+        assert pool.submit(square, 9).result(30) == 81
+
+
+def start_or_square(task: tuple[Path, int]) -> int:
+    folder, number = task
+    if number == 3:
+        start_child_and_wait(folder)
+    return square(number)
+
+
+def grow(nbytes: int, folder: Path) -> int:
+    data = np.ones(nbytes, np.uint8)
+    wait_for((folder / "go").exists, 60)
+    return int(data[0])
+
+
+def test_a_call_that_outgrows_the_limit_fails_with_the_figure(tmp_path: Path) -> None:
+    limit = 400 << 20
+    with ProcessPoolExecutor(1, max_memory_per_worker=limit) as pool:
+        with pytest.raises(MemoryExceeded) as caught:
+            pool.submit(grow, 600 << 20, tmp_path).result(60)
+        assert caught.value.nbytes > caught.value.limit == limit
+        assert pool.submit(square, 3).result(30) == 9
+
+
+def keep(nbytes: int) -> int:
+    globals().setdefault("kept", []).append(np.ones(nbytes, np.uint8))
+    return os.getpid()
+
+
+def test_a_worker_above_the_limit_is_replaced_between_two_tasks() -> None:
+    with ProcessPoolExecutor(1, max_memory_per_worker=1 << 20) as pool:
+        pool._manager.dispatcher.memory_limit = None  # only what the worker itself does
+        first = pool.submit(keep, 1 << 20).result(60)
+        wait_for(lambda: pool.submit(keep, 1).result(60) != first, 30)
+        assert pool.statistics().died == 0
+
+
+def test_a_worker_is_replaced_after_max_tasks_per_child() -> None:
+    with ProcessPoolExecutor(2, max_tasks_per_child=3) as pool:
+        pids = list(pool.map(os_getpid, range(24)))
+        assert max(pids.count(pid) for pid in pids) == 3
+        assert pool.statistics().died == 0
+
+
+def os_getpid(_: int) -> int:
+    return os.getpid()
+
+
+def wait_and_note_the_end(folder: Path) -> None:
+    note(folder, 0)
+    try:
+        wait_for((folder / "go").exists, 60)
+    finally:
+        (folder / "1").write_text("x")
+
+
+def stay(folder: Path) -> None:
+    note(folder, 0)
+    while True:
+        with contextlib.suppress(BaseException):
+            wait_for((folder / "go").exists, 60)
+
+
+@pytest.mark.parametrize("task", [wait_and_note_the_end, stay])
+def test_a_running_task_can_be_cancelled(
+    pool: ProcessPoolExecutor, tmp_path: Path, task: Any
+) -> None:
+    running = pool.submit(task, tmp_path)
+    wait_for(lambda: times_begun(tmp_path), 30)
+    assert running.running()
+    assert not running.cancel()
+    assert running.cancel_running(0.1)  # type: ignore[attr-defined]
+    with pytest.raises(futures.CancelledError):
+        running.result(30)
+    assert (tmp_path / "1").exists() == (task is wait_and_note_the_end)
+    assert pool.submit(square, 3).result(30) == 9
+
+
+def test_what_no_worker_has_taken_can_be_cancelled_even_if_it_was_sent(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    running = [pool.submit(note_and_wait, tmp_path, number) for number in (0, 1)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    waiting = [pool.submit(note, tmp_path, number) for number in range(2, 12)]
+    assert all(each.cancel() for each in waiting[::2])
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in running + waiting[1::2]] == [0, 1, 3, 5, 7, 9, 11]
+    (tmp_path / "go").unlink()
+    assert sorted(times_begun(tmp_path)) == [0, 1, 3, 5, 7, 9, 11]
+
+
+# ---- shared arrays -----------------------------------------------------------------------------
+
+
+def total(data: np.ndarray[Any, Any], factor: int) -> tuple[float, bool]:
+    return float(data.sum()) * factor, data.flags.writeable
+
+
+def test_a_shared_array_is_read_by_every_task(start_method: str) -> None:
+    shared = share(np.arange(100_000.0))
+    assert not shared.array.flags.writeable
+    with ProcessPoolExecutor(2, multiprocessing.get_context(start_method)) as pool:
+        work = [pool.submit(total, shared, n) for n in range(6)]
+        assert [each.result(60) for each in work] == [
+            (shared.array.sum() * n, False) for n in range(6)
+        ]
+
+
+def test_a_shared_array_whose_handle_is_gone_is_a_clear_error(pool: ProcessPoolExecutor) -> None:
+    import pickle
+
+    shared = share(np.ones(10))
+    data = pickle.dumps(shared)
+    del shared
+    with pytest.raises(DecodeError, match="shared array is gone"):
+        pool.submit(pickle.loads, data).result(30)
+    with pytest.raises(InvalidArgument, match="Python objects"):
+        share(np.array([object()]))
+
+
+# ---- what goes on ------------------------------------------------------------------------------
+
+
+def log_something() -> None:
+    logging.getLogger("some.library").warning("from the worker")
+
+
+def test_what_workers_log_arrives_with_their_name(
+    start_method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start_method)) as pool:
+        pool.submit(log_something).result(60)
+        wait_for(lambda: "from the worker" in caplog.text, 30)
+    (record,) = [each for each in caplog.records if each.name == "some.library"]
+    assert record.processName == "shmring-worker-0"
+
+
+def test_events_say_what_happened(tmp_path: Path) -> None:
+    events: list[Any] = []
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, on_event=events.append) as pool:
+        assert pool.submit(die_once, tmp_path, 0).result(30) == 0
+    kinds = [(each.kind, each.worker, each.task) for each in events]
+    assert kinds == [
+        ("started", "shmring-worker-0", None),
+        ("retried", "shmring-worker-0", 0),
+        ("died", "shmring-worker-0", None),
+        ("started", "shmring-worker-1", None),
+    ]
+
+
+def test_statistics_count_tasks_and_workers(pool: ProcessPoolExecutor) -> None:
+    list(pool.map(square, range(30), chunksize=3))
+    pool.shutdown()
+    statistics = pool.statistics()
+    assert (statistics.submitted, statistics.answered, statistics.waiting) == (10, 10, 0)
+    assert sum(row.tasks for row in statistics.workers) == 30
+
+
+# ---- the end -----------------------------------------------------------------------------------
+
+
+def run_program(text: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=check,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+
+
+@pytest.mark.parametrize("end", ["", "pool.shutdown(wait=False)", "del pool"])
+def test_a_program_that_ends_waits_for_what_it_submitted(end: str, tmp_path: Path) -> None:
+    done = run_program(
+        "import pathlib, shmring, test_executor\n"
+        "pool = shmring.ProcessPoolExecutor(2)\n"
+        f"pool.submit(test_executor.note, pathlib.Path({str(tmp_path)!r}), 5)\n{end}\n"
+    )
+    assert done.stderr == ""
+    assert times_begun(tmp_path) == {5: 1}
+
+
+def test_submit_after_shutdown_is_refused(pool: ProcessPoolExecutor) -> None:
+    pool.shutdown()
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(square, 2)
+
+
+def test_shutdown_cancels_what_no_worker_has_taken(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(50)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert sum(each.cancelled() for each in work) == 48
+    (tmp_path / "go").touch()
+    assert sum(not each.cancelled() and each.result(30) in (0, 1) for each in work) == 2
+
+
+@pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
+def test_workers_can_be_ended_at_once(pool: ProcessPoolExecutor, tmp_path: Path, how: str) -> None:
+    running = pool.submit(start_child_and_wait, tmp_path)
+    child = number_in(tmp_path / "child")
+    getattr(pool, how)()
+    with pytest.raises(BrokenProcessPool, match="terminated by the caller"):
+        running.result(30)
+    wait_for(lambda: not is_alive(child), 10)
+
+
+def in_forked_child(pool: ProcessPoolExecutor, said: Any) -> None:
+    try:
+        pool.submit(square, 2)
+    except RuntimeError as error:
+        said.put(str(error))
+
+
+def test_a_forked_child_cannot_use_the_pool_and_does_not_end_it(pool: ProcessPoolExecutor) -> None:
+    assert pool.submit(square, 2).result(30) == 4
+    context = multiprocessing.get_context("fork")
+    with shmring.Queue[str]() as said:
+        child = context.Process(target=in_forked_child, args=(pool, said))
+        child.start()
+        assert "make one here" in said.get(timeout=30)
+        child.join(30)
+        assert child.exitcode == 0
+    assert pool.submit(square, 3).result(30) == 9
+
+
+PARENT = """
+import pathlib, shmring, sys, test_executor
+folder = pathlib.Path(sys.argv[1])
+if __name__ == "__main__":
+    with shmring.ProcessPoolExecutor(2, {method}) as pool:
+        work = [pool.submit(test_executor.start_child_and_wait, folder)]
+        work.append(pool.submit(test_executor.square, 2))
+        work[1].result()
+        (folder / "workers").write_text(" ".join(map(str, pool._processes)))
+        work[0].result()
+"""
+
+
+@contextlib.contextmanager
+def parent_of_a_pool(folder: Path, method: str) -> Iterator[tuple[Any, list[int]]]:
+    """A program with a pool, and the processes that must end with it."""
+    program = folder / "program.py"
+    program.write_text(
+        PARENT.format(method=f"__import__('multiprocessing').get_context({method!r})")
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])])
+    with subprocess.Popen(
+        [sys.executable, str(program), str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+    ) as parent:
+        try:
+            child = number_in(folder / "child")
+            wait_for(lambda: (folder / "workers").exists(), 30)
+            wait_for(lambda: (folder / "workers").read_text(), 30)
+            workers = [int(pid) for pid in (folder / "workers").read_text().split()]
+            assert all(map(is_alive, [child, *workers]))
+            yield parent, [child, *workers]
+        finally:
+            parent.kill()
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_with_its_parent_every_worker_ends_and_what_it_started(
+    tmp_path: Path, start_method: str, number: signal.Signals
+) -> None:
+    with parent_of_a_pool(tmp_path, start_method) as (parent, others):
+        begun = time.monotonic()
+        parent.send_signal(number)
+        parent.wait(30)
+        for pid in others:
+            wait_for(lambda pid=pid: not is_alive(pid), 30)
+        assert time.monotonic() - begun < 10
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"max_workers": 0}, InvalidArgument, "max_workers=0"),
+        ({"max_workers": 129}, InvalidArgument, "max_workers=129"),
+        ({"initializer": 5}, TypeError, "initializer"),
+        ({"on_event": 5}, TypeError, "on_event"),
+        ({"max_tasks_per_child": 0}, InvalidArgument, "max_tasks_per_child=0"),
+        ({"max_tasks_per_child": "1"}, TypeError, "max_tasks_per_child='1'"),
+        ({"max_retries": -1}, InvalidArgument, "max_retries=-1"),
+        ({"task_timeout": float("nan")}, InvalidArgument, "task_timeout=nan"),
+        ({"max_memory_per_worker": 5}, InvalidArgument, "max_memory_per_worker=5"),
+    ],
+)
+def test_an_impossible_argument_is_named(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        ProcessPoolExecutor(**options)
+
+
+def test_impossible_sizes_of_map_are_named(pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(InvalidArgument, match="chunksize=0"):
+        pool.map(square, [1], chunksize=0)
+    with pytest.raises(InvalidArgument, match="buffersize=0"):
+        pool.map(square, [1], buffersize=0)
+    with pytest.raises(InvalidArgument, match="chunksize='big'"):
+        pool.map_unordered(square, [1], chunksize="big")  # type: ignore[arg-type]
+
+
+def test_a_function_that_spawn_cannot_find_is_a_clear_error() -> None:
+    done = run_program(
+        "import multiprocessing, shmring\n"
+        "def here(): pass\n"
+        "with shmring.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:\n"
+        "    try:\n"
+        "        pool.submit(here).result()\n"
+        "    except shmring.DecodeError as error:\n"
+        "        print(error)\n"
+    )
+    assert "the function of the task is not known in the worker" in done.stdout
