@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("shmring._core.wait")
+pytest.importorskip("shmring._core.handle")
 
 from header import LAYOUT, word
 from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager

@@ -13,7 +13,7 @@ import pytest
 
 import shmring
 
-pytest.importorskip("shmring._core.wait")
+pytest.importorskip("shmring._core.handle")
 
 from header import LAYOUT, LOCKS, OWNER_DIED, lock_word, stopped_under_lock, word
 from shmring import JoinableQueue, Queue, Ring

@@ -29,8 +29,9 @@ from fuzz.mutations import HEADER_BYTES, Image, Mutation
 from fuzz.scenes import OBJECTS, AnyHandle, Scene, open_queue, open_ring, queue_scenes, ring_scenes
 from header import LOCKS, OWNER
 from shmring._core.bytes_ring import BytesRing
-from shmring._core.object_ring import ObjectRing
-from shmring._core.wait import Bell, Outgoing, counters, pass_on, ready_now, wait_rings, watch
+from shmring._core.handle import counters
+from shmring._core.object_ring import ObjectRing, Outgoing, watch
+from shmring._core.wait import Bell, pass_on, ready_now, wait_rings
 from shmring.diagnostics import snapshot
 from shmring.errors import Empty, Full, ShmringError, ShutDown
 

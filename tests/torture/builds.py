@@ -84,7 +84,7 @@ class Build:
         return package.parent
 
 
-CORE, HANDLE = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/handle.pyx"
+CORE, WAIT = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/wait.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
 WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
@@ -177,24 +177,24 @@ BUILDS = {
         [
             NO_END,
             Patch(
-                HANDLE,
-                "        announced = wait_announce(&h.data_wait)\n"
-                "        result = self.take(take, MAY_WAIT)\n",
-                "        announced = wait_announce(&h.data_wait)\n        result = EMPTY\n",
+                WAIT,
+                "        result = self.attempt(MAY_WAIT)\n        if woken and result == EMPTY:\n",
+                "        result = self.attempt(MAY_WAIT) if woken else EMPTY\n"
+                "        if woken and result == EMPTY:\n",
             ),
         ],
-        ["ring", "handle"],
+        ["ring", "wait"],
     ),
     "no second look of a producer": Build(
         [
             NO_END,
             Patch(
-                HANDLE,
-                "self.put_items(items, count, done, position, MAY_WAIT | IS_WAITING)\n",
-                "FULL\n",
+                WAIT,
+                "        return self.attempt(MAY_WAIT if woken else MAY_WAIT | IS_WAITING)\n",
+                "        return self.attempt(MAY_WAIT) if woken else FULL\n",
             ),
         ],
-        ["ring", "handle"],
+        ["ring", "wait"],
     ),
     "shutdown after the position": Build(
         [

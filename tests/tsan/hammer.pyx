@@ -12,14 +12,15 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from shmring._core.ring cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BUSY, DONE, EMPTY, FULL, FULL_COUNT, Item, Segment, Take,
+    BEHIND_LEASE, BEHIND_RESERVATION, BUSY, DONE, EMPTY, FULL, FULL_COUNT, MAY_WAIT, Item, Segment, Take,
 )
 from shmring._core.area cimport area_release
 from shmring._core.fast_path cimport put_direct, take_direct
 from shmring._core.handle cimport RingHandle
 from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._core.sync cimport fetch_add64, monotonic_ns, sync_start
-from shmring._core.diagnostics cimport CALL_GET, CALL_PUT, Wait, witness_leave
+from shmring._core.diagnostics cimport CALL_GET, CALL_PUT, FOR_MESSAGE, FOR_ROOM
+from shmring._core.wait cimport PutWait, TakeWait
 
 sync_start()  # the direct way is compiled into this module, and locks from here
 
@@ -73,13 +74,16 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
     """
     cdef uint64_t number, length, position = 0
     cdef uint64_t sent = 0
-    cdef Py_ssize_t done
     cdef Segment segment
     cdef Item item
     cdef bint keep
-    cdef Wait wait
+    cdef PutWait wait = PutWait.__new__(PutWait)
     cdef int result = DONE
     cdef char *payload = <char *>malloc(HEAD + most)
+    wait.start(ring, CALL_PUT, FOR_ROOM, &ring.header.space_wait)
+    wait.items = &item
+    wait.item_count = 1
+    wait.position = &position
     with nogil:
         for number in range(count):
             length = length_of(producer, number, most)
@@ -95,14 +99,12 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
             if not in_place and number % 4 and put_direct(ring, 0, payload, length):
                 sent += 1
                 continue
-            done = 0
-            wait.call = CALL_PUT
-            wait.turn = wait.slot = 0
+            wait.done = wait.record.turn = 0
             result = BUSY
             while waits(result):
-                result = ring.put_slice(&item, 1, &done, &position, INT64_MAX, &wait)
-                wait.turn += 1
-            witness_leave(ring.header, &wait, ring.myself())
+                result = wait.slice(INT64_MAX)
+                wait.record.turn += 1
+            wait.hide()
             if result != DONE:
                 break
             keep = True
@@ -146,32 +148,33 @@ def consume(RingHandle ring, uint64_t most, str way, double seconds):
     cdef int64_t until = monotonic_ns() + <int64_t>(seconds * 1e9)
     cdef list taken = []
     cdef int result
-    cdef Wait wait
-    wait.call = CALL_GET
+    cdef TakeWait wait = TakeWait.__new__(TakeWait)
+    wait.start(ring, CALL_GET, FOR_MESSAGE, &ring.header.data_wait)
+    wait.take = &take
     while monotonic_ns() < until:
-        wait.turn = wait.slot = 0
+        wait.record.turn = 0
         with nogil:
             take.room = room
             take.room_bytes = room_bytes
             take.target_count = 0
             take.leaser = ring.myself() if by_lease else 0
             if by_span:
-                result = ring.take_span(room, 2 * room_bytes, 16, <uint64_t>INT64_MAX, &bytes, 1)
+                result = ring.take_span(room, 2 * room_bytes, 16, <uint64_t>INT64_MAX, &bytes, MAY_WAIT)
                 if waits(result):
                     take.leaser = 0
-                    result = ring.take_slice(&take, until, &wait)
+                    result = wait.slice(until)
                     bytes = 0
             elif not by_lease and take_direct(ring, &take):
                 result = DONE
             else:
-                result = ring.take_slice(&take, until, &wait)
-            witness_leave(ring.header, &wait, ring.myself())
+                result = wait.slice(until)
+            wait.hide()
             if result == DONE and by_lease:
                 torn = not is_whole(take.payload, take.length)
                 memcpy(room, take.payload, HEAD)
                 result = BUSY
                 while result == BUSY:
-                    result = ring.finish_lease(take.position, take.length, True)
+                    result = ring.finish_lease(take.position, take.length, True, MAY_WAIT)
                 area_release(take.mapping)
             elif result == DONE and bytes == 0:
                 torn = not is_whole(room, take.length)

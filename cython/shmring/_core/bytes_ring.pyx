@@ -22,11 +22,12 @@ from shmring._core.ring cimport (
     BRIEFLY, BUSY, CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take,
 )
 from shmring._core.fast_path cimport put_one, take_one
-from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, is_brief, watching
+from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._core.sync cimport (
     fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_epoch, sync_start,
 )
+from shmring._core.wait cimport is_brief, put_or_wait, take_or_wait, with_peers
 
 import operator
 import threading
@@ -131,7 +132,7 @@ cdef class TakingRing(RingHandle):
                 raise InvalidArgument(f"max_items={max_items}: at least 1, or None for all that are there")
             most = min(max_items, PY_SSIZE_T_MAX)
         if peers is not None:
-            timeout = watching(peers, timeout)
+            timeout = with_peers(peers, timeout)
         taken.append(self.next_object(block, timeout))
         if self.closed:
             return taken
@@ -224,7 +225,7 @@ cdef class BytesRing(TakingRing):
         cdef Py_buffer buffer
         cdef Py_ssize_t done
         if peers is not None:
-            return BytesRing.put(self, data, block, watching(peers, timeout))
+            return BytesRing.put(self, data, block, with_peers(peers, timeout))
         if PyBytes_CheckExact(data):
             done = put_one(self, 0, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), NULL, block, timeout)
         else:
@@ -258,7 +259,7 @@ cdef class BytesRing(TakingRing):
         cdef Segment *segments
         cdef Py_buffer *buffers
         if peers is not None:
-            return BytesRing.put_many(self, held, block, watching(peers, timeout))
+            return BytesRing.put_many(self, held, block, with_peers(peers, timeout))
         if n == 0:
             self.check_open()
             return
@@ -284,7 +285,7 @@ cdef class BytesRing(TakingRing):
                 items[i].kind = 0
                 items[i].owner = 0
                 items[i].length = segments[i].length
-            done = self.put_or_wait(items, n, NULL, block, timeout)
+            done = put_or_wait(self, items, n, NULL, block, timeout)
         finally:
             for i in range(opened):
                 PyBuffer_Release(&buffers[i])
@@ -312,7 +313,7 @@ cdef class BytesRing(TakingRing):
             ShutDown: the ring was shut down and is empty.
         """
         if peers is not None:
-            timeout = watching(peers, timeout)
+            timeout = with_peers(peers, timeout)
         return self.next_object(block, timeout)
 
     cdef object next_object(self, bint block, object timeout):
@@ -342,7 +343,7 @@ cdef class BytesRing(TakingRing):
             raise InvalidArgument(f"nbytes={nbytes}: a message has 0 bytes or more")
         if nbytes > self.largest:
             raise _warnings.too_large(nbytes, self.largest + SHMRING_FRAME_BYTES, self.largest)
-        return FrameView(self, True, nbytes, block, timeout if peers is None else watching(peers, timeout))
+        return FrameView(self, True, nbytes, block, timeout if peers is None else with_peers(peers, timeout))
 
     def peek(self, block=True, timeout=None, *, peers=None):
         """A context that reads the message in front, in place.
@@ -355,7 +356,7 @@ cdef class BytesRing(TakingRing):
         Raises: as `get`, on entering; RuntimeError if this thread is inside
             another peek of this ring.
         """
-        return FrameView(self, False, 0, block, timeout if peers is None else watching(peers, timeout))
+        return FrameView(self, False, 0, block, timeout if peers is None else with_peers(peers, timeout))
 
     def _adopt(self):
         """In a child right after fork: the blocks of the parent are not ours."""
@@ -431,7 +432,7 @@ cdef class FrameView:
             item.kind = 0
             item.length = <uint64_t>self.length
             item.owner = ring.myself()
-            if ring.put_or_wait(&item, 1, &self.position, self.block, self.timeout) == 0:
+            if put_or_wait(ring, &item, 1, &self.position, self.block, self.timeout) == 0:
                 raise Full
             self.mapping = item.mapping
             self.payload = item.payload
@@ -439,7 +440,7 @@ cdef class FrameView:
             take.room = NULL
             take.room_bytes = 0
             take.leaser = ring.myself()
-            result = ring.take_or_wait(&take, self.block, self.timeout)
+            result = take_or_wait(ring, &take, self.block, self.timeout)
             if result != DONE:
                 raise Empty
             self.mapping = take.mapping

@@ -22,6 +22,7 @@ from shmring._core.sync cimport (
     current_cpu, fence_after_unlock, handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed32,
     load_relaxed64, lock_release, lock_try_free, store_relaxed32, store_release64, wait_wake_one, wait_wants_wake,
 )
+from shmring._core.wait cimport put_or_wait, take_or_wait
 from shmring._core.diagnostics cimport witness_hold, witness_release
 
 
@@ -103,7 +104,7 @@ cdef inline bint take_direct(RingCore ring, Take *take) noexcept nogil:
         if wait_wants_wake(&h.space_wait):
             ring.wake_producers()
         if wait_wants_wake(&h.data_wait):
-            ring.pass_baton()
+            ring.wake_next()
     return done
 
 
@@ -132,7 +133,7 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
     item.count = 1
     item.kind = kind
     item.owner = 0
-    return ring.put_or_wait(&item, 1, position, block, timeout)
+    return put_or_wait(ring, &item, 1, position, block, timeout)
 
 
 cdef inline int take_one(RingHandle ring, Take *take, bint block, object timeout) except -1:
@@ -148,4 +149,4 @@ cdef inline int take_one(RingHandle ring, Take *take, bint block, object timeout
             ring.last_out()
         if done:
             return DONE
-    return ring.take_or_wait(take, block, timeout)
+    return take_or_wait(ring, take, block, timeout)

@@ -9,34 +9,30 @@ look; take the GIL, check signals and peers.
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.float cimport PyFloat_CheckExact
-from libc.errno cimport EILSEQ, ENOMEM, ENOSPC
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.errno cimport EILSEQ, ENOMEM
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from shmring._core.area cimport File, area_forget, area_is_ours, area_open, area_release, area_stat
-from shmring._core.ring cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CLAIM_HELD, CORRUPT, DONE, EMPTY,
-    FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT, PARTIAL, POISON_AREA, POISON_FRAME,
-    POISON_POSITIONS, SHUT, Item, RingCore, Take,
-)
 from shmring._core.count cimport count_read
-from shmring._core.layout cimport (
-    SHMRING_CLAIMS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_BLOCK_MAGIC, SHMRING_MAGIC,
-    SHMRING_NO_CPU, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_VERSION, Header, shmring_area_of,
-    shmring_frame_span,
-)
-from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
-from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
-from shmring._core.sync cimport (
-    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, compare_exchange32, current_cpu, fence_full, fetch_add64, handle_enter,
-    handle_leave,
-    load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_owner, monotonic_ns, nap_ns,
-    store_relaxed32, store_relaxed64, store_release32, sync_start, wait_announce, wait_sleep, wait_wake_all,
-)
 from shmring._core.diagnostics cimport (
-    CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION, FOR_ROOM,
-    Wait, witness_enter, witness_leave,
+    CALL_AIO, CALL_GET, CALL_JOIN, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE,
+    FOR_RESERVATION, FOR_ROOM, FOR_TASKS, HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION,
+    witness_holder,
+)
+from shmring._core.layout cimport (
+    SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
+    SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_NO_CPU, SHMRING_VERSION,
+    SHMRING_WAITER_COUNT, Death, Header, Waiter, shmring_area_of,
+)
+from shmring._core.owner cimport owner_is_dead, owner_pid, owner_start_ticks
+from shmring._core.ring cimport (
+    BEHIND_RESERVATION, BRIEFLY, BUSY, CLAIM_HELD, CORRUPT, DONE, MAY_WAIT, POISON_AREA, POISON_FRAME,
+    POISON_POSITIONS, SHUT, RingCore, Take,
+)
+from shmring._core.sync cimport (
+    compare_exchange32, compare_exchange64, fence_full, fetch_add64, load_acquire32, load_acquire64, load_relaxed32,
+    load_relaxed64, lock_is_orphan, lock_owner, monotonic_ns, nap_ns, store_relaxed64, store_release32, wait_wake_all,
 )
 
 import errno
@@ -60,106 +56,7 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MAP_SHARED
     void *MAP_FAILED
 
-cdef enum: FULL_MEMORY = 1, FULL_LIMIT = 2, FULL_SAID = 3  # full_seen
-cdef int64_t GROWTH_PAUSE_NS = 1000000  # what a put waits for moving consumers before it grows
-cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
-cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
-cdef int64_t LATELY_NS = 200000000
 cdef int64_t CLOSE_NS = 50000000  # what close waits for calls to leave; then the last of them unmaps
-cdef int64_t IDLE_NS = 30000000  # who slept a slice, or so long, for nothing gives memory back
-
-sync_start()
-
-# ---- deadlines and peers ---------------------------------------------------------------------------
-
-cdef extern from *:
-    """
-    static __thread int shmring_brief;
-    """
-    int brief "shmring_brief"  # of this thread, see set_brief
-
-cdef object PeerPoll = None  # imported when somebody first names peers
-
-
-cdef int64_t deadline_of(object timeout) except -1:
-    """The monotonic nanosecond at which a wait of `timeout` ends."""
-    cdef double seconds
-    if timeout is None:
-        return INT64_MAX
-    if not PyFloat_CheckExact(timeout) and watch_of(timeout) is not None:
-        return deadline_of(timeout.timeout)
-    seconds = timeout
-    if not seconds >= 0:
-        if not seconds < 0:
-            raise InvalidArgument(f"timeout={timeout!r}: a number of seconds, or None to wait for ever")
-        seconds = 0  # a deadline that has passed, as in shmring.arguments
-    if seconds > 1e9:
-        return INT64_MAX
-    return monotonic_ns() + <int64_t>(seconds * 1e9)
-
-
-cdef object watching(object peers, object timeout):
-    """A timeout beside which `peers` are watched."""
-    global PeerPoll
-    if PeerPoll is None:
-        from shmring.process.peers import PeerPoll as imported
-        PeerPoll = imported
-    return PeerPoll(peers, timeout)
-
-
-cdef object watch_of(object timeout):
-    """The PeerPoll that stands in the place of a timeout, or None."""
-    return timeout if type(timeout) is PeerPoll else None
-
-
-cdef int64_t slice_end(object watch, const Vigil *vigil, int64_t until) noexcept:
-    """When the next sleep ends at the latest."""
-    return until if watch is None else min(until, monotonic_ns() + vigil.pause)
-
-
-cdef bint newly_dead(object watch, Vigil *vigil) except? True:
-    """Asked once a slice: whether every one of the watched is now proven dead, and was not before.
-
-    No Python is run as long as the pivot lives.  Whoever is told so looks once
-    more, because what the dead committed came before their death.
-    """
-    if not watch.proven and (vigil.pivot == 0 or owner_is_dead(vigil.pivot)):
-        if watch.all_dead():
-            vigil.pause = 0
-            return True
-        pid, start_ticks = watch.living_peer
-        vigil.pivot = owner_of(pid, start_ticks)
-    vigil.pause = min(2 * vigil.pause + PEERS_FIRST_NS, PEERS_NS)
-    return False
-
-
-cpdef bint set_brief(bint on) noexcept:
-    """Whether this thread's *_nowait calls wait for a lock a few milliseconds at most: on an event
-    loop, which stands still meanwhile.  Returns what was before."""
-    global brief
-    cdef bint before = brief != 0
-    brief = on
-    return before
-
-
-cdef bint is_brief() noexcept nogil:
-    return brief != 0
-
-
-cdef bint is_running(uint32_t *word) noexcept nogil:
-    """Whether a lock's holder only needs a CPU: neither stopped nor gone.  Then even an *_nowait waits."""
-    cdef uint32_t holder = lock_owner(load_relaxed32(word))
-    return holder == 0 or owner_goes_on(holder) or lock_owner(load_relaxed32(word)) != holder
-
-
-cdef int say_count(object error, Py_ssize_t count, Py_ssize_t done) except -1:
-    """How many of a batch went in before an exception, whatever it is."""
-    if count > 1:
-        try:
-            error.count = done
-        except Exception:
-            pass  # its class has other plans for that name
-    return 0
 
 
 @cython.binding(False)
@@ -289,318 +186,7 @@ cdef class RingHandle(RingCore):
         self.closed = False
         return 0
 
-    # ---- put --------------------------------------------------------------------------------
-
-    cdef int put_behind_moving(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
-                               uint64_t *position) noexcept nogil:
-        """Before growing: try again for a millisecond, and another for each MiB,
-        but only while consumers make progress.  Fresh pages cost several times
-        what warm ones do, and a ring that stays small stays in the cache.
-
-        Consumers that were seen to move lately may stand still for longer: they
-        are probably just not running.
-        """
-        cdef Header *h = self.header
-        cdef int64_t now = monotonic_ns()
-        cdef int64_t until = now + GROWTH_PAUSE_NS + <int64_t>items[done[0]].length
-        cdef int64_t moved = now
-        cdef int64_t standstill = STANDSTILL_NS
-        cdef uint64_t seen = load_acquire64(&h.read_position)
-        cdef uint64_t full_read = load_relaxed64(&self.full_read)
-        cdef uint64_t read
-        cdef uint32_t announced
-        cdef int result = FULL
-        if seen != full_read:
-            store_relaxed64(&self.moved_ns, <uint64_t>now)
-        if now - <int64_t>load_relaxed64(&self.moved_ns) < LATELY_NS:
-            standstill = PREEMPTED_NS
-            until += PREEMPTED_NS
-        elif seen == full_read:
-            return FULL  # not since the last growth, or never: nobody reads
-        while result == FULL and now < until and now - moved < standstill:
-            announced = wait_announce(&h.space_wait)
-            wait_sleep(&h.space_wait, announced, STANDSTILL_NS // 3)
-            now = monotonic_ns()
-            read = load_acquire64(&h.read_position)
-            if read != seen:
-                seen = read
-                moved = now
-                store_relaxed64(&self.moved_ns, <uint64_t>now)
-                result = self.put_items(items, count, done, position, MAY_WAIT)
-        store_relaxed64(&self.full_read, seen)
-        return result
-
-    cdef int put_slice(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position,
-                       int64_t until, Wait *wait) noexcept nogil:
-        """One slice of a waiting put; looks last, so that its answer is fresh."""
-        cdef Header *h = self.header
-        cdef uint32_t announced
-        cdef int result = self.put_items(items, count, done, position, MAY_WAIT)
-        if result == FULL and h.max_capacity != h.min_capacity:
-            if wait.turn == 0:
-                result = self.put_behind_moving(items, count, done, position)
-            if result == FULL:
-                result = self.put_items(items, count, done, position, MAY_WAIT | MAY_GROW)
-                if result == FULL and load_relaxed32(&self.full_seen) == 0:
-                    store_relaxed32(&self.full_seen, FULL_LIMIT)
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= load_relaxed64(&self.write_capacity):
-            if load_relaxed32(&self.full_seen) != FULL_SAID:
-                store_relaxed32(&self.full_seen, FULL_MEMORY)
-            result = FULL  # waits for space like a bounded queue
-        if result != FULL and result != FULL_COUNT:
-            return result
-        announced = wait_announce(&h.space_wait)
-        result = self.put_items(items, count, done, position, MAY_WAIT | IS_WAITING)
-        if result == FULL or result == FULL_COUNT:
-            witness_enter(h, wait, self.myself(), FOR_ROOM)
-            wait_sleep(&h.space_wait, announced, until - monotonic_ns())
-            result = self.put_items(items, count, done, position, MAY_WAIT)
-        return result
-
-    cdef int put_now(self, Item *items, Py_ssize_t count, Py_ssize_t *done, uint64_t *position) noexcept nogil:
-        """Never waits for a reader; for the lock a millisecond at a time."""
-        cdef int result = self.put_items(items, count, done, position, BRIEFLY | MAY_GROW)
-        if result == -ENOSPC and shmring_frame_span(items[done[0]].length) <= load_relaxed64(&self.write_capacity):
-            return FULL
-        return result
-
-    cdef Py_ssize_t put_or_wait(self, Item *items, Py_ssize_t count, uint64_t *position,
-                                bint block, object timeout) except -1:
-        cdef Py_ssize_t done = 0
-        cdef Py_ssize_t i
-        cdef int64_t limit, until = 0
-        cdef Vigil vigil
-        cdef uint64_t bytes = 0
-        cdef Wait wait
-        cdef int result = BUSY
-        if block and timeout is not None:
-            until = deadline_of(timeout)
-        handle_enter(&self.inside)
-        try:
-            if self.closed:
-                self.check_open()
-            for i in range(count):
-                bytes += items[i].length
-                if items[i].length > self.largest:
-                    raise _warnings.too_large(items[i].length, self.header.max_capacity, self.largest)
-            if bytes <= GIL_BYTES:
-                result = self.put_items(items, count, &done, position, 0)
-                if result == DONE:
-                    return done
-            if ends_wait(result):
-                self.raise_counted(result, count, done)
-            if not block:
-                until = monotonic_ns() + (0 if is_brief() else HOLDER_NS)
-            elif timeout is None:
-                until = INT64_MAX
-            watch = watch_of(timeout)
-            wait.call = CALL_RESERVE if items[0].owner != 0 else CALL_PUT
-            wait.turn = wait.slot = 0
-            vigil.pivot = 0
-            vigil.pause = PEERS_FIRST_NS
-            fetch_add64(&self.inside, 1)
-            try:
-                while True:
-                    limit = slice_end(watch, &vigil, until)
-                    with nogil:
-                        if block:
-                            result = self.put_slice(items, count, &done, position, limit, &wait)
-                        else:
-                            result = self.put_now(items, count, &done, position)
-                    if ends_wait(result):
-                        break
-                    wait.turn += 1
-                    PyErr_CheckSignals()
-                    if watch is not None and not self.closed:
-                        if watch.proven and result != BUSY:
-                            raise watch.error("no room came", done)
-                        if newly_dead(watch, &vigil):
-                            continue  # look once more
-                    if (self.closed or monotonic_ns() >= until
-                            or not (block or (result == BUSY and is_running(&self.header.producer_lock)))):
-                        break
-                    if result == BUSY:
-                        witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
-                    elif result == FULL and load_relaxed32(&self.full_seen) in (FULL_MEMORY, FULL_LIMIT):
-                        self.say_full()
-            except BaseException as error:
-                say_count(error, count, done)
-                raise
-            finally:
-                witness_leave(self.header, &wait, self.myself())
-                self.leave()
-            if result == DONE:
-                return done
-            if ends_wait(result) or self.closed:
-                self.raise_counted(result, count, done)
-            if block:
-                self.step_back()
-            return done
-        finally:
-            if handle_leave(&self.inside):
-                self.last_out()
-
-    cdef int raise_counted(self, int outcome, Py_ssize_t count, Py_ssize_t done) except -1:
-        try:
-            if ends_wait(outcome):
-                self.raise_outcome(outcome)
-            self.check_open()
-        except BaseException as error:
-            say_count(error, count, done)
-            raise
-        return 0
-
-    cdef int say_full(self) except -1:
-        """Once a handle: what was meant to grow waits."""
-        limit = None if load_relaxed32(&self.full_seen) == FULL_MEMORY else self.header.max_capacity
-        store_relaxed32(&self.full_seen, FULL_SAID)
-        _warnings.warn_full(limit)
-        return 0
-
-    # ---- take -------------------------------------------------------------------------------
-
-    cdef int spin_and_take(self, Take *take) noexcept nogil:
-        """Worth it only while the producers run on another CPU, and something is expected soon."""
-        cdef Header *h = self.header
-        cdef uint32_t other = load_relaxed32(&h.producer_cpu)
-        cdef int64_t until
-        cdef int result = EMPTY
-        if (load_relaxed64(&self.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU and other != current_cpu()
-                and spin_while_equal(&h.write_position, &h.read_position)):
-            result = self.take(take, MAY_WAIT)
-            if result == BEHIND_RESERVATION:
-                until = monotonic_ns() + spin_for_writing(take.length)
-                while result == BEHIND_RESERVATION and monotonic_ns() < until:
-                    spin_between_looks()
-                    result = self.take(take, MAY_WAIT)
-        return result
-
-    cdef int take_slice(self, Take *take, int64_t until, Wait *wait) noexcept nogil:
-        """One slice of a waiting take; looks last, so that its answer is fresh."""
-        cdef Header *h = self.header
-        cdef uint32_t announced
-        cdef int64_t began, woke
-        cdef int result
-        if wait.turn == 0:
-            result = self.spin_and_take(take)
-            if ends_wait(result):
-                return result
-        announced = wait_announce(&h.data_wait)
-        result = self.take(take, MAY_WAIT)
-        if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result, MAY_WAIT)
-            result = self.take(take, MAY_WAIT)
-        if result != EMPTY and result != BEHIND_LEASE and result != BEHIND_RESERVATION:
-            return result
-        witness_enter(h, wait, self.myself(), (
-            FOR_MESSAGE if result == EMPTY else FOR_LEASE if result == BEHIND_LEASE else FOR_RESERVATION))
-        began = monotonic_ns()
-        wait_sleep(&h.data_wait, announced, until - began)
-        woke = monotonic_ns()
-        store_relaxed64(&self.slept_ns, <uint64_t>(woke - began))
-        result = self.take(take, MAY_WAIT)
-        if result == EMPTY:
-            if (woke - began >= (SYNC_SLICE_LEAST_NS if until - began > SYNC_SLICE_NS else IDLE_NS)
-                    and (load_relaxed64(&self.read_capacity) != h.min_capacity
-                         or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
-                self.settle(h.min_capacity, MAY_WAIT)
-        elif result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result, MAY_WAIT)
-        return result
-
-    cdef int take_now(self, Take *take) noexcept nogil:
-        """Never waits for a message; for the lock a millisecond at a time."""
-        cdef int result = self.take(take, BRIEFLY)
-        if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
-            self.clear_the_way(take, result, BRIEFLY)
-            result = self.take(take, BRIEFLY)
-        return result
-
-    cdef int take_or_wait(self, Take *take, bint block, object timeout) except -1:
-        cdef int64_t limit, until = 0
-        cdef Vigil vigil
-        cdef Wait wait
-        cdef int result
-        if block and timeout is not None:
-            until = deadline_of(timeout)  # may run Python, and that may close the handle
-        handle_enter(&self.inside)
-        try:
-            if self.closed:
-                self.check_open()
-            take.target_count = 0
-            result = self.take(take, 0)
-            if result == DONE or result == PARTIAL or (result == EMPTY and not block and timeout is None):
-                if load_relaxed64(&self.oversized) != 0:
-                    self.give_back()
-                return result
-            if ends_wait(result):
-                self.raise_outcome(result)
-            if not block:
-                until = monotonic_ns() + (0 if is_brief() else HOLDER_NS)
-            elif timeout is None:
-                until = INT64_MAX
-            watch = watch_of(timeout)
-            wait.call = CALL_PEEK if take.leaser != 0 else CALL_GET
-            wait.turn = wait.slot = 0
-            vigil.pivot = 0
-            vigil.pause = PEERS_FIRST_NS
-            fetch_add64(&self.inside, 1)
-            try:
-                while True:
-                    limit = slice_end(watch, &vigil, until)
-                    with nogil:
-                        if block:
-                            result = self.take_slice(take, limit, &wait)
-                        else:
-                            result = self.take_now(take)
-                    if ends_wait(result):
-                        break
-                    wait.turn += 1
-                    try:
-                        PyErr_CheckSignals()
-                        if watch is not None and not self.closed:
-                            if watch.proven and result == EMPTY:
-                                raise watch.error("nothing is left to take")
-                            if newly_dead(watch, &vigil):
-                                continue  # look once more
-                    except BaseException:
-                        self.pass_baton()  # we may be the one who was woken
-                        raise
-                    if (self.closed or monotonic_ns() >= until
-                            or not (block or (result == BUSY and is_running(&self.header.consumer_lock)))):
-                        self.pass_baton()
-                        break
-                    if result == BUSY:
-                        witness_enter(self.header, &wait, self.myself(), FOR_LOCK)
-                    elif block:
-                        self.look_for_name()
-            finally:
-                witness_leave(self.header, &wait, self.myself())
-                self.leave()
-            if result == DONE or result == PARTIAL:
-                return result
-            if ends_wait(result):
-                self.raise_outcome(result)
-            if self.closed:
-                self.check_open()
-            return result
-        finally:
-            if handle_leave(&self.inside):
-                self.last_out()
-
-    cdef int look_for_name(self) except -1:
-        """Once a slice of a wait for messages.  When two found no name, the log says so, once a
-        handle; at the second, because a new name is marked before it appears."""
-        if self.name_gone == 2 or load_relaxed32(&self.header.named) == 0:
-            return 0
-        if not _warnings.name_is_gone(self.fd):
-            self.name_gone = 0
-            return 0
-        self.name_gone += 1
-        if self.name_gone == 2:
-            _, token, name = self._identity()
-            _warnings.warn_name_is_gone(name, token)
-        return 0
+    # ---- calls inside -----------------------------------------------------------------------
 
     cdef int give_back(self) except -1:
         cdef uint64_t capacity = load_relaxed64(&self.oversized)
@@ -609,7 +195,7 @@ cdef class RingHandle(RingCore):
         store_relaxed64(&self.oversized, 0)
         fetch_add64(&self.inside, 1)
         with nogil:
-            self.settle(capacity, BRIEFLY)  # a get that found its message does not wait for others
+            self.shrink(capacity, BRIEFLY)  # a get that found its message does not wait for others
         self.leave()
         return 0
 
@@ -765,16 +351,17 @@ cdef class RingHandle(RingCore):
 
     # ---- ended -----------------------------------------------------------------------------------
 
-    cdef int refuse(self, int side, uint32_t state) except -1:
-        """Raise `shutdown` to `state` under the producers' lock (side 0) or the consumers'."""
+    cdef int visit_lock(self, int side, uint32_t shutdown) except -1:
+        """Take and release the producers' lock (side 0) or the consumers', which recovers it.
+        `shutdown` is raised to that value under it."""
         cdef Header *h = self.header
         cdef int result = BUSY
         while result == BUSY:
             with nogil:
                 result = self.lock_producers(MAY_WAIT) if side == 0 else self.lock_consumers(MAY_WAIT)
                 if result == DONE:
-                    if h.shutdown < state:
-                        store_release32(&h.shutdown, state)
+                    if h.shutdown < shutdown:
+                        store_release32(&h.shutdown, shutdown)
                     if side == 0:
                         self.unlock_producers()
                     else:
@@ -793,9 +380,9 @@ cdef class RingHandle(RingCore):
         try:
             # Each refusal under the lock of those whom it refuses, so that none who
             # began earlier commits after it: both counts then stand still.
-            self.refuse(0, 1)
+            self.visit_lock(0, 1)
             if immediate:
-                self.refuse(1, 2)
+                self.visit_lock(1, 2)
             wait_wake_all(&self.header.data_wait)
             wait_wake_all(&self.header.space_wait)
             wait_wake_all(&self.header.done_wait)
@@ -847,3 +434,146 @@ cdef class RingHandle(RingCore):
         fence_full()  # pairs with the count of who leaves: one of us sees the other
         if <int64_t>load_acquire64(<uint64_t *>&self.inside) <= 0:
             self.last_out()
+
+
+# ---- what stands in a header, as numbers -------------------------------------------------------------
+
+CALLS = {
+    CALL_GET: "get", CALL_PEEK: "peek", CALL_PUT: "put", CALL_RESERVE: "reserve", CALL_JOIN: "join",
+    CALL_WAIT: "wait", CALL_AIO: "aget or aput",
+}
+REASONS = {
+    FOR_MESSAGE: "a message", FOR_ROOM: "room", FOR_LOCK: "a lock", FOR_LEASE: "the end of a peek",
+    FOR_RESERVATION: "the end of a reserve", FOR_TASKS: "task_done",
+}
+HELD = {
+    HELD_PRODUCER_LOCK: "the producers' lock", HELD_CONSUMER_LOCK: "the consumers' lock",
+    HELD_RESERVATION: "a reserve", HELD_LEASE: "a peek",
+}
+
+
+def user_kind(RingHandle ring):
+    """Which class laid it out: 1 is Ring, 2 one of the queues."""
+    ring.enter()
+    try:
+        return ring.header.user_kind
+    finally:
+        ring.leave()
+
+
+def counters(RingHandle ring):
+    """The fields of RingStatistics that are numbers and flags."""
+    cdef Header *h
+    ring.enter()
+    try:
+        h = ring.header
+        return {
+            "capacity": shmring_area_of(h, load_acquire64(&h.write_generation)).capacity,
+            "max_capacity": h.max_capacity,
+            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
+                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
+            "messages": ring._qsize(),
+            "messages_put": count_read(&h.put_count, &h.write_position),
+            "messages_taken": count_read(&h.get_count, &h.read_position),
+            "bytes_put": load_acquire64(&h.write_position),
+            "growths": load_acquire64(&h.write_generation),
+            "recoveries": load_relaxed32(&h.recoveries),
+            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
+            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
+            "shut_down": load_relaxed32(&h.shutdown) != 0,
+            "poisoned": load_relaxed32(&h.poisoned) != 0,
+        }
+    finally:
+        ring.leave()
+
+
+def waiters(RingHandle ring):
+    """[(pid, start ticks, thread, call, reason, since in ns)] of the living.
+
+    The records of the dead are given free.
+    """
+    cdef Waiter *waiter
+    cdef uint64_t owner, since
+    cdef uint32_t thread, call, reason
+    cdef uint64_t i
+    cdef list found = []
+    ring.enter()
+    try:
+        for i in range(SHMRING_WAITER_COUNT):
+            waiter = &ring.header.waiters[i]
+            owner = load_acquire64(&waiter.owner)
+            since = load_acquire64(&waiter.since_ns)
+            thread = load_relaxed32(&waiter.thread)
+            call = load_relaxed32(&waiter.call)
+            reason = load_relaxed32(&waiter.reason)
+            if owner == 0 or since == 0 or since != load_acquire64(&waiter.since_ns):
+                continue
+            if owner_is_dead(owner):
+                compare_exchange64(&waiter.owner, owner, 0)
+            else:
+                found.append((owner_pid(owner), owner_start_ticks(owner), thread, call, reason, since))
+    finally:
+        ring.leave()
+    return found
+
+
+def holders(RingHandle ring):
+    """[(pid, start ticks or 0, thread or 0, held, died)] at this moment."""
+    cdef list found = []
+    ring.enter()
+    try:
+        # first, because a probe recovers the consumers' lock
+        add_lock(found, HELD_PRODUCER_LOCK, &ring.header.producer_lock)
+        add_lock(found, HELD_CONSUMER_LOCK, &ring.header.consumer_lock)
+        add_owner(found, HELD_LEASE, load_acquire64(&ring.header.lease_owner))
+        add_owner(found, HELD_RESERVATION, front_reserver(ring))
+    finally:
+        ring.leave()
+    return found
+
+
+cdef int add_lock(list found, int held, const uint32_t *word) except -1:
+    cdef uint32_t pid = witness_holder(word)
+    cdef uint32_t seen = load_acquire32(word)
+    if lock_is_orphan(seen):
+        found.append((pid, 0, 0, held, True))
+    elif lock_owner(seen) != 0:
+        # until he has shown his pid, take him for the first thread of his process
+        found.append((pid if pid != 0 else lock_owner(seen), 0, lock_owner(seen), held, False))
+    return 0
+
+
+cdef int add_owner(list found, int held, uint64_t owner) except -1:
+    if owner != 0:
+        found.append((owner_pid(owner), owner_start_ticks(owner), 0, held, owner_is_dead(owner)))
+    return 0
+
+
+cdef uint64_t front_reserver(RingHandle ring) except? 0:
+    """Whose reservation stands in front; 0 if nobody's, or the lock is not to be had."""
+    cdef Take front
+    cdef int result
+    if load_acquire64(&ring.header.write_position) == load_acquire64(&ring.header.read_position):
+        return 0
+    with nogil:
+        result = ring.probe(&front, BRIEFLY)
+    return front.owner if result == BEHIND_RESERVATION else 0
+
+
+def deaths(RingHandle ring):
+    """[(pid or 0, held, when in ns)]: who died last, for each thing that can be held."""
+    cdef Death *death
+    cdef uint64_t pid, when
+    cdef int held
+    cdef list found = []
+    ring.enter()
+    try:
+        for held in range(<int>SHMRING_DEATH_COUNT):
+            death = &ring.header.deaths[held]
+            when = load_acquire64(&death.when_ns)
+            pid = load_acquire64(&death.pid)
+            if when != 0 and when == load_acquire64(&death.when_ns):
+                found.append((pid, held, when))
+    finally:
+        ring.leave()
+    return found

@@ -5,6 +5,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.ring cimport Item, Segment
+from shmring._core.wait cimport Waiting
 from shmring._core.bytes_ring cimport TakingRing
 
 cdef class Watched:
@@ -43,8 +44,8 @@ cdef class ObjectRing(TakingRing):
     cdef object decode(self, uint32_t kind, object head, object buffers)
     cdef object split(self, uint32_t kind, char *payload, uint64_t length)
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
-    cdef uint64_t due(self) noexcept
-    cdef int visit_locks(self) except -1
+    cdef uint64_t due(self) noexcept nogil
+    cdef uint64_t unfinished(self) noexcept nogil
     cdef int end_claim(self, uint64_t slot, bint free) except -1
 
 # One message on its way into the ring: what it is made of, and what keeps
@@ -57,6 +58,24 @@ cdef class Parcel:
     cdef uint64_t *table
 
     cdef int pack(self, tuple encoded) except -1
+
+cdef class JoinWait(Waiting):
+    pass
+
+cdef class HelperWait(Waiting):
+    cdef Outgoing outgoing  # or None
+    cdef bint data
+    cdef bint may_get
+    cdef bint may_put
+
+# An encoded object that is put as often as it takes.
+cdef class Outgoing:
+    cdef ObjectRing ring
+    cdef object encoded  # bytes, or a Parcel: keeps alive what the item points to
+    cdef Segment segment
+    cdef Item item
+    cdef uint64_t seen  # where consumers stood before the last attempt
+    cdef bint busy  # what the last attempt did not get was the lock
 
 cdef inline void item_of_bytes(Item *item, Segment *segment, object payload) noexcept:
     """All but the kind; the payload has to outlive the item."""

@@ -19,27 +19,30 @@ from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
 from cpython.dict cimport PyDict_Next
-from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
+from cpython.exc cimport PyErr_Occurred
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._core.builtin_codec cimport Writer, codec_decode, codec_encode, codec_free
 from shmring._core.bytes_ring cimport SMALL, TakingRing
-from shmring._core.ring cimport BUSY, DONE, MAY_WAIT, PARTIAL, Item, Segment, Take
+from shmring._core.ring cimport BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, PARTIAL, Item, Segment, Take
 from shmring._core.count cimport count_read
 from shmring._core.fast_path cimport put_one, take_one
-from shmring._core.handle cimport PEERS_FIRST_NS, Vigil, deadline_of, newly_dead, slice_end, watching
+from shmring._core.handle cimport RingHandle
 from shmring._core.layout cimport SHMRING_CLAIM_COUNT, Claim, Header
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (
-    compare_exchange32, compare_exchange64, fence_full, load_acquire32, load_acquire64, monotonic_ns,
-    store_release32, store_release64, sync_start, wait_announce, wait_sleep, wait_wake_all,
+    SYNC_SLICE_LEAST_NS, compare_exchange32, compare_exchange64, fence_full, handle_enter, handle_leave,
+    load_acquire32, load_acquire64, store_release32, store_release64, sync_start, wait_wake_all,
 )
-from shmring._core.diagnostics cimport CALL_JOIN, FOR_TASKS, Wait, witness_enter, witness_leave
+from shmring._core.diagnostics cimport CALL_AIO, CALL_JOIN, FOR_MESSAGE, FOR_ROOM, FOR_TASKS
+from shmring._core.wait cimport (
+    Bell, Waiting, check_name, deadline_of, is_ready, put_or_wait, set_brief, shrink_idle, with_peers,
+)
 
 import sys
 from queue import Empty, Full
@@ -341,7 +344,7 @@ cdef class ObjectRing(TakingRing):
             RingClosed: this handle was closed.
         """
         if peers is not None:
-            return ObjectRing.put(self, obj, block, watching(peers, timeout))
+            return ObjectRing.put(self, obj, block, with_peers(peers, timeout))
         if self.put_object(obj, NULL, block, timeout) == 0:
             raise Full
 
@@ -361,7 +364,7 @@ cdef class ObjectRing(TakingRing):
         if PyBytes_CheckExact(encoded):
             return put_one(
                 self, kind, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
-        return self.put_or_wait(&(<Parcel>encoded).item, 1, position, block, timeout)
+        return put_or_wait(self, &(<Parcel>encoded).item, 1, position, block, timeout)
 
     def put_nowait(self, obj):
         """put(obj, block=False)."""
@@ -391,7 +394,7 @@ cdef class ObjectRing(TakingRing):
         cdef Py_ssize_t i
         cdef Py_ssize_t done = 0
         if peers is not None:
-            timeout = watching(peers, timeout)
+            timeout = with_peers(peers, timeout)
         try:
             for obj in objects:
                 if n == room_for:
@@ -418,7 +421,7 @@ cdef class ObjectRing(TakingRing):
                     item_of_bytes(&items[i], &segments[i], encoded)
                 else:
                     items[i] = (<Parcel>encoded).item
-            done = self.put_or_wait(items, n, NULL, block, timeout)
+            done = put_or_wait(self, items, n, NULL, block, timeout)
         finally:
             PyMem_Free(items)
             PyMem_Free(segments)
@@ -492,7 +495,7 @@ cdef class ObjectRing(TakingRing):
             RingClosed: this handle was closed.
         """
         if peers is not None:
-            return ObjectRing.get(self, block, watching(peers, timeout))
+            return ObjectRing.get(self, block, with_peers(peers, timeout))
         return self.next_object(block, timeout)
 
     cdef object next_object(self, bint block, object timeout):
@@ -581,7 +584,7 @@ cdef class ObjectRing(TakingRing):
         finally:
             self.leave()
 
-    cdef uint64_t due(self) noexcept:
+    cdef uint64_t due(self) noexcept nogil:
         """How many messages there are or were to be worked off: after an
         immediate shutdown what was taken, since the rest never will be."""
         cdef Header *h = self.header
@@ -590,49 +593,31 @@ cdef class ObjectRing(TakingRing):
         return count_read(&h.put_count, &h.write_position)
 
     def _unfinished(self):
-        cdef uint64_t done, due
         self.enter()
         try:
-            done = load_acquire64(&self.header.done_count)
-            due = self.due()
-            return due - done if due > done else 0
+            return self.unfinished()
         finally:
             self.leave()
 
+    cdef uint64_t unfinished(self) noexcept nogil:
+        cdef uint64_t done = load_acquire64(&self.header.done_count)
+        cdef uint64_t due = self.due()
+        return due - done if due > done else 0
+
     def _join_all(self, timeout=None, peers=None):
         """Wait until every message was worked off; False when time ran out."""
-        cdef Header *h
-        cdef int64_t now, left, until = deadline_of(timeout)
-        cdef Vigil vigil
-        cdef uint32_t announced
-        cdef Wait wait
-        watch = None if peers is None else watching(peers, timeout)
-        wait.call = CALL_JOIN
-        wait.turn = wait.slot = 0
-        vigil.pivot = 0
-        vigil.pause = PEERS_FIRST_NS
+        cdef JoinWait wait = JoinWait.__new__(JoinWait)
+        watched = None if peers is None else with_peers(peers, timeout)
+        cdef int64_t until = deadline_of(timeout)
         self.enter()
-        h = self.header
         try:
-            while True:
-                announced = wait_announce(&h.done_wait)
-                # proven before the last look: what was reported done before a death counts
-                gone = watch is not None and newly_dead(watch, &vigil)
-                if self._unfinished() == 0:
-                    return True
-                if gone:
-                    raise watch.error("tasks are unfinished")
-                now = monotonic_ns()
-                if now >= until:
-                    return False
-                left = slice_end(watch, &vigil, until) - now
-                witness_enter(h, &wait, self.myself(), FOR_TASKS)
-                with nogil:
-                    wait_sleep(&h.done_wait, announced, left)
-                wait.turn += 1
-                PyErr_CheckSignals()
+            wait.start(self, CALL_JOIN, FOR_TASKS, &self.header.done_wait)
+            wait.missing = "tasks are unfinished"
+            if wait.look(False) == DONE or wait.run(until, watched) == DONE:
+                return True
+            self.check_open()
+            return False
         finally:
-            witness_leave(h, &wait, self.myself())
             self.leave()
 
     # ---- claims ---------------------------------------------------------------------------------
@@ -708,7 +693,8 @@ cdef class ObjectRing(TakingRing):
         cdef list found = []
         self.enter()
         try:
-            self.visit_locks()
+            self.visit_lock(0, 0)
+            self.visit_lock(1, 0)
             for i in range(SHMRING_CLAIM_COUNT):
                 claim = self.header.claims[i]
                 if claim.owner != 0:
@@ -718,22 +704,109 @@ cdef class ObjectRing(TakingRing):
             self.leave()
         return found
 
-    cdef int visit_locks(self) except -1:
+
+@cython.binding(False)
+cdef class JoinWait(Waiting):
+    """Wait until every message was worked off."""
+
+    cdef int look(self, bint woken) noexcept nogil:
+        return DONE if (<ObjectRing>self.ring).unfinished() == 0 else EMPTY
+
+
+# ---- asyncio -----------------------------------------------------------------------------------
+
+@cython.binding(False)
+cdef class HelperWait(Waiting):
+    """Wait until a get, or another attempt to put, is due on one ring."""
+
+    cdef int look(self, bint woken) noexcept nogil:
+        cdef Header *h = self.ring.header
+        cdef int locked
+        if self.outgoing is not None:
+            if self.outgoing.busy:  # no room is missing: the lock is waited for here and not on the loop
+                locked = self.ring.lock_producers(MAY_WAIT)
+                if locked == DONE:
+                    self.ring.unlock_producers()
+                self.may_put = locked != BUSY
+            # a producer that is not woken looks by itself each slice
+            if (load_acquire64(&h.read_position) != self.outgoing.seen or load_acquire32(&h.shutdown) != 0
+                    or load_acquire32(&h.poisoned) != 0 or (woken and self.slept_ns >= SYNC_SLICE_LEAST_NS)):
+                self.may_put = True
+        with gil:
+            self.may_get = self.data and is_ready(self.ring)
+        if self.may_get or self.may_put or self.ring.closed:
+            return DONE
+        if woken:
+            shrink_idle(self.ring, self)
+        return EMPTY
+
+    cdef int between(self, int result) except -1:
+        return check_name(self.ring) if self.data else 0
+
+    cdef void end(self, int result) noexcept:
+        if not self.may_get and self.ring.header != NULL:
+            self.ring.wake_next()
+
+
+def watch(RingHandle ring, Bell bell, bint data, Outgoing outgoing):
+    """What the helper thread of aget and aput does: sleep on one ring.
+
+    Args:
+        data: wait until the message in front can be taken.
+        outgoing: None, or the `Outgoing` to wait with until another attempt is due.
+
+    Returns:
+        (ready to get, due to put); both False when the bell was rung.
+
+    Raises:
+        RingClosed: the handle was closed.
+    """
+    cdef HelperWait wait = HelperWait.__new__(HelperWait)
+    ring.enter()
+    try:
+        wait.start(ring, CALL_AIO, FOR_MESSAGE if data else FOR_ROOM, &ring.header.data_wait)
+        if outgoing is not None:
+            wait.count = 2 if data else 1
+            wait.own_words[wait.count - 1] = &ring.header.space_wait
+        wait.bell = &bell.word
+        wait.data = data
+        wait.outgoing = outgoing
+        wait.run(INT64_MAX, None)
+        ring.check_open()
+        return wait.may_get, wait.may_put
+    finally:
+        ring.leave()
+
+
+cdef class Outgoing:
+    """An encoded object that is put as often as it takes."""
+
+    def __init__(self, ObjectRing ring not None, obj):
+        self.ring = ring
+        self.encoded = ring.frame_of(obj, &self.item.kind)
+        if PyBytes_CheckExact(self.encoded):
+            item_of_bytes(&self.item, &self.segment, self.encoded)
+        else:
+            self.item = (<Parcel>self.encoded).item
+
+    def put(self):
+        """One attempt, on the loop: whether it went in.  Raises as Queue.put does."""
+        cdef Py_ssize_t done = 0
+        cdef bint before = set_brief(True)
         cdef int result
-        cdef int side
-        for side in range(2):
-            result = BUSY
-            while result == BUSY:
-                with nogil:
-                    if side == 0:
-                        result = self.lock_producers(MAY_WAIT)
-                        if result == DONE:
-                            self.unlock_producers()
-                    else:
-                        result = self.lock_consumers(MAY_WAIT)
-                        if result == DONE:
-                            self.unlock_consumers()
-                PyErr_CheckSignals()
-            if result != DONE:
-                self.raise_outcome(result)
-        return 0
+        cdef RingHandle ring = self.ring
+        handle_enter(&ring.inside)
+        try:
+            ring.check_open()
+            self.seen = load_acquire64(&ring.header.read_position)
+            if put_or_wait(ring, &self.item, 1, NULL, False, None) != 0:
+                return True
+            ring.check_open()
+            # once more, so that smaller messages of others do not take the room for ever
+            result = ring.put_items(&self.item, 1, &done, NULL, IS_WAITING)
+            self.busy = result == BUSY
+            return result == DONE
+        finally:
+            set_brief(before)
+            if handle_leave(&ring.inside):
+                ring.last_out()

@@ -91,6 +91,7 @@ cdef class RingCore:
     cdef int put_items(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
                        uint64_t *position, int flags) noexcept nogil
     cdef int take(self, Take *take, int flags) noexcept nogil
+    cdef int probe(self, Take *found, int flags) noexcept nogil
     cdef int take_span(self, char *room, uint64_t room_bytes, Py_ssize_t most, uint64_t stop,
                        uint64_t *bytes, int flags) noexcept nogil
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil
@@ -102,10 +103,10 @@ cdef class RingCore:
     cdef void unlock_consumers(self) noexcept nogil
     cdef void wake_producers(self) noexcept nogil
     cdef void step_back(self) noexcept nogil
-    cdef void pass_baton(self) noexcept nogil
+    cdef void wake_next(self) noexcept nogil
     cdef void note_empty(self, uint64_t pos) noexcept nogil
     cdef void clear_the_way(self, Take *found, int outcome, int flags) noexcept nogil
-    cdef void settle(self, uint64_t capacity, int flags) noexcept nogil
+    cdef void shrink(self, uint64_t capacity, int flags) noexcept nogil
     cdef uint64_t myself(self) noexcept nogil
     cdef void unmap(self)
     # inside: called directly, not through the table of methods

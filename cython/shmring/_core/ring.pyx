@@ -472,6 +472,19 @@ cdef class RingCore:
                 return self.poison(POISON_FRAME)
             self.commit_read(pos + shmring_frame_span(length), 1)
 
+    cdef int probe(self, Take *found, int flags) noexcept nogil:
+        """Look at the message in front without taking it: DONE, or why it cannot be taken."""
+        cdef Header *h = self.header
+        cdef int result
+        if (load_acquire64(&h.write_position) == load_acquire64(&h.read_position)
+                and load_acquire32(&h.shutdown) == 0 and load_acquire32(&h.poisoned) == 0):
+            return EMPTY
+        result = self.lock_consumers(flags)
+        if result == DONE:
+            result = self.front(found)
+            self.unlock_consumers()
+        return result
+
     @cython.final
     cdef void commit_read(self, uint64_t pos, uint64_t count) noexcept nogil:
         cdef Header *h = self.header
@@ -536,7 +549,7 @@ cdef class RingCore:
         RingCore.unlock_consumers(self)
         if result == DONE and take.leaser == 0:
             RingCore.wake_producers(self)
-            RingCore.pass_baton(self)
+            RingCore.wake_next(self)
         return result
 
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil:
@@ -628,10 +641,10 @@ cdef class RingCore:
         self.unlock_consumers()
         if result == DONE:
             self.wake_producers()
-            self.pass_baton()
+            self.wake_next()
         return result
 
-    cdef void pass_baton(self) noexcept nogil:
+    cdef void wake_next(self) noexcept nogil:
         """Others sleep, none is on his way, and something is left: wake one."""
         cdef Header *h = self.header
         if wait_wants_wake(&h.data_wait) and load_acquire64(&h.write_position) != load_acquire64(&h.read_position):
@@ -660,7 +673,7 @@ cdef class RingCore:
         self.unlock_consumers()
         self.wake_consumers()
 
-    cdef void settle(self, uint64_t capacity, int flags) noexcept nogil:
+    cdef void shrink(self, uint64_t capacity, int flags) noexcept nogil:
         """Move to a smaller area, if the ring is empty.  Two steps, each under
         its own lock; whoever comes by later takes the second one."""
         cdef Header *h = self.header

@@ -417,15 +417,6 @@ static inline uint32_t wait_announce(uint32_t *word)
     return seen;
 }
 
-/* On any return WOKEN is cleared, and then the caller looks. */
-static inline int wait_sleep(uint32_t *word, uint32_t announced, int64_t nanoseconds)
-{
-    int result = futex_wait(word, announced, slice_of(nanoseconds));
-    __atomic_fetch_and(word, ~WAIT_WOKEN, __ATOMIC_SEQ_CST);
-    fence_full();
-    return result;
-}
-
 /* ---- many words at once ----------------------------------------------------------
  *
  * futex_waitv (Linux 5.16) sleeps on up to 128 words.  A bell is a word of this
@@ -461,9 +452,10 @@ static inline void bell_ring(uint32_t *bell)
 /* Silences it; whoever heard it then looks at what it was rung for. */
 static inline int bell_heard(uint32_t *bell) { return (int)__atomic_exchange_n(bell, 0, __ATOMIC_SEQ_CST); }
 
-/* As wait_sleep, on all of `words` and on `bell` (which may be NULL). */
-SYNC_SLOW void wait_sleep_many(uint32_t *const *words, const uint32_t *announced, int count,
-                               uint32_t *bell, int64_t nanoseconds)
+/* Sleep a slice at most, on all of `words` and on `bell` (which may be NULL).  WOKEN is cleared
+ * on any return, and then the caller looks. */
+SYNC_SLOW void wait_sleep(uint32_t *const *words, const uint32_t *announced, int count, uint32_t *bell,
+                          int64_t nanoseconds)
 {
     sync_watched watched[SYNC_WORDS_MOST + 1];
     int all = 0;

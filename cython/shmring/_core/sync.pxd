@@ -47,15 +47,14 @@ cdef extern from "sync.h" nogil:
     void wait_wake_one(uint32_t *word) noexcept
     void wait_wake_all(uint32_t *word) noexcept
     uint32_t wait_announce(uint32_t *word) noexcept
-    int wait_sleep(uint32_t *word, uint32_t announced, int64_t nanoseconds) noexcept
 
     # many words at once
     const int SYNC_WORDS_MOST
     bint sync_set_waitv_absent(bint absent) noexcept
     void bell_ring(uint32_t *bell) noexcept
     bint bell_heard(uint32_t *bell) noexcept
-    void wait_sleep_many(uint32_t **words, const uint32_t *announced, int count,
-                         uint32_t *bell, int64_t nanoseconds) noexcept
+    void wait_sleep(uint32_t **words, const uint32_t *announced, int count,
+                    uint32_t *bell, int64_t nanoseconds) noexcept
 
 cdef extern from "sync.h":
     # Once a module that takes locks or asks for the epoch; ImportError where the kernel lacks robust lists.

@@ -1,93 +1,532 @@
-"""Waiting on many rings at once, and the compiled half of aget and aput.
+"""Waiting: one loop for put, get, join, several rings, and the helper thread of asyncio.
 
-A ring is *ready* when a get would return at once: the message in front can be
-taken, or the ring is shut down or broken and get says so.  A waiter here takes
-nothing, so it may have been woken in the place of one who would: it announces
-itself and clears WOKEN like every sleeper (`sync.h`), and passes the baton
-when it leaves.
+A wait is a series of slices.  A slice announces the sleeper in a wait word
+(`sync.h`), looks, sleeps, and looks again, without the GIL.  Between slices the
+GIL is taken, and signals, peers and the deadline are checked.
 """
 
-from cpython.bytes cimport PyBytes_CheckExact
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from cpython.float cimport PyFloat_CheckExact
+from libc.errno cimport ENOSPC
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
-from shmring._core.ring cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Item, Segment, Take,
-)
-from shmring._core.count cimport count_read
-from shmring._core.handle cimport RingHandle, deadline_of, set_brief
-from shmring._core.layout cimport (
-    SHMRING_DEATH_COUNT, SHMRING_WAITER_COUNT, Death, Header, Waiter, shmring_area_of,
-)
-from shmring._core.owner cimport owner_is_dead, owner_pid, owner_start_ticks
-from shmring._core.object_ring cimport ObjectRing, Parcel, item_of_bytes
-from shmring._core.sync cimport (
-    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, compare_exchange64, fence_full,
-    fetch_add64, handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed32, load_relaxed64,
-    lock_is_orphan, lock_owner, monotonic_ns, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep_many,
-)
 from shmring._core.diagnostics cimport (
-    CALL_AIO, CALL_GET, CALL_JOIN, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE,
-    FOR_RESERVATION, FOR_ROOM, FOR_TASKS, HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION,
-    Wait, witness_enter, witness_holder, witness_leave,
+    CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION,
+    FOR_ROOM, Wait, witness_enter, witness_leave,
+)
+from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
+from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
+from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
+from shmring._core.ring cimport (
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT,
+    PARTIAL, Item, Take,
+)
+from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
+from shmring._core.sync cimport (
+    SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, current_cpu, fence_full, fetch_add64,
+    handle_enter, handle_leave, load_acquire64, load_relaxed32, load_relaxed64, lock_owner,
+    monotonic_ns, store_relaxed32, store_relaxed64, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep,
 )
 
-sync_start()
+from shmring import _warnings
+from shmring.arguments import checked_timeout
 
 cdef enum:
     WORDS = 127  # SYNC_WORDS_MOST, where C wants a constant
+    FULL_MEMORY = 1  # full_seen: the file system is full,
+    FULL_LIMIT = 2  # max_capacity is reached,
+    FULL_SAID = 3  # and the log says so
 
-cdef int64_t CROWD_NS = 5000000  # the slice of those who wait on more words than the kernel takes
+cdef int64_t HOLDER_NS = 1000000000  # the longest wait of an *_nowait for a lock whose owner runs
+cdef int64_t PEERS_FIRST_NS = 2000000  # the first sleep beside peers: a peer mostly dies soon
+cdef int64_t PEERS_NS = 40000000  # PeerPoll.SLICE
+cdef int64_t CROWD_NS = 5000000  # the longest sleep on more words than the kernel takes
+cdef int64_t IDLE_NS = 30000000  # an empty sleep of a slice, or so long, gives memory back
+cdef int64_t GROWTH_PAUSE_NS = 1000000  # how long a put waits for moving consumers before it grows
+cdef int64_t STANDSTILL_NS = 300000  # consumers that have not moved for this long do not move,
+cdef int64_t PREEMPTED_NS = 20000000  # or for this long, if they moved lately:
+cdef int64_t LATELY_NS = 200000000
 
+cdef extern from *:
+    """
+    static __thread int shmring_brief;
+    """
+    int brief "shmring_brief"  # of this thread, see set_brief
+
+cdef object PeerPoll = None  # imported when peers= is first used
+
+sync_start()
+
+
+# ---- deadlines ---------------------------------------------------------------------------------
+
+cdef int64_t deadline_of(object timeout) except -1:
+    """The monotonic nanosecond at which a wait of `timeout` ends."""
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    if not PyFloat_CheckExact(timeout) and peers_of(timeout) is not None:
+        return deadline_of(timeout.timeout)
+    seconds = timeout
+    if not seconds >= 0:
+        seconds = checked_timeout(timeout)
+    if seconds > 1e9:
+        return INT64_MAX
+    return monotonic_ns() + <int64_t>(seconds * 1e9)
+
+
+cdef object with_peers(object peers, object timeout):
+    """A timeout that ends when all of `peers` are dead."""
+    global PeerPoll
+    if PeerPoll is None:
+        from shmring.process.peers import PeerPoll as imported
+        PeerPoll = imported
+    return PeerPoll(peers, timeout)
+
+
+cdef object peers_of(object timeout):
+    """The PeerPoll that stands in the place of a timeout, or None."""
+    return timeout if type(timeout) is PeerPoll else None
+
+
+cpdef bint set_brief(bint on) noexcept:
+    """Whether *_nowait calls of this thread wait for a lock a few milliseconds at most, as on an
+    event loop, which stands still meanwhile.  Returns what was before."""
+    global brief
+    cdef bint before = brief != 0
+    brief = on
+    return before
+
+
+cdef bint is_brief() noexcept nogil:
+    return brief != 0
+
+
+cdef int64_t deadline_for(bint block, object timeout, int64_t until) noexcept:
+    """`until` where a blocking call has a timeout; else what its kind of call means."""
+    if not block:
+        return monotonic_ns() + (0 if is_brief() else HOLDER_NS)
+    return INT64_MAX if timeout is None else until
+
+
+cdef bint is_running(uint32_t *word) noexcept nogil:
+    """Whether the owner of a lock only needs a CPU, and is neither stopped nor dead."""
+    cdef uint32_t owner = lock_owner(load_relaxed32(word))
+    return owner == 0 or owner_goes_on(owner) or lock_owner(load_relaxed32(word)) != owner
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+@cython.binding(False)
+cdef class Waiting:
+    """One wait of one thread."""
+
+    cdef int start(self, RingHandle ring, uint32_t call, uint32_t reason, uint32_t *word) except -1:
+        self.ring = ring
+        self.block = True
+        self.pause_ns = INT64_MAX
+        self.count = 1
+        self.words = self.own_words
+        self.announced = self.own_announced
+        self.own_words[0] = word
+        self.record.call = call
+        self.reason = reason
+        return 0
+
+    cdef int run(self, int64_t until, object peers) except? -1:
+        """Wait until the look ends it, until `until`, or until all of `peers` are dead.
+
+        Returns what was found last.  The caller counts itself into the handle.
+        """
+        cdef int result = BUSY
+        cdef int64_t limit
+        if peers is not None:
+            self.pause_ns = PEERS_FIRST_NS
+        try:
+            while True:
+                limit = until
+                if self.pause_ns != INT64_MAX:
+                    limit = min(until, monotonic_ns() + self.pause_ns)
+                with nogil:
+                    result = self.slice(limit)
+                if ends_wait(result):
+                    return result
+                self.record.turn += 1
+                PyErr_CheckSignals()
+                if peers is not None and not self.ring.closed:
+                    if peers.proven and result in (EMPTY, FULL, FULL_COUNT):
+                        raise peers.error(self.missing, self.done)
+                    if self.newly_dead(peers):
+                        continue  # look once more: what the dead committed came before their death
+                if self.is_over(result, until):
+                    return result
+                if result == BUSY:
+                    self.show(FOR_LOCK)
+                self.between(result)
+        finally:
+            self.hide()
+            self.end(result)
+
+    cdef int slice(self, int64_t until) noexcept nogil:
+        """Wait for a slice at most; looks last, so that its answer is fresh."""
+        cdef int64_t began
+        cdef int i
+        cdef int result = self.prepare()
+        if ends_wait(result) or result == BUSY or not self.block:
+            return result
+        for i in range(self.count):
+            self.announced[i] = wait_announce(self.words[i])
+        result = self.look(False)
+        if ends_wait(result) or result == BUSY:
+            return result
+        self.show(FOR_LEASE if result == BEHIND_LEASE
+                  else FOR_RESERVATION if result == BEHIND_RESERVATION else self.reason)
+        began = monotonic_ns()
+        self.asked_ns = until - began
+        wait_sleep(self.words, self.announced, self.count, self.bell, self.asked_ns)
+        self.slept_ns = monotonic_ns() - began
+        return self.look(True)
+
+    cdef bint is_over(self, int result, int64_t until) noexcept:
+        if (self.ring is not None and self.ring.closed) or monotonic_ns() >= until:
+            return True
+        if self.bell != NULL and bell_heard(self.bell):
+            return True
+        return not self.block and not (result == BUSY and is_running(self.lock))
+
+    cdef bint newly_dead(self, object peers) except? True:
+        """Whether all peers are now proven dead, and were not before.  Runs no Python while one
+        that was seen alive lives."""
+        if not peers.proven and (self.living == 0 or owner_is_dead(self.living)):
+            if peers.all_dead():
+                self.pause_ns = 0
+                return True
+            pid, start_ticks = peers.living_peer
+            self.living = owner_of(pid, start_ticks)
+        self.pause_ns = min(2 * self.pause_ns + PEERS_FIRST_NS, PEERS_NS)
+        return False
+
+    cdef void show(self, uint32_t reason) noexcept nogil:
+        witness_enter(self.ring.header, &self.record, self.ring.myself(), reason)
+
+    cdef void hide(self) noexcept nogil:
+        if self.ring.header != NULL:
+            witness_leave(self.ring.header, &self.record, self.ring.myself())
+
+    cdef int prepare(self) noexcept nogil:
+        """The first part of a slice, before it is announced; without `block` all of it."""
+        return EMPTY
+
+    cdef int look(self, bint woken) noexcept nogil:
+        """Try, after the announcement or after the sleep."""
+        return DONE
+
+    cdef int between(self, int result) except -1:
+        """After a slice in vain."""
+        return 0
+
+    cdef void end(self, int result) noexcept:
+        """Leave the wait, with what was found last."""
+
+
+# ---- put ---------------------------------------------------------------------------------------
+
+@cython.binding(False)
+cdef class PutWait(Waiting):
+    """Wait for room."""
+
+    cdef int attempt(self, int flags) noexcept nogil:
+        return self.ring.put_items(self.items, self.item_count, &self.done, self.position, flags)
+
+    cdef int prepare(self) noexcept nogil:
+        """May grow; without `block` one attempt that waits for the lock a millisecond at most."""
+        cdef Header *h = self.ring.header
+        cdef int result
+        if not self.block:
+            result = self.attempt(BRIEFLY | MAY_GROW)
+            return FULL if self.is_waiting_for_memory(result) else result
+        result = self.attempt(MAY_WAIT)
+        if result == FULL and h.max_capacity != h.min_capacity:
+            if self.record.turn == 0:
+                result = self.put_behind_moving()
+            if result == FULL:
+                result = self.attempt(MAY_WAIT | MAY_GROW)
+                if result == FULL and load_relaxed32(&self.ring.full_seen) == 0:
+                    store_relaxed32(&self.ring.full_seen, FULL_LIMIT)
+        if self.is_waiting_for_memory(result):
+            if load_relaxed32(&self.ring.full_seen) != FULL_SAID:
+                store_relaxed32(&self.ring.full_seen, FULL_MEMORY)
+            result = FULL
+        return result
+
+    cdef bint is_waiting_for_memory(self, int result) noexcept nogil:
+        """/dev/shm is full, but the message fits the area there is: wait for space as in a bounded queue."""
+        return (result == -ENOSPC and shmring_frame_span(self.items[self.done].length)
+                <= load_relaxed64(&self.ring.write_capacity))
+
+    cdef int look(self, bint woken) noexcept nogil:
+        return self.attempt(MAY_WAIT if woken else MAY_WAIT | IS_WAITING)
+
+    cdef int between(self, int result) except -1:
+        """The log says once a handle that what was to grow waits."""
+        cdef uint32_t seen = load_relaxed32(&self.ring.full_seen)
+        if result == FULL and (seen == FULL_MEMORY or seen == FULL_LIMIT):
+            store_relaxed32(&self.ring.full_seen, FULL_SAID)
+            _warnings.warn_full(None if seen == FULL_MEMORY else self.ring.header.max_capacity)
+        return 0
+
+    cdef void end(self, int result) noexcept:
+        if self.block and not ends_wait(result) and not self.ring.closed:
+            self.ring.step_back()
+
+    cdef int put_behind_moving(self) noexcept nogil:
+        """Before growing: try again for a millisecond, and another for each MiB,
+        but only while consumers make progress.  Fresh pages cost several times
+        what warm ones do, and a ring that stays small stays in the cache.
+
+        Consumers that moved lately may stand still for longer: they are
+        probably just not running.
+        """
+        cdef Header *h = self.ring.header
+        cdef int64_t now = monotonic_ns()
+        cdef int64_t until = now + GROWTH_PAUSE_NS + <int64_t>self.items[self.done].length
+        cdef int64_t moved = now
+        cdef int64_t standstill = STANDSTILL_NS
+        cdef uint64_t seen = load_acquire64(&h.read_position)
+        cdef uint64_t full_read = load_relaxed64(&self.ring.full_read)
+        cdef uint64_t read
+        cdef int result = FULL
+        if seen != full_read:
+            store_relaxed64(&self.ring.moved_ns, <uint64_t>now)
+        if now - <int64_t>load_relaxed64(&self.ring.moved_ns) < LATELY_NS:
+            standstill = PREEMPTED_NS
+            until += PREEMPTED_NS
+        elif seen == full_read:
+            return FULL  # not since the last growth, or never: nothing is read
+        while result == FULL and now < until and now - moved < standstill:
+            self.announced[0] = wait_announce(self.words[0])
+            wait_sleep(self.words, self.announced, 1, NULL, STANDSTILL_NS // 3)
+            now = monotonic_ns()
+            read = load_acquire64(&h.read_position)
+            if read != seen:
+                seen = read
+                moved = now
+                store_relaxed64(&self.ring.moved_ns, <uint64_t>now)
+                result = self.attempt(MAY_WAIT)
+        store_relaxed64(&self.ring.full_read, seen)
+        return result
+
+
+cdef int say_count(object error, Py_ssize_t count, Py_ssize_t done) except -1:
+    """How many of a batch went in before an exception of any kind."""
+    if count > 1:
+        try:
+            error.count = done
+        except Exception:
+            pass  # its class uses that name itself
+    return 0
+
+
+cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, uint64_t *position,
+                            bint block, object timeout) except -1:
+    cdef Py_ssize_t done = 0
+    cdef Py_ssize_t i
+    cdef int64_t until = 0
+    cdef uint64_t bytes = 0
+    cdef int result = BUSY
+    cdef PutWait wait
+    if block and timeout is not None:
+        until = deadline_of(timeout)  # may run Python, and that may close the handle
+    handle_enter(&ring.inside)
+    try:
+        if ring.closed:
+            ring.check_open()
+        for i in range(count):
+            bytes += items[i].length
+            if items[i].length > ring.largest:
+                raise _warnings.too_large(items[i].length, ring.header.max_capacity, ring.largest)
+        if bytes <= GIL_BYTES:
+            result = ring.put_items(items, count, &done, position, 0)
+            if result == DONE:
+                return done
+        try:
+            if not ends_wait(result):
+                wait = PutWait.__new__(PutWait)
+                wait.start(ring, CALL_RESERVE if items[0].owner != 0 else CALL_PUT, FOR_ROOM, &ring.header.space_wait)
+                wait.block = block
+                wait.lock = &ring.header.producer_lock
+                wait.items = items
+                wait.item_count = count
+                wait.position = position
+                wait.done = done
+                wait.missing = "no room came"
+                fetch_add64(&ring.inside, 1)
+                try:
+                    result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
+                finally:
+                    done = wait.done
+                    ring.leave()
+            if result == DONE:
+                return done
+            if ends_wait(result):
+                ring.raise_outcome(result)
+            ring.check_open()
+        except BaseException as error:
+            say_count(error, count, done)
+            raise
+        return done
+    finally:
+        if handle_leave(&ring.inside):
+            ring.last_out()
+
+
+# ---- take --------------------------------------------------------------------------------------
+
+@cython.binding(False)
+cdef class TakeWait(Waiting):
+    """Wait for a message."""
+
+    cdef int attempt(self, int flags) noexcept nogil:
+        cdef int result = self.ring.take(self.take, flags)
+        if result == BEHIND_LEASE or result == BEHIND_RESERVATION:
+            self.ring.clear_the_way(self.take, result, flags)
+            result = self.ring.take(self.take, flags)
+        return result
+
+    cdef int prepare(self) noexcept nogil:
+        if not self.block:
+            return self.attempt(BRIEFLY)
+        return self.spin() if self.record.turn == 0 else EMPTY
+
+    cdef int spin(self) noexcept nogil:
+        """Worth it only while the producers run on another CPU, and something is expected soon."""
+        cdef Header *h = self.ring.header
+        cdef uint32_t other = load_relaxed32(&h.producer_cpu)
+        cdef int64_t until
+        cdef int result = EMPTY
+        if (load_relaxed64(&self.ring.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU
+                and other != current_cpu() and spin_while_equal(&h.write_position, &h.read_position)):
+            result = self.ring.take(self.take, MAY_WAIT)
+            if result == BEHIND_RESERVATION:
+                until = monotonic_ns() + spin_for_writing(self.take.length)
+                while result == BEHIND_RESERVATION and monotonic_ns() < until:
+                    spin_between_looks()
+                    result = self.ring.take(self.take, MAY_WAIT)
+        return result
+
+    cdef int look(self, bint woken) noexcept nogil:
+        cdef int result
+        if woken:
+            store_relaxed64(&self.ring.slept_ns, <uint64_t>self.slept_ns)
+        result = self.attempt(MAY_WAIT)
+        if woken and result == EMPTY:
+            shrink_idle(self.ring, self)
+        return result
+
+    cdef int between(self, int result) except -1:
+        if self.block and result != BUSY:
+            check_name(self.ring)
+        return 0
+
+    cdef void end(self, int result) noexcept:
+        if not ends_wait(result) and self.ring.header != NULL:
+            self.ring.wake_next()  # this thread may have been the one that was woken
+
+
+cdef void shrink_idle(RingHandle ring, Waiting wait) noexcept nogil:
+    """After a sleep in which nothing came: give memory back."""
+    cdef Header *h = ring.header
+    if (wait.slept_ns >= (SYNC_SLICE_LEAST_NS if wait.asked_ns > SYNC_SLICE_NS else IDLE_NS)
+            and (load_relaxed64(&ring.read_capacity) != h.min_capacity
+                 or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
+        ring.shrink(h.min_capacity, MAY_WAIT)
+
+
+cdef int check_name(RingHandle ring) except -1:
+    """Once a slice of a wait for messages.  When two found no name, the log says so, once a
+    handle; at the second, because a new name is marked before it appears."""
+    if ring.name_gone == 2 or load_relaxed32(&ring.header.named) == 0:
+        return 0
+    if not _warnings.name_is_gone(ring.fd):
+        ring.name_gone = 0
+        return 0
+    ring.name_gone += 1
+    if ring.name_gone == 2:
+        _, token, name = ring.identity()
+        _warnings.warn_name_is_gone(name, token)
+    return 0
+
+
+cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) except -1:
+    cdef int64_t until = 0
+    cdef int result
+    cdef TakeWait wait
+    if block and timeout is not None:
+        until = deadline_of(timeout)  # may run Python, and that may close the handle
+    handle_enter(&ring.inside)
+    try:
+        if ring.closed:
+            ring.check_open()
+        take.target_count = 0
+        result = ring.take(take, 0)
+        if result == DONE or result == PARTIAL or (result == EMPTY and not block and timeout is None):
+            if load_relaxed64(&ring.oversized) != 0:
+                ring.give_back()
+            return result
+        if not ends_wait(result):
+            wait = TakeWait.__new__(TakeWait)
+            wait.start(ring, CALL_PEEK if take.leaser != 0 else CALL_GET, FOR_MESSAGE, &ring.header.data_wait)
+            wait.block = block
+            wait.lock = &ring.header.consumer_lock
+            wait.take = take
+            wait.missing = "nothing is left to take"
+            fetch_add64(&ring.inside, 1)
+            try:
+                result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
+            finally:
+                ring.leave()
+        if ends_wait(result) and result != DONE and result != PARTIAL:
+            ring.raise_outcome(result)
+        if not ends_wait(result):
+            ring.check_open()
+        return result
+    finally:
+        if handle_leave(&ring.inside):
+            ring.last_out()
+
+
+# ---- several rings -----------------------------------------------------------------------------
+#
+# A ring is *ready* when a get would return at once: the message in front can be
+# taken, or the ring is shut down, broken or closed and get says so.  A waiter here
+# takes nothing, so it may have been woken in the place of one that would: it passes
+# the wake-up on when it leaves.
 
 def _set_waitv_absent(bint absent):
     """For tests: sleep as on a kernel without futex_waitv; returns what was before."""
     return sync_set_waitv_absent(absent)
 
 
-# ---- is it ready -------------------------------------------------------------------------------
-
-cdef int glance(RingHandle ring, Take *found, int flags) noexcept nogil:
-    """CHANGED: the front can be taken.  Otherwise why it cannot, as from `take`.
-
-    A take that expects a message at a position where none can be finds out
-    everything about the front and leaves it there.
-    """
-    cdef Segment nowhere
-    nowhere.data = NULL
-    nowhere.length = 0
-    found.targets = &nowhere
-    found.target_count = 1
-    found.expected = UINT64_MAX
-    found.leaser = 0
-    found.room = NULL
-    found.room_bytes = 0
-    return ring.take(found, flags)
-
-
-cdef int look(RingHandle ring, int flags) noexcept nogil:
-    """A glance where it is not plain that there is nothing, clearing the way unless flags are 0."""
-    cdef Header *h = ring.header
-    cdef Take found
-    cdef int result
-    if (load_acquire64(&h.write_position) == load_acquire64(&h.read_position)
-            and load_acquire32(&h.shutdown) == 0 and load_acquire32(&h.poisoned) == 0):
-        return EMPTY
-    result = glance(ring, &found, flags)
-    if flags != 0 and (result == BEHIND_LEASE or result == BEHIND_RESERVATION):
-        ring.clear_the_way(&found, result, flags)
-        result = glance(ring, &found, flags)
-    return result
-
-
 cdef inline bint in_the_way(int result) noexcept nogil:
     return result == BUSY or result == BEHIND_LEASE or result == BEHIND_RESERVATION
 
 
-cdef bint is_ready(RingHandle ring) except -1:
-    """The first attempt with the GIL, as everywhere; what takes time without."""
+cdef int look(RingHandle ring, int flags) noexcept nogil:
+    """Probe, clearing the way unless flags are 0."""
+    cdef Take found
+    cdef int result = ring.probe(&found, flags)
+    if flags != 0 and (result == BEHIND_LEASE or result == BEHIND_RESERVATION):
+        ring.clear_the_way(&found, result, flags)
+        result = ring.probe(&found, flags)
+    return result
+
+
+cdef bint is_ready(RingHandle ring) noexcept:
+    """The first attempt with the GIL; what takes time without."""
     cdef int result
-    ring.check_open()
+    if ring.closed:
+        return True
     result = look(ring, 0)
     if in_the_way(result):
         with nogil:
@@ -96,17 +535,11 @@ cdef bint is_ready(RingHandle ring) except -1:
 
 
 cdef list ready_of(list rings):
-    cdef RingHandle ring
-    cdef list ready = []
-    for each in rings:
-        ring = each
-        if is_ready(ring):
-            ready.append(ring)
-    return ready
+    return [ring for ring in rings if is_ready(<RingHandle>ring)]
 
 
 cdef int enter(list rings) except -1:
-    """Count us in, so that close() unmaps only after we have left."""
+    """Count this call into each handle, so that close() unmaps only after it has left."""
     cdef RingHandle ring
     for each in rings:
         if not isinstance(each, RingHandle):
@@ -114,42 +547,76 @@ cdef int enter(list rings) except -1:
     for each in rings:
         ring = each
         fetch_add64(&ring.inside, 1)
-    fence_full()  # pairs with that of close(): either it sees us, or we see that it closed
+    fence_full()  # pairs with that of close(): one of the two sees the other
     return 0
 
 
-cdef int leave(list rings, bint slept) except -1:
-    cdef RingHandle ring
-    for each in rings:
-        ring = each
-        if slept and ring.header != NULL:  # closed perhaps, but mapped as long as we count
-            ring.pass_baton()
-        ring.leave()
+cdef int leave(list rings) except -1:
+    for ring in rings:
+        (<RingHandle>ring).leave()
     return 0
 
 
-cdef int shrink_idle(list rings) except -1:
-    """After a slice in which nothing came: memory goes back, as in a sleeping get."""
-    cdef RingHandle ring
-    cdef Header *h
-    for each in rings:
-        ring = each
-        h = ring.header
-        if ((load_relaxed64(&ring.read_capacity) != h.min_capacity
-             or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))
-                and load_acquire64(&h.write_position) == load_acquire64(&h.read_position)):
-            with nogil:
-                ring.settle(h.min_capacity, MAY_WAIT)
+cdef int check_all_open(list rings) except -1:
+    for ring in rings:
+        (<RingHandle>ring).check_open()
     return 0
 
 
-cdef int look_for_names(list rings) except -1:
-    """Once a slice, as in a sleeping get: who waits in vain hears why."""
-    cdef RingHandle ring
-    for each in rings:
-        ring = each
-        ring.look_for_name()
-    return 0
+@cython.binding(False)
+cdef class AnyWait(Waiting):
+    """Wait until one of several rings is ready; the first `count` of them are slept on."""
+
+    cdef int look(self, bint woken) noexcept nogil:
+        with gil:
+            return self.look_at_all(woken)
+
+    cdef int look_at_all(self, bint woken) noexcept:
+        self.ready = ready_of(self.rings)
+        if woken and not self.ready:
+            for ring in self.rings:
+                shrink_idle(<RingHandle>ring, self)
+        return DONE if self.ready else EMPTY
+
+    cdef int between(self, int result) except -1:
+        cdef int64_t now = monotonic_ns()
+        if now - self.names_checked_ns >= SYNC_SLICE_LEAST_NS:  # slices may be shorter
+            self.names_checked_ns = now
+            for ring in self.rings:
+                check_name(<RingHandle>ring)
+        return 0
+
+    cdef void show(self, uint32_t reason) noexcept nogil:
+        with gil:
+            self.show_all(reason)
+
+    cdef void show_all(self, uint32_t reason) noexcept:
+        cdef RingHandle ring
+        cdef int i
+        for i in range(self.count):
+            ring = self.rings[i]
+            self.records[i].call = self.record.call
+            self.records[i].turn = self.record.turn
+            witness_enter(ring.header, &self.records[i], ring.myself(), reason)
+
+    cdef void hide(self) noexcept nogil:
+        with gil:
+            self.hide_all()
+
+    cdef void hide_all(self) noexcept:
+        cdef RingHandle ring
+        cdef int i
+        for i in range(self.count):
+            ring = self.rings[i]
+            if ring.header != NULL:
+                witness_leave(ring.header, &self.records[i], ring.myself())
+
+    cdef void end(self, int result) noexcept:
+        cdef RingHandle ring
+        for each in self.rings:
+            ring = each
+            if ring.header != NULL:  # closed perhaps, but mapped as long as this call counts
+                ring.wake_next()
 
 
 def wait_rings(list rings, timeout=None, Bell bell=None):
@@ -168,60 +635,38 @@ def wait_rings(list rings, timeout=None, Bell bell=None):
     """
     cdef uint32_t *words[WORDS]
     cdef uint32_t announced[WORDS]
-    cdef uint32_t *bell_word = NULL if bell is None else &bell.word
+    cdef Wait records[WORDS]
     cdef int64_t until = deadline_of(timeout)
-    cdef int64_t slept, slice_ns
-    cdef int64_t looked = monotonic_ns()
-    cdef bint ever_slept = False
-    cdef bint heard = False
     cdef RingHandle ring
-    cdef Py_ssize_t all = len(rings)
-    cdef int count = <int>(all if all < SYNC_WORDS_MOST else SYNC_WORDS_MOST)
-    cdef Wait waits[WORDS]
-    cdef int i
+    cdef AnyWait wait
     cdef list ready
-    for i in range(count):
-        waits[i].call = CALL_WAIT
-        waits[i].turn = waits[i].slot = 0
+    cdef int i
     enter(rings)
     try:
         ready = ready_of(rings)
-        while not ready and not heard and monotonic_ns() < until:
-            for i in range(count):
-                ring = rings[i]
-                words[i] = &ring.header.data_wait
-                announced[i] = wait_announce(words[i])
-            ready = ready_of(rings)
-            if ready:
-                break
-            slept = monotonic_ns()
-            slice_ns = until - slept
-            if all > count and slice_ns > CROWD_NS:
-                slice_ns = CROWD_NS
-            ever_slept = True
-            for i in range(count):
-                ring = rings[i]
-                witness_enter(ring.header, &waits[i], ring.myself(), FOR_MESSAGE)
-                waits[i].turn += 1
-            with nogil:
-                wait_sleep_many(words, announced, count, bell_word, slice_ns)
-            if bell_word != NULL:
-                heard = bell_heard(bell_word)
-            PyErr_CheckSignals()
-            ready = ready_of(rings)
-            if not ready and monotonic_ns() - slept >= SYNC_SLICE_LEAST_NS:
-                shrink_idle(rings)
-            if not ready and monotonic_ns() - looked >= SYNC_SLICE_LEAST_NS:  # slices may be shorter
-                looked = monotonic_ns()
-                look_for_names(rings)
-        return ready
+        check_all_open(rings)
+        if ready or monotonic_ns() >= until:
+            return ready
+        wait = AnyWait.__new__(AnyWait)
+        wait.start(None, CALL_WAIT, FOR_MESSAGE, NULL)
+        wait.rings = rings
+        wait.count = min(<int>len(rings), SYNC_WORDS_MOST)
+        wait.words = words
+        wait.announced = announced
+        wait.records = records
+        wait.names_checked_ns = monotonic_ns()
+        wait.bell = NULL if bell is None else &bell.word
+        if wait.count < len(rings):
+            wait.pause_ns = CROWD_NS
+        for i in range(wait.count):
+            ring = rings[i]
+            words[i] = &ring.header.data_wait
+            records[i].slot = 0
+        wait.run(until, None)
+        check_all_open(rings)
+        return wait.ready
     finally:
-        if ever_slept:
-            for i in range(count):
-                ring = rings[i]
-                if ring.header != NULL:
-                    witness_leave(ring.header, &waits[i], ring.myself())
-        leave(rings, ever_slept)
+        leave(rings)
 
 
 # ---- asyncio -----------------------------------------------------------------------------------
@@ -240,288 +685,37 @@ cdef class Bell:
             if monotonic_ns() >= until:
                 return False
             with nogil:
-                wait_sleep_many(NULL, NULL, 0, &self.word, until - monotonic_ns())
+                wait_sleep(NULL, NULL, 0, &self.word, until - monotonic_ns())
             PyErr_CheckSignals()
         return True
 
 
-def watch(RingHandle ring, Bell bell, bint data, outgoing):
-    """What the helper thread of aget and aput does: sleep on one ring.
-
-    Args:
-        data: wait until the front can be taken.
-        outgoing: None, or the `Outgoing` to wait with until another attempt is due.
-
-    Returns:
-        (ready to get, due to put); both False when the bell was rung.
-
-    Raises:
-        RingClosed: the handle was closed.
-    """
-    cdef uint32_t *words[2]
-    cdef uint32_t announced[2]
-    cdef Header *h
-    cdef int count
-    cdef int64_t slept
-    cdef uint64_t seen = 0
-    cdef bint room = outgoing is not None
-    cdef bint busy = False
-    cdef int locked
-    cdef bint may_get = False
-    cdef bint may_put = False
-    cdef list rings = [ring]
-    cdef Wait wait
-    wait.call = CALL_AIO
-    wait.turn = wait.slot = 0
-    if room:
-        seen = (<Outgoing>outgoing).seen
-        busy = (<Outgoing>outgoing).busy
-    enter(rings)
-    try:
-        while True:
-            ring.check_open()
-            h = ring.header
-            count = 0
-            if data:
-                words[count] = &h.data_wait
-                announced[count] = wait_announce(words[count])
-                count += 1
-            if room:
-                words[count] = &h.space_wait
-                announced[count] = wait_announce(words[count])
-                count += 1
-                # whoever is not woken looks by himself each slice
-                may_put = (may_put or load_acquire64(&h.read_position) != seen
-                           or load_acquire32(&h.shutdown) != 0 or load_acquire32(&h.poisoned) != 0)
-            if busy:  # no room is missing: the lock is waited for here and not on the loop
-                with nogil:
-                    locked = ring.lock_producers(MAY_WAIT)
-                    if locked == DONE:
-                        ring.unlock_producers()
-                may_put = may_put or locked != BUSY
-            may_get = data and is_ready(ring)
-            if may_get or may_put or bell_heard(&bell.word):
-                return may_get, may_put
-            slept = monotonic_ns()
-            witness_enter(h, &wait, ring.myself(), FOR_MESSAGE if data else FOR_ROOM)
-            wait.turn += 1
-            with nogil:
-                wait_sleep_many(words, announced, count, &bell.word, SYNC_SLICE_NS)
-            if monotonic_ns() - slept >= SYNC_SLICE_LEAST_NS and not ring.closed:
-                may_put = room
-                shrink_idle(rings)
-                if data:
-                    look_for_names(rings)
-    finally:
-        if ring.header != NULL:
-            witness_leave(ring.header, &wait, ring.myself())
-        leave(rings, not may_get)
+cdef int look_now(RingHandle ring, int flags) noexcept:
+    """Probe a handle that may be closed, which counts as something to take."""
+    cdef int result = DONE
+    handle_enter(&ring.inside)
+    if not ring.closed:
+        result = look(ring, flags)
+    if handle_leave(&ring.inside):
+        ring.last_out()
+    return result
 
 
 def ready_now(RingHandle ring):
     """Whether a get would return or raise at once; does not wait for a lock."""
-    cdef int result = DONE
-    handle_enter(&ring.inside)
-    if not ring.closed:
-        result = look(ring, 0)
-    if handle_leave(&ring.inside):
-        ring.last_out()
+    cdef int result = look_now(ring, 0)
     return result != EMPTY and not in_the_way(result)
 
 
 def exhausted(RingHandle ring):
     """Whether nothing is left to take, not even behind a lock, a peek or a reservation."""
-    cdef int result = BUSY
-    handle_enter(&ring.inside)
-    if not ring.closed:
-        result = look(ring, BRIEFLY)
-    if handle_leave(&ring.inside):
-        ring.last_out()
-    return result == EMPTY
+    return look_now(ring, BRIEFLY) == EMPTY
 
 
 def pass_on(RingHandle ring):
-    """Pass the baton: a wake was taken and a message was not."""
+    """Pass a wake-up on: this process was woken and took no message."""
     handle_enter(&ring.inside)
     if not ring.closed:
-        ring.pass_baton()
+        ring.wake_next()
     if handle_leave(&ring.inside):
         ring.last_out()
-
-
-cdef class Outgoing:
-    """An object that was encoded once and is put as often as it takes."""
-
-    def __init__(self, ObjectRing ring, obj):
-        self.ring = ring
-        self.encoded = ring.frame_of(obj, &self.item.kind)
-        if PyBytes_CheckExact(self.encoded):
-            item_of_bytes(&self.item, &self.segment, self.encoded)
-        else:
-            self.item = (<Parcel>self.encoded).item
-
-    def put(self):
-        """One attempt, on the loop: whether it went in.  Raises as Queue.put does."""
-        cdef Py_ssize_t done = 0
-        cdef bint before = set_brief(True)
-        cdef int result
-        cdef Item *item = &self.item
-        cdef RingHandle ring = self.ring
-        handle_enter(&ring.inside)
-        try:
-            ring.check_open()
-            self.seen = load_acquire64(&ring.header.read_position)
-            if ring.put_or_wait(item, 1, NULL, False, None) != 0:
-                return True
-            ring.check_open()
-            # once more, so that smaller messages of others do not take the room for ever
-            result = ring.put_items(item, 1, &done, NULL, IS_WAITING)
-            self.busy = result == BUSY
-            return result == DONE
-        finally:
-            set_brief(before)
-            if handle_leave(&ring.inside):
-                ring.last_out()
-
-
-# ---- what stands in a header, as numbers ------------------------------------------------------------
-
-CALLS = {
-    CALL_GET: "get", CALL_PEEK: "peek", CALL_PUT: "put", CALL_RESERVE: "reserve", CALL_JOIN: "join",
-    CALL_WAIT: "wait", CALL_AIO: "aget or aput",
-}
-REASONS = {
-    FOR_MESSAGE: "a message", FOR_ROOM: "room", FOR_LOCK: "a lock", FOR_LEASE: "the end of a peek",
-    FOR_RESERVATION: "the end of a reserve", FOR_TASKS: "task_done",
-}
-HELD = {
-    HELD_PRODUCER_LOCK: "the producers' lock", HELD_CONSUMER_LOCK: "the consumers' lock",
-    HELD_RESERVATION: "a reserve", HELD_LEASE: "a peek",
-}
-
-
-def user_kind(RingHandle ring):
-    """Which class laid it out: 1 is Ring, 2 one of the queues."""
-    ring.enter()
-    try:
-        return ring.header.user_kind
-    finally:
-        ring.leave()
-
-
-def counters(RingHandle ring):
-    """The fields of RingStatistics that are numbers and flags."""
-    cdef Header *h
-    ring.enter()
-    try:
-        h = ring.header
-        return {
-            "capacity": shmring_area_of(h, load_acquire64(&h.write_generation)).capacity,
-            "max_capacity": h.max_capacity,
-            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
-                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
-            "messages": ring._qsize(),
-            "messages_put": count_read(&h.put_count, &h.write_position),
-            "messages_taken": count_read(&h.get_count, &h.read_position),
-            "bytes_put": load_acquire64(&h.write_position),
-            "growths": load_acquire64(&h.write_generation),
-            "recoveries": load_relaxed32(&h.recoveries),
-            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
-            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
-            "shut_down": load_relaxed32(&h.shutdown) != 0,
-            "poisoned": load_relaxed32(&h.poisoned) != 0,
-        }
-    finally:
-        ring.leave()
-
-
-def waiters(RingHandle ring):
-    """[(pid, start ticks, thread, call, reason, since in ns)] of the living.
-
-    The records of the dead are given free.
-    """
-    cdef Waiter *waiter
-    cdef uint64_t owner, since
-    cdef uint32_t thread, call, reason
-    cdef uint64_t i
-    cdef list found = []
-    ring.enter()
-    try:
-        for i in range(SHMRING_WAITER_COUNT):
-            waiter = &ring.header.waiters[i]
-            owner = load_acquire64(&waiter.owner)
-            since = load_acquire64(&waiter.since_ns)
-            thread = load_relaxed32(&waiter.thread)
-            call = load_relaxed32(&waiter.call)
-            reason = load_relaxed32(&waiter.reason)
-            if owner == 0 or since == 0 or since != load_acquire64(&waiter.since_ns):
-                continue
-            if owner_is_dead(owner):
-                compare_exchange64(&waiter.owner, owner, 0)
-            else:
-                found.append((owner_pid(owner), owner_start_ticks(owner), thread, call, reason, since))
-    finally:
-        ring.leave()
-    return found
-
-
-def holders(RingHandle ring):
-    """[(pid, start ticks or 0, thread or 0, held, died)] at this moment."""
-    cdef list found = []
-    ring.enter()
-    try:
-        # first, because a glance at the front recovers the consumers' lock
-        add_lock(found, HELD_PRODUCER_LOCK, &ring.header.producer_lock)
-        add_lock(found, HELD_CONSUMER_LOCK, &ring.header.consumer_lock)
-        add_owner(found, HELD_LEASE, load_acquire64(&ring.header.lease_owner))
-        add_owner(found, HELD_RESERVATION, front_reserver(ring))
-    finally:
-        ring.leave()
-    return found
-
-
-cdef int add_lock(list found, int held, const uint32_t *word) except -1:
-    cdef uint32_t pid = witness_holder(word)
-    cdef uint32_t seen = load_acquire32(word)
-    if lock_is_orphan(seen):
-        found.append((pid, 0, 0, held, True))
-    elif lock_owner(seen) != 0:
-        # until he has shown his pid, take him for the first thread of his process
-        found.append((pid if pid != 0 else lock_owner(seen), 0, lock_owner(seen), held, False))
-    return 0
-
-
-cdef int add_owner(list found, int held, uint64_t owner) except -1:
-    if owner != 0:
-        found.append((owner_pid(owner), owner_start_ticks(owner), 0, held, owner_is_dead(owner)))
-    return 0
-
-
-cdef uint64_t front_reserver(RingHandle ring) except? 0:
-    """Whose reservation stands in front; 0 if nobody's, or the lock is not to be had."""
-    cdef Take front
-    cdef int result
-    if load_acquire64(&ring.header.write_position) == load_acquire64(&ring.header.read_position):
-        return 0
-    with nogil:
-        result = glance(ring, &front, BRIEFLY)
-    return front.owner if result == BEHIND_RESERVATION else 0
-
-
-def deaths(RingHandle ring):
-    """[(pid or 0, held, when in ns)]: who died last, for each thing that can be held."""
-    cdef Death *death
-    cdef uint64_t pid, when
-    cdef int held
-    cdef list found = []
-    ring.enter()
-    try:
-        for held in range(<int>SHMRING_DEATH_COUNT):
-            death = &ring.header.deaths[held]
-            when = load_acquire64(&death.when_ns)
-            pid = load_acquire64(&death.pid)
-            if when != 0 and when == load_acquire64(&death.when_ns):
-                found.append((pid, held, when))
-    finally:
-        ring.leave()
-    return found

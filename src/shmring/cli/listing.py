@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from shmring._core.handle import RingHandle
+from shmring._core.handle import RingHandle, counters, user_kind
 from shmring._core.ring import LAYOUT
-from shmring._core.wait import counters, user_kind
 from shmring.diagnostics import snapshot
 from shmring.errors import AccessRefused, ShmringError
 from shmring.ipc.registry import REGISTRY_BYTES, REGISTRY_MAGIC, Registry, RegistryEntry

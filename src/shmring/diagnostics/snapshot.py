@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from shmring._core import wait
+from shmring._core import handle
 from shmring._core.handle import RingHandle
 from shmring.process.liveness import is_process_dead, is_process_stopped
 
@@ -34,13 +34,13 @@ def waiters(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid,
             "tid": tid,
             "state": _state(pid, False),
-            "call": wait.CALLS.get(call, "unknown"),
-            "waits_for": wait.REASONS.get(reason, "unknown"),
+            "call": handle.CALLS.get(call, "unknown"),
+            "waits_for": handle.REASONS.get(reason, "unknown"),
             "since_ns": since_ns,
             "seconds": _seconds(since_ns, now),
         }
         for pid, _, tid, call, reason, since_ns in sorted(
-            wait.waiters(ring), key=lambda each: each[-1]
+            handle.waiters(ring), key=lambda each: each[-1]
         )
     ]
 
@@ -60,9 +60,9 @@ def holders(ring: RingHandle) -> list[dict[str, Any]]:
             "pid": pid or None,
             "tid": tid or None,
             "state": _state(pid, died or is_process_dead(pid, start_ticks)),
-            "holds": wait.HELD[held],
+            "holds": handle.HELD[held],
         }
-        for pid, start_ticks, tid, held, died in wait.holders(ring)
+        for pid, start_ticks, tid, held, died in handle.holders(ring)
     ]
 
 
@@ -80,11 +80,11 @@ def deaths(ring: RingHandle) -> list[dict[str, Any]]:
     return [
         {
             "pid": pid or None,
-            "held": wait.HELD[held],
+            "held": handle.HELD[held],
             "when_ns": when_ns,
             "seconds": _seconds(when_ns, now),
         }
-        for pid, held, when_ns in sorted(wait.deaths(ring), key=lambda each: each[-1])
+        for pid, held, when_ns in sorted(handle.deaths(ring), key=lambda each: each[-1])
     ]
 
 

@@ -26,9 +26,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from shmring._core.handle import set_brief
-from shmring._core.object_ring import ObjectRing
-from shmring._core.wait import Bell, Outgoing, exhausted, pass_on, ready_now, watch
+from shmring._core.object_ring import ObjectRing, Outgoing, watch
+from shmring._core.wait import Bell, exhausted, pass_on, ready_now, set_brief
 from shmring.arguments import checked_timeout
 from shmring.errors import Empty, Full, ShutDown
 from shmring.process.threads import are_greenlets

@@ -232,7 +232,7 @@ class SharedHandle(RingHandle):
     def statistics(self) -> RingStatistics:
         """A snapshot of the header: counts, waiters, holders, deaths."""
         # Not at the top: dataclasses cost 10 ms.
-        from shmring._core.wait import counters
+        from shmring._core.handle import counters
         from shmring.diagnostics import snapshot
         from shmring.queues.statistics import RingStatistics
 
