@@ -1,4 +1,4 @@
-"""Checks of a caller's arguments; for compiled calls see cython/shmring/_core/deadline.pyx."""
+"""Checks of arguments that many calls share; the compiled calls check theirs in wait.pyx."""
 
 from __future__ import annotations
 

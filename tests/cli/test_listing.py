@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("shmring._core.handle")
 
-from header import word
+from header import LAYOUT, word
 from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager
 from shmring.cli.listing import listing
 from shmring.ipc.registry import ProcessRole
@@ -146,7 +146,7 @@ def test_what_cannot_be_looked_into_says_why() -> None:
         word(ring, 8, 77, size=4)
         assert "version 77 of the layout" in found(NAME)["error"]
         assert "version 77 of the layout" in ls()
-        word(ring, 8, segment.LAYOUT_VERSION, size=4)
+        word(ring, 8, LAYOUT["VERSION"], size=4)
 
 
 def test_other_blocks() -> None:

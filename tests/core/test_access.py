@@ -1,4 +1,4 @@
-"""Who may open what, and what stands in the way of a name."""
+"""Access to named blocks, and what prevents a name."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("shmring._core.ring")
 
 import shmring
 from shmring import (

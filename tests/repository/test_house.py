@@ -178,13 +178,6 @@ def test_the_compiled_layout_is_that_of_the_header() -> None:
     assert {"MAGIC", "VERSION", *placed} <= compiled.keys(), "what makes a layout is shown"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="stands on the extension, Linux only")
-def test_python_has_the_layout_of_the_header() -> None:
-    segment, layout = load("shm.segment"), layout_in_c()
-    assert layout["MAGIC"] == segment.MAGIC
-    assert layout["VERSION"] == segment.LAYOUT_VERSION
-
-
 def test_no_test_takes_a_name_that_another_worker_would_take() -> None:
     """Two tests of one file run at once in two workers: what is named comes from own_name."""
     fixed = [

@@ -273,7 +273,7 @@ cdef class PutWait(Waiting):
         cdef uint32_t seen = load_relaxed32(&self.ring.full_seen)
         if result == FULL and (seen == FULL_MEMORY or seen == FULL_LIMIT):
             store_relaxed32(&self.ring.full_seen, FULL_SAID)
-            _warnings.say_full(None if seen == FULL_MEMORY else self.ring.header.max_capacity)
+            _warnings.warn_full(None if seen == FULL_MEMORY else self.ring.header.max_capacity)
         return 0
 
     cdef void end(self, int result) noexcept:
@@ -454,7 +454,7 @@ cdef int check_name(RingHandle ring) except -1:
     ring.name_gone += 1
     if ring.name_gone == 2:
         _, token, name = ring.identity()
-        _warnings.say_name_is_gone(name, token)
+        _warnings.warn_name_is_gone(name, token)
     return 0
 
 

@@ -204,22 +204,22 @@ class HighPerformanceIPC:
             Full: no space until the deadline.
             EncodeError: the data cannot be pickled; nothing was sent.
         """
-        self.send_by(
-            lambda message: self._queue(queue_name).put(message, True, timeout), msg_type, data
-        )
+
+        def put(message: Message) -> None:
+            queue = self._known("queue_name", queue_name, self.message_queues)
+            queue.put(message, True, timeout)
+
+        self.send_by(put, msg_type, data)
 
     def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
         """Send one message by another method of a queue than ``put``; return its result."""
         with self._counted_errors():
             if not isinstance(msg_type, MessageType):
                 raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
-            slot = self._beat()
+            slot = self._beat().slot
             message = Message(msg_type, self.process_id, time.time(), data)
             result = put(message)
-        with self._guard:
-            self.stats["messages_sent"] += 1
-            self.stats["bytes_transferred"] += message.nbytes
-        slot.count(nbytes=message.nbytes, messages=1)
+        self._count(slot, message.nbytes, "messages_sent")
         return result
 
     def _send_control(self, queue_name: str, msg_type: MessageType) -> None:
@@ -254,9 +254,9 @@ class HighPerformanceIPC:
             RingClosed: the queue was closed or removed.
         """
         with self._counted_errors():
-            queue = self._queue(queue_name)
+            queue = self._known("queue_name", queue_name, self.message_queues)
             timeout = checked_timeout(timeout)
-            slot = self._beat()
+            slot = self._beat().slot
             message: Message | None
             try:
                 message = queue.get(False)
@@ -264,18 +264,13 @@ class HighPerformanceIPC:
                 message = self._wait_for_message(queue, queue_name, timeout, peers)
             if message is None:
                 return None
-            with self._guard:
-                self.stats["messages_received"] += 1
-                self.stats["bytes_transferred"] += message.nbytes
-                if (
-                    message.msg_type is MessageType.HEARTBEAT
-                    and message.sender_id != self.process_id
-                ):
-                    now = time.monotonic()
-                    # The message may be older than the death of its sender.
-                    sent = now - max(0.0, time.time() - message.timestamp)
-                    self._sightings.saw(message.sender_id, now, sent)
-            slot.count(nbytes=message.nbytes, messages=1)
+            self._count(slot, message.nbytes, "messages_received")
+            if message.msg_type is MessageType.HEARTBEAT and message.sender_id != self.process_id:
+                now = time.monotonic()
+                # The message may be older than the death of its sender.
+                sent = now - max(0.0, time.time() - message.timestamp)
+                with self._guard:
+                    self._seen.saw(message.sender_id, now, sent)
             return message
 
     def send_heartbeat(self, queue_name: str) -> None:
@@ -351,10 +346,10 @@ class HighPerformanceIPC:
             InvalidArgument: an unknown block, a negative offset, or past the end.
         """
         with self._counted_errors():
-            memory = self._memory(memory_name)
-            slot = self._beat()
+            memory = self._known("memory_name", memory_name, self.shared_memories)
+            slot = self._beat().slot
             memory.write_data(data, offset)
-            self._transferred(slot, memoryview(data).nbytes)
+            self._count(slot, memoryview(data).nbytes)
 
     def read_shared_data(self, memory_name: str, length: int, offset: int = 0) -> bytes:
         """Copy bytes out of a block, under its lock.
@@ -371,10 +366,10 @@ class HighPerformanceIPC:
             InvalidArgument: an unknown block, a negative number, or past the end.
         """
         with self._counted_errors():
-            memory = self._memory(memory_name)
-            slot = self._beat()
+            memory = self._known("memory_name", memory_name, self.shared_memories)
+            slot = self._beat().slot
             data: bytes = memory.read_data(length, offset)
-            self._transferred(slot, len(data))
+            self._count(slot, len(data))
             return data
 
     # -- processes ------------------------------------------------------------------------
@@ -396,7 +391,7 @@ class HighPerformanceIPC:
         self._look_at_registry()
         now = time.monotonic()
         with self._guard:
-            return self._sightings.alive(now - timeout)
+            return self._seen.alive(now - timeout)
 
     def get_stats(self) -> IPCStatistics:
         """Count what this process has done so far.
@@ -420,15 +415,11 @@ class HighPerformanceIPC:
 
     def registry_entries(self) -> list[RegistryEntry]:
         """The entries of all processes of the namespace, dead ones included."""
-        self._beat()
-        assert self._registration is not None
-        return self._registration.registry.entries()
+        return self._beat().registry.entries()
 
     def registry_entry(self, index: int) -> RegistryEntry | None:
         """The entry of one slot of the registry; None if the slot is free."""
-        self._beat()
-        assert self._registration is not None
-        return self._registration.registry.entry(index)
+        return self._beat().registry.entry(index)
 
     @property
     def is_registered(self) -> bool:
@@ -437,7 +428,7 @@ class HighPerformanceIPC:
 
     def register(self, role: ProcessRole) -> RegistrySlot:
         """Take part in the namespace in a role; return the slot in the registry."""
-        slot = self._beat()
+        slot = self._beat().slot
         slot.set_role(role)
         return slot
 
@@ -541,8 +532,8 @@ class HighPerformanceIPC:
         self.stats = dict.fromkeys(
             ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
         )
-        self._sightings = SeenProcesses()
-        self.alive_processes = self._sightings.last_seen
+        self._seen = SeenProcesses()
+        self.alive_processes = self._seen.last_seen
         self.last_heartbeat = 0.0
         self._forget_exit()
 
@@ -551,13 +542,13 @@ class HighPerformanceIPC:
         if leaving is not None:
             leaving.cancel()
 
-    def _beat(self) -> RegistrySlot:
+    def _beat(self) -> _Registration:
         """Store a heartbeat; before the first one, take a slot in the registry."""
         registration = self._registration
         if registration is None or self._pid != os.getpid():
             registration = self._join()
         registration.slot.beat()
-        return registration.slot
+        return registration
 
     def _join(self) -> _Registration:
         with self._joining:  # threads of one process share a slot
@@ -588,7 +579,7 @@ class HighPerformanceIPC:
         if timeout == 0:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
-        slot = self._beat()
+        slot = self._beat().slot
         slot.waiting(queue_name)
         try:
             while True:
@@ -606,20 +597,23 @@ class HighPerformanceIPC:
     def _look_at_registry(self) -> None:
         """Note the other processes, and which of them are proven dead."""
         started = time.monotonic()
-        own = self._beat()
+        registry, own = self._beat()
         others = [
             each
-            for each in self.registry_entries()
+            for each in registry.entries()
             if each.process_id != self.process_id and each.index != own.index
         ]
         dead = {(each.index, each.incarnation) for each in others if each.is_dead()}
         with self._guard:
-            self._sightings.look(others, dead, started)
+            self._seen.look(others, dead, started)
 
-    def _transferred(self, slot: RegistrySlot, nbytes: int) -> None:
+    def _count(self, slot: RegistrySlot, nbytes: int, messages: str | None = None) -> None:
+        """Count bytes, and a message in the statistic of that name."""
         with self._guard:
             self.stats["bytes_transferred"] += nbytes
-        slot.count(nbytes=nbytes)
+            if messages is not None:
+                self.stats[messages] += 1
+        slot.count(nbytes=nbytes, messages=messages is not None)
 
     @contextlib.contextmanager
     def _counted_errors(self) -> Iterator[None]:
@@ -632,24 +626,14 @@ class HighPerformanceIPC:
                 self.stats["errors"] += 1
             raise
 
-    def _queue(self, queue_name: str) -> Any:
+    def _known(self, argument: str, name: str, known: dict[str, Any]) -> Any:
+        """The queue or block of that name; `argument` is for the error."""
         try:
-            return self.message_queues[queue_name]
+            return known[name]
         except KeyError:
             end_thread_at_exit()
             raise InvalidArgument(
-                f"queue_name={queue_name!r}: create or connect it first; "
-                f"known here: {sorted(self.message_queues)}"
-            ) from None
-
-    def _memory(self, memory_name: str) -> Any:
-        try:
-            return self.shared_memories[memory_name]
-        except KeyError:
-            end_thread_at_exit()
-            raise InvalidArgument(
-                f"memory_name={memory_name!r}: create or connect it first; "
-                f"known here: {sorted(self.shared_memories)}"
+                f"{argument}={name!r}: create or connect it first; known here: {sorted(known)}"
             ) from None
 
     def _full_name(self, kind: str, name: str) -> str:

@@ -77,10 +77,10 @@ class SharedHandle(RingHandle):
         if buffer is not None:
             fd = segment.open_block(buffer)
         else:
-            fd = segment.create_anonymous(segment.HEADER_BYTES + capacity)
+            fd = segment.create_anonymous(LAYOUT["HEADER_BYTES"] + capacity)
         try:
             segment.allocate(fd, 0, LAYOUT["CLAIMS_OFFSET"])
-            segment.allocate(fd, segment.HEADER_BYTES, capacity)
+            segment.allocate(fd, LAYOUT["HEADER_BYTES"], capacity)
         except BaseException:
             os.close(fd)
             raise

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeVar
 
 from shmring._core.handle import RingHandle
+from shmring._core.ring import LAYOUT
 from shmring.arguments import checked_maxsize
 from shmring.errors import RingClosed
 from shmring.queues.aio import AwaitableRing
@@ -131,7 +132,8 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 
     def _claim_open(self, key: int = 0) -> int:
         # This page gets memory only when the first worker needs it.
-        segment.allocate(RingHandle._fileno(self), 4096, 4096)
+        at = LAYOUT["CLAIMS_OFFSET"]
+        segment.allocate(RingHandle._fileno(self), at, LAYOUT["HEADER_BYTES"] - at)
         return super()._claim_open(key)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Self
 
 from shmring._core.bytes_ring import BytesRing
+from shmring._core.ring import LAYOUT
 from shmring.errors import InvalidArgument
 from shmring.queues.handle import SharedHandle, rounded_capacity
 from shmring.queues.statistics import RingStatistics
-from shmring.shm import segment
 
 __all__ = ["Ring", "RingStatistics"]
 
@@ -106,9 +106,8 @@ def _capacity_in(block: Any) -> int:
     size = getattr(block, "size", None)
     if not isinstance(size, int):
         raise TypeError(f"buffer must be a SharedMemory block, not {type(block).__name__}")
-    room = size - segment.HEADER_BYTES
-    if room < 4096:
-        raise InvalidArgument(
-            f"the block has {size} bytes; a ring needs at least {segment.HEADER_BYTES + 4096}"
-        )
+    room = size - LAYOUT["HEADER_BYTES"]
+    if room < LAYOUT["MIN_CAPACITY"]:
+        least = LAYOUT["HEADER_BYTES"] + LAYOUT["MIN_CAPACITY"]
+        raise InvalidArgument(f"the block has {size} bytes; a ring needs at least {least}")
     return 1 << (room.bit_length() - 1)

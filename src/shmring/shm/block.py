@@ -48,7 +48,10 @@ class NamedBlock:
         self._creator_pid = 0
 
     def create(self) -> bool:
-        """Make the block, filled with zeros; False if the name is in use.
+        """Make the block, filled with zeros.
+
+        Returns:
+            False if the name is in use.
 
         Raises:
             RingExists: this object has it open already.
@@ -64,7 +67,10 @@ class NamedBlock:
         return True
 
     def connect(self) -> bool:
-        """Open a block that another process created; False if there is none.
+        """Open a block that another process created.
+
+        Returns:
+            False if there is none.
 
         Raises:
             RingExists: this object has it open already.
@@ -91,9 +97,10 @@ class NamedBlock:
         Args:
             dtype: of the elements.
             shape: an int or a tuple of ints.
-            offset: bytes from the beginning.
+            offset: in bytes.
 
-        The view keeps the memory mapped, also after :meth:`cleanup`.
+        Returns:
+            The view, which keeps the memory mapped, also after :meth:`cleanup`.
 
         Raises:
             InvalidArgument: the array would reach past `size`.

@@ -22,19 +22,18 @@ _HEADER = struct.pack("<QQ", segment.MEMORY_MAGIC, 1)  # as MemoryHeader in lock
 class SharedMemoryManager(NamedBlock):
     """A named block of shared memory with a lock inside.
 
-    Not :class:`multiprocessing.managers.SharedMemoryManager`, which hands out
-    blocks and removes them; this is one block.  (For that reason the name is
-    left out of ``from shmring import *``.)  No resource tracker is involved: a
-    process that merely attached never removes the block.
+    Not :class:`multiprocessing.managers.SharedMemoryManager`, which manages many
+    blocks; so ``from shmring import *`` leaves the name out.  No resource tracker
+    is involved: a process that merely attached never removes the block.
+
+    One process calls :meth:`create`, the others :meth:`connect`; either closes a
+    block that was removed since it was opened here.  Reads and writes exclude each
+    other in all processes; a process that is killed inside one blocks no other, and
+    may leave a write half done.
 
     Args:
         name: a file in /dev/shm.
-        size: bytes.
-
-    One process calls :meth:`create`, the others :meth:`connect`; either lets go
-    of a block that was removed since it was opened here.  Reads and
-    writes exclude each other in all processes; a process that is killed inside
-    one blocks no other, and may leave a write half done.
+        size: in bytes.
 
     Raises:
         InvalidArgument: an impossible name or size.
@@ -43,7 +42,11 @@ class SharedMemoryManager(NamedBlock):
     _most_bytes = LAYOUT["MAX_CAPACITY"]
 
     def write_data(self, data: Any, offset: int = 0) -> None:
-        """Copy a contiguous bytes-like object into the block, under the lock.
+        """Copy bytes into the block, under the lock.
+
+        Args:
+            data: a contiguous bytes-like object.
+            offset: in bytes.
 
         Raises:
             InvalidArgument: `offset` is negative, or the end lies past `size`.
@@ -51,11 +54,17 @@ class SharedMemoryManager(NamedBlock):
         self._attached().write(data, offset)
 
     def read_data(self, length: int, offset: int = 0) -> bytes:
-        """Copy `length` bytes out of the block, under the lock.
+        """Copy bytes out of the block, under the lock.
+
+        Args:
+            length: in bytes.
+            offset: in bytes.
+
+        Returns:
+            A copy.
 
         Raises:
-            InvalidArgument: `length` or `offset` is negative, or the end lies
-                past `size`.
+            InvalidArgument: `length` or `offset` is negative, or the end lies past `size`.
         """
         return self._attached().read(length, offset)  # type: ignore[no-any-return]
 

@@ -20,6 +20,7 @@ import stat
 import struct
 import time
 
+from shmring._core.ring import LAYOUT
 from shmring.arguments import checked_name
 from shmring.errors import (
     AccessRefused,
@@ -30,9 +31,6 @@ from shmring.errors import (
 
 __all__ = [
     "DIRECTORY",
-    "HEADER_BYTES",
-    "LAYOUT_VERSION",
-    "MAGIC",
     "MEMORY_MAGIC",
     "allocate",
     "check_name",
@@ -54,10 +52,7 @@ __all__ = [
 ]
 
 DIRECTORY = "/dev/shm"
-MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_core/layout.h
 MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the registry
-LAYOUT_VERSION = 3
-HEADER_BYTES = 8192
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
@@ -391,7 +386,7 @@ def _remove_if_stale(name: str) -> bool:
     try:
         _check_access(fd, path)
         (magic,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
-        if magic not in (MAGIC, MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
+        if magic not in (LAYOUT["MAGIC"], MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
             return False
         if not _is(fd, path):  # another cleaner was faster, and the name may be in use again
             return False
