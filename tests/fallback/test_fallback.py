@@ -143,7 +143,7 @@ def test_get_many_takes_what_was_there_and_no_more(
     monkeypatch.setattr(plain, "_get", take_and_put_another)
     assert len(plain.get_many()) < 10
     monkeypatch.undo()
-    while plain.qsize():
+    while plain._count_left():
         plain.get(timeout=10)
 
 
@@ -200,7 +200,7 @@ def test_an_immediate_shutdown_counts_what_it_drops_as_worked_off() -> None:
         def all_dropped() -> bool:
             with pytest.raises(ShutDown):
                 joinable.get()
-            return joinable.qsize() == 0
+            return joinable._count_left() == 0
 
         wait_for(all_dropped, what="the messages of the feeder thread")
         assert not joinable.join(timeout=0.01), "the one that was taken is unfinished"

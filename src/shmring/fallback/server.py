@@ -123,8 +123,7 @@ class _Server(managers.Server):
         """In a forked child: an end held here would hide the server's death from its clients."""
         for client in list(self._clients):
             client.close()
-        if sys.platform == "linux":  # elsewhere this would remove the parent's socket file
-            self.listener.close()
+        self.listener.close()  # removes a socket file only in the process that made it
         self._endpoint.close()
 
 
@@ -154,7 +153,7 @@ class ServedQueue:
     def attach(cls, name: str, timeout: float, codec: Any) -> Self:
         """Reach a queue; RingNotFound if no process serves it until the deadline."""
         self = cls(name, codec)
-        self._connect(checked_timeout(timeout))
+        self._proxy = self._connect(checked_timeout(timeout))
         return self
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -188,12 +187,13 @@ class ServedQueue:
             if self._server is not None:
                 self._server.let_go()
             self._server = self._proxy = None
-        if self._server is not None:
-            return self._server.queue.call(method, *args)
+        server, proxy = self._server, self._proxy  # another thread may close this handle
+        if server is not None:
+            return server.queue.call(method, *args)
         try:
-            if self._proxy is None:
-                self._connect(0.0)
-            return self._proxy._callmethod(method, args)
+            if proxy is None:
+                proxy = self._proxy = self._connect(0.0)
+            return proxy._callmethod(method, args)
         except (Empty, Full):
             raise
         except (EOFError, OSError) as error:  # RingNotFound is one
@@ -202,7 +202,7 @@ class ServedQueue:
                 f"queue {self.name!r}: the process that serves it has ended ({error!r})"
             ) from error
         except BaseException:
-            self._drop_connection()
+            _drop_connection(proxy)
             raise
 
     put_nowait = partialmethod(put, block=False)
@@ -211,14 +211,7 @@ class ServedQueue:
     empty = partialmethod(_call, "empty")
     full = partialmethod(_call, "full")
 
-    def _drop_connection(self) -> None:
-        """Interrupted before the answer: the next call of this thread must not read it."""
-        of_this_thread: Any = getattr(self._proxy, "_tls", None)
-        if hasattr(of_this_thread, "connection"):
-            of_this_thread.connection.close()
-            del of_this_thread.connection
-
-    def _connect(self, timeout: float) -> None:
+    def _connect(self, timeout: float) -> Any:
         deadline = time.monotonic() + timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -228,8 +221,15 @@ class ServedQueue:
             manager = _Client(address, bytes.fromhex(key))
             with contextlib.suppress(OSError, EOFError):  # its server is ending
                 manager.connect()
-                self._proxy = manager.queue()  # type: ignore[attr-defined]
-                return
+                return manager.queue()  # type: ignore[attr-defined]
             if time.monotonic() >= deadline:
                 raise RingNotFound(f"queue {self.name!r}: no process serves it")
             time.sleep(_RETRY_S)
+
+
+def _drop_connection(proxy: Any) -> None:
+    """Interrupted before the answer: the next call of this thread must not read it."""
+    of_this_thread: Any = getattr(proxy, "_tls", None)
+    if hasattr(of_this_thread, "connection"):
+        of_this_thread.connection.close()
+        del of_this_thread.connection
