@@ -73,7 +73,7 @@ curves: build $(VENV)/.with-bench  ## rates by size and by processes, round trip
 limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
 	$(BIN)/python -m benchmarks.limits $(LIMITS_ARGS)
 
-budgets: build $(VENV)/.with-test  ## instructions a call; BUDGETS_ARGS="--guards" or "--write"
+budgets: build $(VENV)/.with-test  ## instructions a call beside their budgets; BUDGETS_ARGS=--write
 	$(BIN)/python -m benchmarks.instructions $(BUDGETS_ARGS)
 
 # A build of its own in build/asan; the runtime must be the first library that is loaded, and
