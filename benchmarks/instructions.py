@@ -65,11 +65,6 @@ CALLS = {
 }
 
 
-def missing() -> str | None:
-    """Return why nothing can be counted here; None if it can."""
-    return None if shutil.which("valgrind") else "valgrind is not installed"
-
-
 def _instructions(*times: int) -> int:
     """Count the instructions of a whole process that makes each call so many times.
 
@@ -150,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     here = environment()
     known: dict[str, dict[str, float]] = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    reason = missing()
+    reason = None if shutil.which("valgrind") else "valgrind is not installed"
     if reason is None and here not in known and not options.write:
         reason = f"{BUDGETS.name} has no budget for {here}; --write makes one"
     if reason is not None:
