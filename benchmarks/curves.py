@@ -39,8 +39,8 @@ def measure(
     by_size: dict[str, list[Any]] = {one.label: [] for one in chosen}
     for nbytes in sizes:
         work = bytes_of(nbytes, count=min(_MAX_MESSAGES, _MAX_BYTES // nbytes))
-        for one, found in turns(chosen, OneWay, work, scale=scale).items():
-            by_size[one.label].append(_point(found))
+        for one, runs_of_one in turns(chosen, OneWay, work, scale=scale).items():
+            by_size[one.label].append(_point(runs_of_one))
 
     trips: dict[str, Any] = {"quantiles": QUANTILES}
     work = bytes_of(64, count=_TRIPS)
@@ -56,8 +56,9 @@ def measure(
     for shape in shapes:
         producers, consumers = map(int, shape.split(":"))
         options = {"producers": producers, "consumers": consumers}
-        for one, found in turns(shared, ManyToMany, work, scale=scale, **options).items():
-            by_processes[one.label].append(_point(found))
+        found = turns(shared, ManyToMany, work, scale=scale, **options)
+        for one, runs_of_one in found.items():
+            by_processes[one.label].append(_point(runs_of_one))
     return {
         "by_size": {"sizes": sizes, "rates": by_size},
         "round_trips": trips,
@@ -85,10 +86,10 @@ def _plot(found: dict[str, Any], path: Path, curves: Mapping[str, Any], **option
     axes = figure.subplots()
     ticks = options.pop("ticks", None)
     for order, (label, (xs, ys)) in enumerate(curves.items()):
-        ours = label.startswith("shmring")
-        style = {"linewidth": 2.4, "zorder": 3} if ours else {"linewidth": 1.1}
+        width, zorder = (2.4, 3) if label.startswith("shmring") else (1.1, 2)
         marker, colour = "o^vsDPX*d<>"[order % 11], matplotlib.colormaps["tab20"](order % 20)
-        axes.plot(xs, ys, label=label, markersize=4, marker=marker, color=colour, **style)
+        (line,) = axes.plot(xs, ys, label=label, marker=marker, markersize=4, color=colour)
+        line.set(linewidth=width, zorder=zorder)
     axes.set(yscale="log", **options)
     if ticks is not None:
         axes.set_xticks(*ticks, fontsize=7)

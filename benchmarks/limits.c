@@ -140,7 +140,7 @@ static int is_wanted(const char *name) { return strncmp(name, prefix, strlen(pre
 
 static uint64_t slots; /* a power of two */
 
-static void send(struct shared *shared, uint64_t turns, size_t bytes) {
+static void copy_in(struct shared *shared, uint64_t turns, size_t bytes) {
     uint64_t *own = allocate(bytes);
     uint64_t taken = 0; /* the cached position of the other side */
     memset(own, 1, bytes);
@@ -158,7 +158,7 @@ static void send(struct shared *shared, uint64_t turns, size_t bytes) {
     free(own);
 }
 
-static void receive(struct shared *shared, uint64_t turns, size_t bytes) {
+static void copy_out(struct shared *shared, uint64_t turns, size_t bytes) {
     uint64_t *own = allocate(bytes);
     uint64_t written = 0;
     for (uint64_t turn = 0; turn < turns; turn++) {
@@ -178,12 +178,12 @@ static void receive(struct shared *shared, uint64_t turns, size_t bytes) {
     free(own);
 }
 
-static void copies(const char *name, size_t bytes, uint64_t in_turn, uint64_t turns) {
+static void copies(const char *name, size_t bytes, uint64_t slot_count, uint64_t turns) {
     if (!is_wanted(name))
         return;
-    slots = in_turn;
+    slots = slot_count;
     struct shared *shared = map_shared(slots * bytes);
-    uint64_t elapsed = both(shared, send, receive, turns, bytes, 1);
+    uint64_t elapsed = both(shared, copy_in, copy_out, turns, bytes, 1);
     double moved = strstr(name, "_bytes_") != NULL ? (double)bytes : 1;
     printf("%s %.6g\n", name, (double)turns * moved / ((double)elapsed / 1e9));
     munmap(shared, sizeof(struct shared) + slots * bytes);

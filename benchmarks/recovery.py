@@ -82,7 +82,7 @@ def kill_once(kind: str, window: float) -> Recovery:
             return ring.statistics().messages_taken
 
         def stands_still() -> bool:
-            """No message moves, and none is left where the consumer could take it."""
+            """Return whether no message moves and the consumer can take none."""
             count = taken()
             time.sleep(0.02)
             drained = kind == "consumer" or ring.qsize() == 0
