@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.adapters import Transport, able
-from benchmarks.conftest import note
+from benchmarks.conftest import record
 from benchmarks.sessions import (
     ManyToMany,
     OneProcess,
@@ -104,5 +104,5 @@ def test_queues(
     if benchmark.stats is not None:
         benchmark.stats.stats.data[:] = [1 / rate for rate in runs.rates]
     work = asked.work()
-    figures = note(question, transport.label, runs, work.nbytes if work.kind == "array" else 0)
+    figures = record(question, transport.label, runs, work.nbytes if work.kind == "array" else 0)
     benchmark.extra_info.update(figures, transport=transport.label, work=work.name)

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, metavar="FILE", help="write the figures there as JSON")
 
 
-def note(question: str, label: str, runs: Runs, array_bytes: int) -> dict[str, float]:
+def record(question: str, label: str, runs: Runs, array_bytes: int) -> dict[str, float]:
     """Keep the figures of a transport for the tables; return them."""
     figures = {
         "messages_per_second": runs.median,

@@ -52,7 +52,7 @@ MEMCPY = "memcpy_1_mib_bytes_per_second"
 
 @dataclass(frozen=True)
 class Rate:
-    """A row about the rate of a question of bench_queues.py, beside any of these."""
+    """A row about the rate of a question of bench_queues.py, and its targets."""
 
     question: str
     ours: type[Transport] = ShmringQueue
