@@ -93,8 +93,8 @@ def test_wrong_content_is_noticed(session: type[Session], work: Work, error: str
 
 def test_a_session_that_hangs_ends() -> None:
     with (
-        pytest.raises(TimeoutError, match=r"starting: not done after 0\.1 s"),
-        OneWay(Silent, BYTES, deadline_s=0.1),
+        pytest.raises(TimeoutError, match=r"starting: not done after 0\.3 s"),
+        OneWay(Silent, BYTES, deadline_s=0.3),
     ):
         pass
 
