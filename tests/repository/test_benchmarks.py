@@ -41,20 +41,19 @@ def no_child_left() -> Any:
 
 
 class Faulty(ShmringQueue):
-    """Loses every 100th message, and alters arrays."""
+    """Loses every 100th message of a producer, and alters arrays."""
 
     label = "faulty"
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self._deliver, self._delivered = self.get, 0
-        self.get = self._get
+        self._send, self._sent = self.put, 0
+        self.put = self._put
 
-    def _get(self) -> Any:
-        self._delivered += 1
-        if self._delivered % 100 == 0:
-            self._deliver()
-        return self._deliver()
+    def _put(self, message: Any) -> None:
+        self._sent += 1
+        if self._sent % 100 != 0:
+            self._send(message)
 
     def take_sum(self) -> float:
         return super().take_sum() + 1
