@@ -54,11 +54,11 @@ faults:  ## write docs/faults.md from the marks on the tests
 
 BENCH := $(PYTEST) benchmarks --benchmark-only --benchmark-quiet -W default
 
-bench: build $(VENV)/.with-bench  ## beside multiprocessing; BENCH_ARGS="--scale 0.1 -k dict"
+bench: build $(VENV)/.with-bench  ## rates beside multiprocessing; BENCH_ARGS="--scale 0.1 -k dict"
 	$(BENCH) $(BENCH_ARGS)
 
-# One by one: a peer that cannot be installed here is left out, and the reason shown.
-bench-peers: build $(VENV)/.with-bench  ## the same, and beside the peers of the extra `peers`
+# One by one: a peer that cannot be installed is left out, and the reason shown.
+bench-peers: build $(VENV)/.with-bench  ## the same, and beside the packages of the extra `peers`
 	for peer in $(PEERS); do \
 	  $(BIN)/pip install -q "$$peer" || echo "$$peer: not installed, left out"; \
 	done
@@ -70,10 +70,10 @@ report: build $(VENV)/.with-bench  ## every figure beside its target; REPORT_ARG
 curves: build $(VENV)/.with-bench  ## rates by size and by processes, round trips; CURVES_ARGS=--short
 	$(BIN)/python -m benchmarks.curves --peers $(CURVES_ARGS)
 
-limits: build $(VENV)/.with-bench  ## what this machine allows, in C, and our share of it
+limits: build $(VENV)/.with-bench  ## limits of this machine, measured in C, and the share reached
 	$(BIN)/python -m benchmarks.limits $(LIMITS_ARGS)
 
-budgets: build $(VENV)/.with-test  ## instructions a call; BUDGETS_ARGS="--guards" or "--write"
+budgets: build $(VENV)/.with-test  ## instructions a call beside their budgets; BUDGETS_ARGS=--write
 	$(BIN)/python -m benchmarks.instructions $(BUDGETS_ARGS)
 
 # A build of its own in build/asan; the runtime must be the first library that is loaded, and

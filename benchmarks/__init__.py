@@ -1,19 +1,19 @@
 """Benchmarks of shmring beside the standard library and packages from PyPI.
 
-    bench_queues.py   `make bench`: the questions, by pytest-benchmark (see conftest.py)
-    report.py         `make report`: every promised figure beside its target
-    costs.py          its lines about costs and the drop-in
-    curves.py         `make curves`: rates by size and by processes, round trips, pictures
-    limits.py         `make limits`: what the machine allows, measured in C (limits.c)
-    instructions.py   `make budgets`: instructions a call, and the cost of each guard
-    recovery.py       how soon the other processes go on after a kill or a Ctrl-C
+    bench_queues.py   `make bench`: the questions, on pytest-benchmark (options: conftest.py)
+    report.py         `make report`: every figure beside its target
+    costs.py          rows of the report: the drop-in, resources
+    recovery.py       rows of the report: how soon messages flow again after a kill
+    curves.py         `make curves`: rates by size and by processes, round trips, plots
+    limits.py         `make limits`: limits of the machine, measured in C (limits.c)
+    instructions.py   `make budgets`: instructions a call
     work.py           messages, and the loops that send, receive and check them
-    adapters.py       the transports: shmring, the standard library, PyPI
-    sessions.py       the processes that pass messages, and the clock
+    adapters.py       the transports behind one interface
+    sessions.py       processes that exchange messages, timed
 
-Transports take turns, run by run, so that a drift of the machine favours none.
-No speed is asserted: only wrong content is an error.  This module holds what
-the programs share: the machine, the command line, results as JSON.
+Transports take turns, run by run, so that a drift of the machine affects all of them.
+No speed is asserted: only wrong content is an error.  This module holds what the programs
+share: the machine, the command line, JSON results, tables.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import shmring
 
-__all__ = ["RESULTS", "ROOT", "machine", "machine_line", "parser", "per_second", "progress", "save"]
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, str]:
-    """Name the machine, what runs on it, and how busy it is now."""
+    """Return the machine, the versions, and the load."""
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = cpus[0].partition(":")[2].strip() if cpus else platform.machine()  # aarch64 has none
+    cpu = cpus[0].partition(":")[2].strip() if cpus else platform.machine()  # none on aarch64
     return {
         "cpu": cpu,
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
@@ -51,12 +51,12 @@ def machine() -> dict[str, str]:
 
 
 def machine_line() -> str:
-    """The same for a header."""
+    """Return the machine as one line of text."""
     return "Machine: " + "; ".join(f"{key} {value}" for key, value in machine().items()) + "."
 
 
 def parser(program: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options of every program that measures."""
+    """Return a parser with the options that all measuring programs have."""
 
     def positive(text: str) -> int:
         if (number := int(text)) < 1:
@@ -68,18 +68,26 @@ def parser(program: str, doc: str | None) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--runs", type=positive, default=5, help="of each side (default: 5)")
-    made.add_argument("--scale", type=float, default=1.0, help="share of the work, 0.01 to look")
+    made.add_argument("--runs", type=positive, default=5, help="of each transport (default: 5)")
+    made.add_argument("--scale", type=float, default=1.0, help="share of the work, 0.01 to try")
     made.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"default: {RESULTS}"
     )
     return made
 
 
-def save(folder: Path, name: str, found: dict[str, Any]) -> None:
-    """Write a result as JSON."""
+def save(folder: Path, name: str, results: dict[str, Any]) -> None:
+    """Write results as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(found, indent=1) + "\n")
+    (folder / name).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def progress(text: str) -> None:
+    """Print a line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- tables ---------------------------------------------------------------------------------
 
 
 def per_second(rate: float) -> str:
@@ -90,6 +98,58 @@ def per_second(rate: float) -> str:
     return f"{rate:.3g}/s"
 
 
-def progress(text: str) -> None:
-    """Tell how far a program is, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def print_row(*cells: object) -> None:
+    """Print a row of a Markdown table, at once."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_head(*names: str) -> None:
+    """Print the head of a Markdown table."""
+    print()
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
+# ---- the report -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure the rows of the report."""
+
+    runs: int  # of each side of a comparison
+    scale: float  # share of the work
+    peers: bool  # compare with the packages from PyPI that are installed
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target of a row, and what was reached."""
+
+    text: str  # what was measured, with "{}" for the value
+    bound: float
+    measured: float | None  # None where the peer is not installed
+    at_most: bool = False  # the bound is an upper one
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+    def __str__(self) -> str:
+        value = "-" if self.measured is None else f"{self.measured:.3g}"
+        verdict = {True: "", False: ", **not reached**", None: ", not measured"}[self.is_met]
+        word = "at most" if self.at_most else "at least"
+        return f"{self.text.format(value)} ({word} {self.bound:g}{verdict})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the report."""
+
+    question: str
+    measured: str  # the median of shmring, with its unit
+    targets: Sequence[Target]
+    spread: str = "-"  # the slowest and the fastest run of shmring
+    raw: dict[str, Any] = field(default_factory=dict)

@@ -1,9 +1,9 @@
-"""Transports: shmring, the standard library and packages from PyPI, behind the same few names.
+"""Transports: shmring, the standard library and packages from PyPI, behind one interface.
 
-`put` and `get` are the transport's own bound methods wherever they fit: a wrapper in
-Python would cost more than the fast ones do.  ``make bench-peers`` installs the packages
-one by one; where one cannot be installed, `Transport.missing` says why and it is left out.
-Each is used as its documentation shows, with room for as many messages as ours.
+`put` and `get` are the bound methods of the transport where they fit: a wrapper in Python
+would cost more than the fast ones do.  ``make bench-peers`` installs the packages one by one;
+one that cannot be imported is left out, and `Transport.missing` says why.  Each is used as
+its documentation shows, with space for as many messages as shmring has.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import itertools
 import multiprocessing
-import os
 import pickle
 import queue
+import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,40 +26,27 @@ import numpy as np
 import shmring
 from benchmarks.work import Work, WrongContent
 
-__all__ = ["TRANSPORTS", "BareWake", "Transport", "able"]
-
 FORK = multiprocessing.get_context("fork")
 
-_RING_BYTES = 1 << 20  # for small messages; arrays are given room for four of them
-_RECORD_BYTES = 256  # where all messages have one size: a pickled dict, which knows its end
-_PATIENCE_S = 50.0  # a call that looks at no signal ends before the session's deadline
+_RING_BYTES = 1 << 20  # for small messages; arrays get space for four
+_RECORD_BYTES = 256  # for a pickled dict, where all messages have one size
+_TIMEOUT_S = 50.0  # of calls that no signal interrupts: below the deadline of a session
 
 
 class Transport:
-    """One way from producers to consumers; made of a `Work`, before the fork.
+    """A way from producers to consumers; made of a `Work`, before the fork.
 
-    Attributes:
-        label: its name in tables.
-        carries: the kinds of work it can do; "bytes" means bytes that arrive as
-            bytes, "in place" arrays that are added up where they lie.
-        batches: it has `put_many` and `get_many`.
-        between_processes: False for what only threads can use.
-        shared: several producers and several consumers may use one.
-        lines: it is no queue but a line from each producer to each consumer.
-        largest: bytes of the largest message it takes.
-        package: the module from PyPI it needs; such are left out unless asked for.
-        share: the part of `Work.count` that makes a run of decent length.
+    It carries kinds of work: "bytes" arrive as bytes, "object" as an equal object, "array" as a
+    writable array; "in place" are arrays that are summed in shared memory.
     """
 
-    label: ClassVar[str]
+    label: ClassVar[str]  # the name in tables
     carries: ClassVar[frozenset[str]] = frozenset({"bytes", "object", "array"})
-    batches: ClassVar[bool] = False
-    between_processes: ClassVar[bool] = True
-    shared: ClassVar[bool] = True
-    lines: ClassVar[bool] = False
-    largest: ClassVar[int] = sys.maxsize
-    package: ClassVar[str | None] = None
-    share: ClassVar[float] = 0.1
+    batches: ClassVar[bool] = False  # it has put_many and get_many
+    threads_only: ClassVar[bool] = False  # it does not leave the process
+    shared: ClassVar[bool] = True  # several producers and several consumers may use it
+    package: ClassVar[str | None] = None  # the module from PyPI
+    share: ClassVar[float] = 0.1  # of Work.count: a run of reasonable length
 
     _queue: Any = None
     put: Callable[[Any], object]
@@ -71,12 +56,12 @@ class Transport:
 
     @classmethod
     def missing(cls) -> str | None:
-        """Return why it cannot run here; None if it can."""
+        """Return why the package cannot be used here; None if it can."""
         if cls.package is None:
             return None
         try:
             cls._module()
-        except Exception as error:  # a package may break in any way while it is imported
+        except Exception as error:  # an import may fail in any way
             return f"{cls.package} cannot be imported ({error}): `make bench-peers` installs it"
         return None
 
@@ -85,27 +70,27 @@ class Transport:
         return importlib.import_module(str(cls.package))
 
     def _use(self, queue: Any) -> None:
-        """Take the methods of a queue as they are."""
+        """Take the methods of a queue."""
         self._queue = queue
         self.put, self.get = queue.put, queue.get
         if self.batches:
             self.put_many, self.get_many = queue.put_many, queue.get_many
 
-    def as_producer(self, consumers: int = 1) -> None:
-        """Open what must not be inherited; in a process that will put, before it does."""
+    def as_producer(self) -> None:
+        """Open what must not be inherited; in a producer, before its first put."""
 
-    def as_consumer(self, number: int = 0) -> None:
-        """The same in a process that will get; `number` counts the consumers from 0."""
+    def as_consumer(self) -> None:
+        """Open what must not be inherited; in a consumer, before its first get."""
 
     def take_sum(self) -> float:
-        """Receive an array that may be written to, and add it up."""
+        """Receive a writable array and return its sum."""
         array = self.get()
         if not array.flags.writeable:
-            raise WrongContent(f"{self.label} delivered an array that cannot be written to")
+            raise WrongContent(f"{self.label} delivered an array that is not writable")
         return float(array.sum())
 
     def flush(self) -> None:
-        """Return when everything is on its way; in the producer, after its last put."""
+        """Wait until everything is sent; in a producer, after its last put."""
 
     def close(self) -> None:
         """Release it; in the process that made it, at the end."""
@@ -117,7 +102,7 @@ class Transport:
 
 
 class ShmringQueue(Transport):
-    """As a program makes it: no argument given."""
+    """A queue with default arguments."""
 
     label = "shmring.Queue"
     batches = True
@@ -138,20 +123,16 @@ class ShmringRing(Transport):
     def __init__(self, work: Work) -> None:
         self._use(shmring.Ring.create(capacity=max(1 << 18, 4 * work.nbytes)))
 
-    @classmethod
-    def missing(cls) -> str | None:
-        return None if shmring.backend == "ring" else "the fallback has no Ring"
-
 
 class ShmringInPlace(ShmringRing):
-    """Arrays written into the ring and added up where they lie: nothing is copied out."""
+    """Arrays are written into the ring and summed there; nothing is copied out."""
 
     label = "shmring.Ring in place"
     carries = frozenset({"in place"})
 
     def __init__(self, work: Work) -> None:
         self._nbytes = work.nbytes
-        # Three arrays and their headers: more would leave the processor's cache.
+        # Three arrays and their frames: more would not fit into the cache.
         self._use(shmring.Ring.create(capacity=4 * work.nbytes))
         self.put = self._put
 
@@ -174,7 +155,7 @@ class MultiprocessingQueue(Transport):
         self._use(FORK.Queue())
 
     def flush(self) -> None:
-        # Its feeder thread still has messages; the process could not end before they are sent.
+        # The feeder thread may still hold messages.
         self._queue.close()
         self._queue.join_thread()
 
@@ -190,7 +171,7 @@ class MultiprocessingSimpleQueue(Transport):
 
 
 class MultiprocessingPipe(Transport):
-    """One producer, one consumer, no lock: the least the standard library can do."""
+    """One producer, one consumer, no lock."""
 
     label = "multiprocessing.Pipe"
     shared = False
@@ -207,68 +188,53 @@ class MultiprocessingPipe(Transport):
         self._writer.close()
 
 
-class MultiprocessingPipeInto(MultiprocessingPipe):
-    """Arrays without pickle: both sides know dtype and shape."""
-
-    label = "multiprocessing.Pipe recv_bytes_into"
-    carries = frozenset({"array"})
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self._length = work.nbytes // 4
-        self.put, self.get = self._writer.send_bytes, self._get
-
-    def _get(self) -> Any:
-        array = np.empty(self._length, np.float32)
-        self._reader.recv_bytes_into(array)
-        return array
-
-
 class ThreadQueue(Transport):
-    """The cost of a queue that need not leave the process."""
+    """A queue between threads."""
 
     label = "queue.SimpleQueue (threads)"
-    between_processes = False
+    threads_only = True
     share = 1.0
 
     def __init__(self, work: Work) -> None:
         self._use(queue.SimpleQueue())
 
 
-class BareWake(Transport):
-    """A wake-up without a message, the nearest to a bare futex in Python.  Not in `TRANSPORTS`."""
-
-    label = "multiprocessing.Semaphore"
-    share = 1.0
-
-    def __init__(self, work: Work) -> None:
-        semaphore, message = FORK.Semaphore(0), work.pool[0]
-        wake, wait = semaphore.release, semaphore.acquire
-
-        def get() -> Any:
-            wait()
-            return message
-
-        self.put, self.get = lambda message: wake(), get
-
-
 # ---- packages from PyPI ---------------------------------------------------------------------
-
-_numbers = itertools.count()
 
 
 def _name() -> str:
-    """Return a name that no other process uses."""
-    return f"shmring-bench-{os.getpid()}-{next(_numbers)}"
+    """Return a unique name."""
+    return f"shmring-bench-{secrets.token_hex(8)}"
 
 
-def _room(work: Work) -> int:
-    """Return bytes: a power of two, which two of the packages ask for."""
+def _capacity(work: Work) -> int:
+    """Return a capacity in bytes; a power of two, which two of the packages require."""
     return max(_RING_BYTES, 4 * work.nbytes)
 
 
+def _until_true(call: Callable[[Any], bool]) -> Callable[[Any], None]:
+    """Poll a call that refuses a message while there is no space."""
+
+    def put(message: Any) -> None:
+        while not call(message):
+            pass
+
+    return put
+
+
+def _until_some(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Poll a call that returns None while there is no message."""
+
+    def get() -> Any:
+        while (message := call()) is None:
+            pass
+        return message
+
+    return get
+
+
 class BytesPeer(Transport):
-    """A transport of bytes: objects are pickled here."""
+    """A transport of bytes; objects are pickled here."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -286,70 +252,45 @@ class BytesPeer(Transport):
         if self._work.kind == "object":
             loads = pickle.loads
             self.get = lambda: loads(get())
-        elif self._work.kind == "array":  # a copy of what may not be written to
+        elif self._work.kind == "array":  # the copy is writable
             self.get = lambda: np.frombuffer(get(), np.float32).copy()
 
 
+class BlockPeer(BytesPeer):
+    """A transport of blocks of one size."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._size = work.nbytes or _RECORD_BYTES
+        self._blocks = max(4, min(1000, _RING_BYTES // self._size))
+
+    def _copies(self, put: Callable[[Any, int], None]) -> None:
+        """Set `put` over a call that copies so many bytes from an address or bytes object."""
+        size = self._size
+
+        def put_bytes(message: bytes) -> None:
+            if len(message) > size:
+                raise ValueError(f"{len(message)} bytes for a block of {size}")
+            put(message, len(message))
+
+        self._sends(put_bytes)
+        if self._work.kind == "array":
+            self.put = lambda array: put(array.ctypes.data, size)
+
+
 class FasterFifo(Transport):
-    """Pickles everything; a mutex and condition variables between processes."""
+    """Everything is pickled; a mutex and condition variables between processes."""
 
     label = "faster-fifo"
     package = "faster_fifo"
     batches = True
 
     def __init__(self, work: Work) -> None:
-        self._use(self._module().Queue(max_size_bytes=_room(work)))
-
-
-class ZeroMq(BytesPeer):
-    """PUSH to PULL over Unix sockets; each process has a context and its thread."""
-
-    label = "pyzmq ipc"
-    package = "zmq"
-    lines = True
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self._folder = Path(tempfile.mkdtemp(prefix="shmring-zmq-"))
-        self._contexts: list[Any] = []
-
-    def _socket(self, kind: str) -> Any:
-        zmq = self._module()
-        context = zmq.Context()
-        self._contexts.append(context)
-        socket = context.socket(getattr(zmq, kind))
-        # No limit, as multiprocessing.Queue has none: with one, PUSH passes over a consumer that
-        # is slow, so that not all get the same number, and with a low one it stood still at times.
-        socket.set_hwm(0)
-        return socket
-
-    def as_producer(self, consumers: int = 1) -> None:
-        self._sender = self._socket("PUSH")
-        for number in range(consumers):
-            self._sender.connect(f"ipc://{self._folder}/{number}")
-        send = self._sender.send
-        if self._work.kind == "array":  # it is not written to before it is sent
-            self._sends(lambda array: send(array, copy=False))
-        else:
-            self._sends(send)
-
-    def as_consumer(self, number: int = 0) -> None:
-        receiver = self._socket("PULL")
-        receiver.bind(f"ipc://{self._folder}/{number}")
-        self._receives(receiver.recv)
-
-    def flush(self) -> None:
-        self._sender.close(linger=-1)  # and the context, when it goes, waits until all is sent
-        self._contexts[-1].term()
-
-    def close(self) -> None:
-        for context in self._contexts:
-            context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._use(self._module().Queue(max_size_bytes=_capacity(work)))
 
 
 class Cloudtoid(BytesPeer):
-    """A full queue says so at once: the producer asks again and again."""
+    """The producer polls a full queue."""
 
     label = "cloudtoid-interprocess"
     package = "cloudtoid_interprocess"
@@ -357,24 +298,18 @@ class Cloudtoid(BytesPeer):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self._folder = tempfile.mkdtemp(prefix="shmring-cloudtoid-", dir="/dev/shm")
-        self._arguments = (_name(), _room(work), self._folder)
+        self._arguments = (_name(), _capacity(work), self._folder)
         self._ends: list[Any] = []
 
     def _open(self, kind: str) -> Any:
         self._ends.append(getattr(self._module(), kind)(*self._arguments))
         return self._ends[-1]
 
-    def as_producer(self, consumers: int = 1) -> None:
-        try_send = self._open("Publisher").try_send
+    def as_producer(self) -> None:
+        self._sends(_until_true(self._open("Publisher").try_send))
 
-        def put(message: Any) -> None:
-            while not try_send(message):
-                pass
-
-        self._sends(put)
-
-    def as_consumer(self, number: int = 0) -> None:
-        self._receives(functools.partial(self._open("Subscriber").receive, _PATIENCE_S))
+    def as_consumer(self) -> None:
+        self._receives(functools.partial(self._open("Subscriber").receive, _TIMEOUT_S))
 
     def close(self) -> None:
         for end in self._ends:
@@ -383,7 +318,7 @@ class Cloudtoid(BytesPeer):
 
 
 class Membridge(BytesPeer):
-    """One producer, one consumer; both ask again and again."""
+    """One producer, one consumer; both poll."""
 
     label = "membridge (busy polling)"
     package = "membridge"
@@ -392,32 +327,21 @@ class Membridge(BytesPeer):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self._memory, self._name = self._module().SharedMemory, f"/{_name()}"
-        ring = self._memory.create(self._name, 24 + _room(work)).spsc()  # with its header
-        push, pop = ring.push, ring.pop
-
-        def put(message: Any) -> None:
-            while not push(message):
-                pass
-
-        def get() -> Any:
-            while (message := pop()) is None:
-                pass
-            return message
-
+        ring = self._memory.create(self._name, 24 + _capacity(work)).spsc()  # 24: the header
+        put = _until_true(ring.push)
         self._sends(put)
-        self._receives(get)
+        self._receives(_until_some(ring.pop))
         if work.kind == "array":
-            self.put = lambda array: put(array.tobytes())  # takes nothing but bytes
+            self.put = lambda array: put(array.tobytes())  # it takes only bytes
 
     def close(self) -> None:
         self._memory.remove(self._name)
 
 
-class ShmQueue3(BytesPeer):
+class ShmQueue3(BlockPeer):
     """A pool of blocks of one size, and a queue of their numbers.
 
-    Its take wakes a producer, and its put a consumer, only when the queue was
-    full or empty: with two of either kind it comes to a stand.
+    With two producers or consumers it hangs: only a queue that was full or empty wakes one.
     """
 
     label = "shmqueue3"
@@ -426,83 +350,52 @@ class ShmQueue3(BytesPeer):
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        package = self._module()
-        size = work.nbytes or _RECORD_BYTES
-        pool = package.ShmPool(elem_size=size, size=max(4, min(1000, _RING_BYTES // size)))
+        package, size = self._module(), self._size
+        pool = package.ShmPool(elem_size=size, size=self._blocks)
         numbers = package.ShmQueue(pool)
         taken = package.ShmElem()
-        memmove, string_at, addressof = ctypes.memmove, ctypes.string_at, ctypes.addressof
+        memmove, addressof = ctypes.memmove, ctypes.addressof
 
-        def put(message: bytes) -> None:
-            if len(message) > size:
-                raise ValueError(f"{len(message)} bytes for a block of {size}")
+        def put(source: Any, length: int) -> None:
             block = pool.allocate()
-            memmove(block.ptr, message, len(message))
+            memmove(block.ptr, source, length)
             numbers.put(block)
 
         def get() -> bytes:
             numbers.take(taken)
-            message = string_at(taken.ptr, size)
+            message = ctypes.string_at(taken.ptr, size)
             taken.free()
             return message
 
-        self._sends(put)
+        def get_array() -> Any:
+            array = np.empty(size // 4, np.float32)
+            numbers.take(taken)
+            memmove(array.ctypes.data, addressof(taken.ptr.contents), size)
+            taken.free()
+            return array
+
+        self._copies(put)
         self._receives(get)
         if work.kind == "array":
-
-            def put_array(array: Any) -> None:
-                block = pool.allocate()
-                memmove(block.ptr, array.ctypes.data, size)
-                numbers.put(block)
-
-            def get_array() -> Any:
-                array = np.empty(size // 4, np.float32)
-                numbers.take(taken)
-                memmove(array.ctypes.data, addressof(taken.ptr.contents), size)
-                taken.free()
-                return array
-
-            self.put, self.get = put_array, get_array
+            self.get = get_array
 
 
-class PosixQueue(BytesPeer):
-    """The kernel's message queue: ten messages of 8 KiB, unless root allows more."""
-
-    label = "posix_ipc.MessageQueue"
-    package = "posix_ipc"
-    carries = frozenset({"bytes", "object"})
-    largest = 8192
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        posix_ipc = self._module()
-        self._queue: Any = posix_ipc.MessageQueue(f"/{_name()}", posix_ipc.O_CREX)
-        receive = self._queue.receive
-        self._sends(self._queue.send)
-        self._receives(lambda: receive()[0])
-
-    def close(self) -> None:
-        self._queue.unlink()
-        self._queue.close()
-
-
-class Iceoryx2(BytesPeer):
-    """Publish and subscribe on samples of one size; the subscriber asks again and again."""
+class Iceoryx2(BlockPeer):
+    """Publish and subscribe with samples of one size; the subscriber polls."""
 
     label = "iceoryx2 (busy polling)"
     package = "iceoryx2"
     carries = frozenset({"bytes", "object"})
-    shared = False  # every subscriber is sent everything
+    shared = False  # each subscriber receives everything
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self._size = work.nbytes or _RECORD_BYTES
         self._folder = tempfile.mkdtemp(prefix="shmring-iceoryx2-")
         self._prefix = f"{_name()}_"
         self._ports: list[Any] = []
 
     def _service(self) -> Any:
-        """The service, in a node of this process, in a folder that we remove."""
+        """Open the service in a node of this process; its files are in our own folder."""
         iox2 = self._module()
 
         class Payload(ctypes.Structure):
@@ -521,14 +414,14 @@ class Iceoryx2(BytesPeer):
         service = (
             node.service_builder(iox2.ServiceName.new("benchmark"))
             .publish_subscribe(Payload)
-            .enable_safe_overflow(False)  # its default drops the oldest when the reader is slow
-            .subscriber_max_buffer_size(max(4, min(1000, _RING_BYTES // self._size)))
+            .enable_safe_overflow(False)  # the default drops messages
+            .subscriber_max_buffer_size(self._blocks)
             .open_or_create()
         )
         self._ports += [node, service]
         return iox2, service
 
-    def as_producer(self, consumers: int = 1) -> None:
+    def as_producer(self) -> None:
         iox2, service = self._service()
         publisher = (
             service.publisher_builder()
@@ -536,32 +429,24 @@ class Iceoryx2(BytesPeer):
             .create()
         )
         self._ports.append(publisher)
-        loan, memmove, size = publisher.loan_uninit, ctypes.memmove, self._size
+        loan, memmove = publisher.loan_uninit, ctypes.memmove
 
-        def put(message: bytes) -> None:
-            if len(message) > size:
-                raise ValueError(f"{len(message)} bytes for a sample of {size}")
+        def put(source: Any, length: int) -> None:
             sample = loan()
-            memmove(sample.payload_ptr, message, len(message))
+            memmove(sample.payload_ptr, source, length)
             sample.assume_init().send()
 
-        def put_array(array: Any) -> None:
-            sample = loan()
-            memmove(sample.payload_ptr, array.ctypes.data, size)
-            sample.assume_init().send()
+        self._copies(put)
 
-        self._sends(put_array if self._work.kind == "array" else put)
-
-    def as_consumer(self, number: int = 0) -> None:
+    def as_consumer(self) -> None:
         _, service = self._service()
         subscriber = service.subscriber_builder().create()
         self._ports.append(subscriber)
-        self._receive = receive = subscriber.receive
+        self._receive = receive = _until_some(subscriber.receive)
         string_at, size = ctypes.string_at, self._size
 
         def get() -> bytes:
-            while (sample := receive()) is None:
-                pass
+            sample = receive()  # the payload is valid as long as the sample lives
             return string_at(sample.payload_ptr, size)
 
         self._receives(get)
@@ -570,23 +455,21 @@ class Iceoryx2(BytesPeer):
         for call in ("put", "get", "_receive"):  # they hold ports
             self.__dict__.pop(call, None)
         while self._ports:
-            self._ports.pop()  # each before what it was made by
-        # What belonged to a process that was killed.
+            self._ports.pop()  # in the reverse order of their making
+        # A killed process leaves its files.
         for left in Path("/dev/shm").glob(f"{self._prefix}*"):
             left.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Iceoryx2InPlace(Iceoryx2):
-    """Arrays written into a sample, and added up where they lie."""
+    """Arrays are written into a sample and summed there."""
 
     label = "iceoryx2 in place (busy polling)"
     carries = frozenset({"in place"})
 
     def take_sum(self) -> float:
-        receive = self._receive
-        while (sample := receive()) is None:
-            pass
+        sample = self._receive()  # the payload is valid as long as the sample lives
         view = (ctypes.c_uint8 * self._size).from_address(sample.payload_ptr)
         return float(np.frombuffer(memoryview(view), np.float32).sum())
 
@@ -598,35 +481,26 @@ TRANSPORTS: tuple[type[Transport], ...] = (
     MultiprocessingQueue,
     MultiprocessingSimpleQueue,
     MultiprocessingPipe,
-    MultiprocessingPipeInto,
     ThreadQueue,
     FasterFifo,
-    ZeroMq,
     Iceoryx2,
     Iceoryx2InPlace,
     Cloudtoid,
     Membridge,
     ShmQueue3,
-    PosixQueue,
 )
 
 
-def able(
-    kind: str, *, between_processes: bool = True, shared: bool = False, peers: bool = True
-) -> list[type[Transport]]:
-    """Return the transports that can do work of this kind.
+def able(kind: str, *, shared: bool = False, threads: bool = False) -> list[type[Transport]]:
+    """Return the transports for a kind of work.
 
     Args:
         kind: what they must carry.
-        between_processes: leave out those that only threads can use.
-        shared: leave out those with one producer and one consumer.
-        peers: include packages from PyPI.
+        shared: only those that several producers and consumers may use.
+        threads: include those that do not leave the process.
     """
     return [
         one
         for one in TRANSPORTS
-        if kind in one.carries
-        and (one.between_processes or not between_processes)
-        and (one.shared or not shared)
-        and (one.package is None or peers)
+        if kind in one.carries and (one.shared or not shared) and (threads or not one.threads_only)
     ]

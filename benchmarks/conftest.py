@@ -1,98 +1,33 @@
-"""Options of `make bench`, rounds that take turns, and the table at the end.
-
-The first benchmark of a question runs all transports that were chosen for it, in
-turns; the others only report theirs.
-"""
+"""The options of `make bench`, and the tables at its end."""
 
 from __future__ import annotations
 
-import faulthandler
-import functools
-import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import machine, machine_line, save
-from benchmarks.adapters import Transport
-from benchmarks.sessions import Runs, Session, take_turns
-from benchmarks.work import Work
+from benchmarks.sessions import Runs
 
 BASELINE = "multiprocessing.Queue"
-Compare = Callable[..., None]
 Figures = dict[str, dict[str, dict[str, float]]]  # by question and transport
 
-_taken: dict[str, dict[type[Transport], Runs]] = {}
 _figures: Figures = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("shmring")
     group.addoption("--rounds", type=int, default=5, help="runs of each benchmark (default: 5)")
-    group.addoption("--scale", type=float, default=1.0, help="share of the work, 0.01 to look")
+    group.addoption("--scale", type=float, default=1.0, help="share of the work, 0.01 to try")
     group.addoption("--peers", action="store_true", help="with the packages of the extra `peers`")
-    group.addoption("--results", type=Path, metavar="FILE", help="write the rates there as JSON")
+    group.addoption("--results", type=Path, metavar="FILE", help="write the figures there as JSON")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--peers"):
-        return
-    left_out = [item for item in items if (one := _case(item)) and one["transport"].package]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
-def _case(item: pytest.Item) -> dict[str, Any] | None:
-    """The question and the transport of a benchmark."""
-    callspec = getattr(item, "callspec", None)
-    return callspec.params if callspec is not None and "question" in callspec.params else None
-
-
-@pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """Run sessions and note their rates."""
-
-    def measure(
-        question: str,
-        transport: type[Transport],
-        session: type[Session],
-        make_work: Callable[[], Work],
-        **options: Any,
-    ) -> None:
-        if reason := transport.missing():
-            pytest.skip(reason)
-        work = make_work()
-        if question not in _taken:
-            faulthandler.cancel_dump_traceback_later()  # each session has a deadline of its own
-            cases = filter(None, map(_case, request.session.items))
-            chosen = [case["transport"] for case in cases if case["question"] == question]
-            scale = request.config.getoption("--scale")
-            _taken[question] = take_turns(
-                request.config.getoption("--rounds"),
-                {
-                    one: functools.partial(session, one, work, scale=scale, **options)
-                    for one in chosen
-                    if one.missing() is None
-                },
-            )
-        runs = _taken[question][transport]
-        if runs.error is not None:
-            raise runs.error
-        benchmark.group = question
-        benchmark.pedantic(lambda: None, rounds=len(runs.rates))
-        if benchmark.stats is not None:
-            benchmark.stats.stats.data[:] = [1 / rate for rate in runs.rates]
-        figures = _figures_of(runs, work)
-        benchmark.extra_info.update(figures, transport=transport.label, work=work.name)
-        _figures.setdefault(question, {})[transport.label] = figures
-
-    return measure
-
-
-def _figures_of(runs: Runs, work: Work) -> dict[str, float]:
+def record(question: str, label: str, runs: Runs, array_bytes: int) -> dict[str, float]:
+    """Keep the figures of a transport for the tables; return them."""
     figures = {
         "messages_per_second": runs.median,
         "slowest": min(runs.rates),
@@ -103,34 +38,32 @@ def _figures_of(runs: Runs, work: Work) -> dict[str, float]:
         seconds = [1 / rate for rate in runs.rates]
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         figures["iqr_s"] = high - low
-    if work.kind == "array":
-        figures["megabytes_per_second"] = runs.median * work.nbytes / 1e6
-    if len(runs.trips_ns) > 1:
-        figures["median_us"] = statistics.median(runs.trips_ns) / 1000
-        figures["p99_us"] = statistics.quantiles(runs.trips_ns, n=100)[98] / 1000
+    if array_bytes:
+        figures["megabytes_per_second"] = runs.median * array_bytes / 1e6
+    if runs.trips_ns:
+        figures["median_us"], figures["p99_us"] = runs.trips_us(0.5, 0.99)
+    _figures.setdefault(question, {})[label] = figures
     return figures
 
 
 def _duration(seconds: float) -> str:
-    unit, size = next(
-        (unit, size) for unit, size in (("ms", 1e-3), ("us", 1e-6), ("ns", 0)) if seconds >= size
-    )
-    return f"{seconds / (size or 1e-9):.4g} {unit}"
+    for unit, size in (("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds / 1e-9:.4g} ns"
 
 
 def table(figures: Figures) -> Iterator[str]:
-    """Yield the lines of a table, grouped by question; at most 100 columns wide."""
+    """Yield the lines of the tables, at most 100 columns wide: shmring, then the fastest first."""
     for question, rows in figures.items():
         baseline = rows.get(BASELINE, {}).get("messages_per_second")
         yield ""
         yield f"{question:38} {'median':>9} {'IQR':>9} {'operations/s':>13} {'ratio':>7}"
-        ours, others = (
-            [label for label in rows if label.startswith("shmring") is first]
-            for first in (True, False)
-        )
-        others.sort(key=lambda label: -rows[label]["messages_per_second"])
-        for label in itertools.chain(ours, others):
-            row = rows[label]
+
+        ours = [pair for pair in rows.items() if pair[0].startswith("shmring")]
+        others = [pair for pair in rows.items() if pair not in ours]
+        others.sort(key=lambda pair: -pair[1]["messages_per_second"])
+        for label, row in ours + others:
             rate = row["messages_per_second"]
             ratio = f"{rate / baseline:.1f}" if baseline else "-"
             line = f"  {label:36} {_duration(1 / rate):>9} {_duration(row['iqr_s']):>9}"
@@ -142,15 +75,14 @@ def table(figures: Figures) -> Iterator[str]:
             yield line
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table, and write what was found."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the tables, and write the figures."""
     if not _figures:
         return
-    config = terminalreporter.config
     if (path := config.getoption("--results")) is not None:
         rounds, scale = config.getoption("--rounds"), config.getoption("--scale")
         found = {"machine": machine(), "rounds": rounds, "scale": scale, "questions": _figures}
         save(path.parent, path.name, found)
-    terminalreporter.section("time of an operation; ratio: times multiprocessing.Queue")
+    terminalreporter.section(f"time of an operation; ratio: times {BASELINE}")
     for line in [*table(_figures), "", machine_line()]:
         terminalreporter.write_line(line)

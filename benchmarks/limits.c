@@ -1,14 +1,13 @@
-/* What this machine allows, without Python: two processes and memory that both map.
+/* Limits of the machine, without Python: two processes and memory that both map.
  *
- *     limits [SCALE]     a line a limit: name, value, and the unit within the name
+ *     limits [SCALE [PREFIX]]     a line for each limit: its name (with the unit), its value
  *
- * Everything is timed with the monotonic clock; SCALE is the share of the full
- * number of turns.  benchmarks/limits.py compiles and runs it.
+ * SCALE is the share of the full number of turns; only limits whose name begins with PREFIX
+ * are measured.  benchmarks/limits.py compiles and runs it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
-#include <malloc.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -24,14 +23,10 @@
 #include <unistd.h>
 
 #define LINE 64
-#define SLOTS 4
-#define RING_BYTES (256u << 10) /* stays in the cache: more is slower */
-#define MESSAGE_BYTES 64
-#define FRAME_BYTES (8 + MESSAGE_BYTES)
-#define FRAMES (RING_BYTES / FRAME_BYTES)
+#define FRAME_BYTES (8 + 64) /* a length and a message */
 #define DEADLINE_SECONDS 120
 
-/* Each word in a line of its own. */
+/* Each word in its own cache line. */
 struct shared {
     _Alignas(LINE) _Atomic uint32_t there;
     _Alignas(LINE) _Atomic uint32_t back;
@@ -40,7 +35,7 @@ struct shared {
     _Alignas(LINE) unsigned char bytes[];
 };
 
-static int cpus[2] = {-1, -1}; /* two that this process may use; -1 where there are not two */
+static int cpus[2] = {-1, -1}; /* two that this process may use; -1 if there is only one */
 
 static uint64_t now_ns(void) {
     struct timespec now;
@@ -81,8 +76,8 @@ static void bind_to(int side) {
         fail("sched_setaffinity");
 }
 
-/* While the other side is about to move. After about a millisecond it is more likely that it has
- * no CPU, on a machine with one or with other work, than that it copies a block. */
+/* Pause while the other side is about to move. After about a millisecond it probably has no CPU:
+ * sleep then. */
 static void pause_briefly(unsigned *spins) {
     struct timespec nap = {0, 20000};
     if (++*spins % (1u << 14) == 0)
@@ -137,105 +132,68 @@ static uint64_t both(struct shared *shared, side *other, side *own, uint64_t tur
     return elapsed;
 }
 
-static const char *asked_for = ""; /* only what has a name that begins with this is measured */
+static const char *prefix = "";
 
-static int is_wanted(const char *name) { return strncmp(name, asked_for, strlen(asked_for)) == 0; }
+static int is_wanted(const char *name) { return strncmp(name, prefix, strlen(prefix)) == 0; }
 
-/* ---- memory: private -> shared -> private, or read in place --------------------------------- */
+/* ---- copies: private -> shared -> private, through slots that are used in turn --------------- */
 
-enum how { COPY, COPY_AND_READ, READ_IN_PLACE };
+static uint64_t slots; /* a power of two */
 
-static enum how how;         /* COPY: the same two private blocks again and again */
-static size_t window, piece; /* bytes in the shared memory, and of one copy */
-
-static uint64_t sources(void) { return how == COPY ? 1 : 4; } /* more: not in the cache */
-
-static uint64_t message_word(uint64_t turn) { return turn % sources() + 1; }
-
-static void stream_in(struct shared *shared, uint64_t turns, size_t bytes) {
-    uint64_t *own[4], written = 0;
-    for (uint64_t i = 0; i < sources(); i++) {
-        own[i] = allocate(bytes);
-        for (size_t word = 0; word < bytes / 8; word++)
-            own[i][word] = message_word(i);
-    }
-    for (uint64_t turn = 0; turn < turns; turn++)
-        for (size_t at = 0; at < bytes; at += piece) {
-            unsigned spins = 0;
-            while (written + piece - atomic_load_explicit(&shared->taken, memory_order_acquire)
-                   > window)
-                pause_briefly(&spins);
-            memcpy(shared->bytes + written % window, (char *)own[turn % sources()] + at, piece);
-            written += piece;
-            atomic_store_explicit(&shared->written, written, memory_order_release);
-        }
-    for (uint64_t i = 0; i < sources(); i++)
-        free(own[i]);
-}
-
-/* Every word of a message is read, or its ends only where the copy is what is measured. */
-static void check(uint64_t turn, const uint64_t *words, size_t count) {
-    uint64_t sum = 0, expected = message_word(turn) * (how == COPY ? 2 : count);
-    if (how == COPY)
-        sum = words[0] + words[count - 1];
-    else
-        for (size_t word = 0; word < count; word++)
-            sum += words[word];
-    if (sum != expected) {
-        fprintf(stderr, "message %llu is not what was copied\n", (unsigned long long)turn);
-        exit(1);
-    }
-}
-
-static void stream_out(struct shared *shared, uint64_t turns, size_t bytes) {
-    uint64_t taken = 0, *message = NULL;
-    mallopt(M_MMAP_THRESHOLD, 256 << 20); /* freed memory is used again, as after some time in */
-    mallopt(M_TRIM_THRESHOLD, 512 << 20); /* a process that receives such messages */
+static void copy_in(struct shared *shared, uint64_t turns, size_t bytes) {
+    uint64_t *own = allocate(bytes);
+    uint64_t taken = 0; /* the cached position of the other side */
+    memset(own, 1, bytes);
     for (uint64_t turn = 0; turn < turns; turn++) {
-        if (how == COPY_AND_READ || (how == COPY && turn == 0))
-            message = allocate(bytes);
-        for (size_t at = 0; at < bytes; at += piece) {
-            unsigned spins = 0;
-            while (atomic_load_explicit(&shared->written, memory_order_acquire) <= taken)
+        unsigned spins = 0;
+        while (turn - taken >= slots) {
+            taken = atomic_load_explicit(&shared->taken, memory_order_acquire);
+            if (turn - taken >= slots)
                 pause_briefly(&spins);
-            unsigned char *from = shared->bytes + taken % window;
-            if (how == READ_IN_PLACE)
-                check(turn, (uint64_t *)from, piece / 8);
-            else
-                memcpy((char *)message + at, from, piece);
-            taken += piece;
-            atomic_store_explicit(&shared->taken, taken, memory_order_release);
         }
-        if (how != READ_IN_PLACE)
-            check(turn, message, bytes / 8);
-        if (how == COPY_AND_READ)
-            free(message);
+        own[0] = turn;
+        memcpy(shared->bytes + (turn & (slots - 1)) * bytes, own, bytes);
+        atomic_store_explicit(&shared->written, turn + 1, memory_order_release);
     }
-    if (how == COPY)
-        free(message);
+    free(own);
 }
 
-static void streams(const char *what, size_t mib, enum how asked, size_t through, size_t each,
-                    uint64_t turns) {
-    char name[64];
-    snprintf(name, sizeof name, "%s_%zu_mib_bytes_per_second", what, mib);
+static void copy_out(struct shared *shared, uint64_t turns, size_t bytes) {
+    uint64_t *own = allocate(bytes);
+    uint64_t written = 0;
+    for (uint64_t turn = 0; turn < turns; turn++) {
+        unsigned spins = 0;
+        while (written <= turn) {
+            written = atomic_load_explicit(&shared->written, memory_order_acquire);
+            if (written <= turn)
+                pause_briefly(&spins);
+        }
+        memcpy(own, shared->bytes + (turn & (slots - 1)) * bytes, bytes);
+        if (own[0] != turn || own[bytes / 8 - 1] != 0x0101010101010101u) {
+            fprintf(stderr, "message %llu is not what was sent\n", (unsigned long long)turn);
+            exit(1);
+        }
+        atomic_store_explicit(&shared->taken, turn + 1, memory_order_release);
+    }
+    free(own);
+}
+
+static void copies(const char *name, size_t bytes, uint64_t slot_count, uint64_t turns) {
     if (!is_wanted(name))
         return;
-    struct shared *shared = map_shared(through);
-    size_t bytes = mib << 20;
-    how = asked;
-    window = through;
-    piece = each;
-    uint64_t elapsed = both(shared, stream_in, stream_out, turns, bytes, 1);
-    printf("%s %.6g\n", name, (double)turns * (double)bytes / ((double)elapsed / 1e9));
-    munmap(shared, sizeof(struct shared) + through);
+    slots = slot_count;
+    struct shared *shared = map_shared(slots * bytes);
+    uint64_t elapsed = both(shared, copy_in, copy_out, turns, bytes, 1);
+    double moved = strstr(name, "_bytes_") != NULL ? (double)bytes : 1;
+    printf("%s %.6g\n", name, (double)turns * moved / ((double)elapsed / 1e9));
+    munmap(shared, sizeof(struct shared) + slots * bytes);
 }
 
 /* ---- round trips ---------------------------------------------------------------------------- */
 
-static uint64_t gap_ns;  /* between two round trips */
-static uint64_t *trips;  /* nanoseconds of each */
-static int sleeping;     /* by futex; or the other side's word is watched */
+static uint64_t gap_ns; /* between two round trips */
+static uint64_t *trips; /* nanoseconds of each */
+static int sleeping;    /* wait in a futex; else spin */
 
 static void await(_Atomic uint32_t *word, uint32_t wanted) {
     unsigned spins = 0;
@@ -293,58 +251,6 @@ static void round_trips(const char *name, uint64_t turns, int apart) {
     munmap(shared, sizeof(struct shared));
 }
 
-/* ---- a ring with one producer and one consumer, and no guard -------------------------------- */
-
-static void ring_put(struct shared *shared, uint64_t turns, size_t bytes) {
-    (void)bytes;
-    unsigned char message[MESSAGE_BYTES] = {0};
-    uint64_t taken = 0; /* the other side's position, as last seen */
-    for (uint64_t turn = 0; turn < turns; turn++) {
-        unsigned spins = 0;
-        while (turn - taken >= FRAMES) {
-            taken = atomic_load_explicit(&shared->taken, memory_order_acquire);
-            if (turn - taken >= FRAMES)
-                pause_briefly(&spins);
-        }
-        unsigned char *frame = shared->bytes + turn % FRAMES * FRAME_BYTES;
-        uint64_t length = MESSAGE_BYTES;
-        memcpy(message, &turn, sizeof turn);
-        memcpy(frame, &length, sizeof length);
-        memcpy(frame + sizeof length, message, MESSAGE_BYTES);
-        atomic_store_explicit(&shared->written, turn + 1, memory_order_release);
-    }
-}
-
-static void ring_get(struct shared *shared, uint64_t turns, size_t bytes) {
-    (void)bytes;
-    unsigned char message[MESSAGE_BYTES];
-    uint64_t written = 0, number;
-    for (uint64_t turn = 0; turn < turns; turn++) {
-        unsigned spins = 0;
-        while (written <= turn) {
-            written = atomic_load_explicit(&shared->written, memory_order_acquire);
-            if (written <= turn)
-                pause_briefly(&spins);
-        }
-        memcpy(message, shared->bytes + turn % FRAMES * FRAME_BYTES + 8, MESSAGE_BYTES);
-        memcpy(&number, message, sizeof number);
-        if (number != turn) {
-            fprintf(stderr, "message %llu is not what was put\n", (unsigned long long)turn);
-            exit(1);
-        }
-        atomic_store_explicit(&shared->taken, turn + 1, memory_order_release);
-    }
-}
-
-static void rings(const char *name, uint64_t turns) {
-    if (!is_wanted(name))
-        return;
-    struct shared *shared = map_shared((size_t)FRAMES * FRAME_BYTES);
-    uint64_t elapsed = both(shared, ring_put, ring_get, turns, 0, 1);
-    printf("%s %.6g\n", name, (double)turns / ((double)elapsed / 1e9));
-    munmap(shared, sizeof(struct shared) + (size_t)FRAMES * FRAME_BYTES);
-}
-
 static uint64_t at_least(uint64_t least, double turns) {
     return turns > (double)least ? (uint64_t)turns : least;
 }
@@ -352,24 +258,18 @@ static uint64_t at_least(uint64_t least, double turns) {
 int main(int argc, char **argv) {
     double scale = argc > 1 ? strtod(argv[1], NULL) : 1.0;
     if (argc > 3 || !(scale > 0) || scale > 100) {
-        fprintf(stderr, "usage: limits [SCALE [START OF A NAME]]\n");
+        fprintf(stderr, "usage: limits [SCALE [PREFIX]]\n");
         return 2;
     }
     if (argc > 2)
-        asked_for = argv[2];
+        prefix = argv[2];
     alarm(DEADLINE_SECONDS);
     find_cpus();
     printf("cpus_apart %d\n", cpus[1] >= 0);
 
-    streams("memcpy", 1, COPY, SLOTS << 20, 1u << 20, at_least(8, 4000 * scale));
-    streams("memcpy", 8, COPY, SLOTS << 23, 8u << 20, at_least(8, 400 * scale));
-    for (size_t mib = 1; mib <= 8; mib *= 8) {
-        size_t bytes = mib << 20;
-        uint64_t turns = at_least(8, 3200 * scale / (double)mib);
-        streams("whole", mib, COPY_AND_READ, SLOTS * bytes, bytes, turns);
-        streams("pieces", mib, COPY_AND_READ, 1u << 20, 128u << 10, turns);
-        streams("in_place", mib, READ_IN_PLACE, SLOTS * bytes, bytes, turns);
-    }
+    copies("memcpy_1_mib_bytes_per_second", 1u << 20, 4, at_least(8, 4000 * scale));
+    copies("memcpy_8_mib_bytes_per_second", 8u << 20, 4, at_least(8, 400 * scale));
+    copies("ring_64_b_messages_per_second", FRAME_BYTES, 4096, at_least(10000, 2e7 * scale));
 
     round_trips("cache_line", at_least(100, 1000000 * scale), 1);
     uint64_t often = at_least(100, 50000 * scale), rare = at_least(20, 2000 * scale);
@@ -379,7 +279,5 @@ int main(int argc, char **argv) {
     gap_ns = 1000000;
     round_trips("futex_apart_idle_1_ms", rare, 1);
     round_trips("futex_free_idle_1_ms", rare, 0);
-
-    rings("ring_64_b_messages_per_second", at_least(10000, 20000000 * scale));
     return 0;
 }

@@ -1,9 +1,8 @@
-"""What this machine allows, and what share of it is reached: `make limits`.
+"""Limits of this machine, and the share of them that shmring reaches: `make limits`.
 
-Compiles ``limits.c`` with ``cc`` (or ``$CC``) into ``build/``, runs it, and
-writes ``benchmarks/results/limits.json``.  Beside rates that ``make bench-peers``
-left there, each figure of ours is shown as a share of the limit that binds it:
-quote it only where both were measured in one quiet hour.
+Compiles ``limits.c`` with ``cc`` (or ``$CC``) into ``build/``, runs it, and writes
+``benchmarks/results/limits.json``.  Rates that ``make bench-peers`` left in the same folder
+are shown as shares of the limit that binds them: valid only if the machine was quiet in both.
 """
 
 from __future__ import annotations
@@ -16,135 +15,100 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import ROOT, machine, machine_line, parser, save
+from benchmarks import ROOT, machine, machine_line, parser, print_head, print_row, save
 from benchmarks.adapters import FORK
 from benchmarks.work import Work
 
-__all__ = ["LIMITS", "PICKLE", "compiled", "main", "measured", "pickle_alone", "shares"]
-
 SOURCE = ROOT / "benchmarks" / "limits.c"
 BUILD = ROOT / "build"
-PATIENCE_S = 300.0
+TIMEOUT_S = 300.0
 
 LIMITS = {
     "memcpy_1_mib_bytes_per_second": "memcpy between processes, 1 MiB blocks, 4 slots",
     "memcpy_8_mib_bytes_per_second": "memcpy between processes, 8 MiB blocks, 4 slots",
-    "whole_1_mib_bytes_per_second": "1 MiB copied in, out, and read, whole, in 4 MiB",
-    "pieces_1_mib_bytes_per_second": "1 MiB copied in, out, and read, by 128 KiB through 1 MiB",
-    "in_place_1_mib_bytes_per_second": "1 MiB copied in, and read in place, in 4 MiB",
-    "whole_8_mib_bytes_per_second": "8 MiB copied in, out, and read, whole, in 32 MiB",
-    "pieces_8_mib_bytes_per_second": "8 MiB copied in, out, and read, by 128 KiB through 1 MiB",
-    "in_place_8_mib_bytes_per_second": "8 MiB copied in, and read in place, in 32 MiB",
-    "ring_64_b_messages_per_second": "C ring of 64 B messages, one to one, no guard",
+    "ring_64_b_messages_per_second": "C ring of 64 B messages, 1:1, no checks",
     "cache_line_median_ns": "round trip of a cache line, a CPU each",
     "futex_apart_median_ns": "futex round trip, a CPU each",
-    "futex_free_median_ns": "futex round trip, left to the scheduler",
+    "futex_free_median_ns": "futex round trip, not bound",
     "futex_apart_idle_1_ms_median_ns": "futex round trip, 1 ms idle between, a CPU each",
-    "futex_free_idle_1_ms_median_ns": "futex round trip, 1 ms idle between, left to the scheduler",
+    "futex_free_idle_1_ms_median_ns": "futex round trip, 1 ms idle between, not bound",
 }
+PICKLE = "pickle alone"
 
-
-PICKLE = "what pickle alone allows"
-
-# The figure of a question (a rate, or a time in us) and the limit it is read against.
-_RING = ("messages_per_second", "ring_64_b_messages_per_second")
+# A question of bench_queues.py, its figure (a rate, or a time in us), the limit that binds it.
 SHARES = (
-    ("64 B bytes, one call a message", *_RING),
-    ("64 B bytes, batches of 100", *_RING),
-    *(
-        (f"{mib} MiB float32, {how}", "megabytes_per_second", f"{limit}_{mib}_mib_bytes_per_second")
-        for how, limit in (("writable, summed", "memcpy"), ("summed in place", "in_place"))
-        for mib in (1, 8)
-    ),
+    ("64 B bytes, one call a message", "messages_per_second", "ring_64_b_messages_per_second"),
+    ("64 B bytes, batches of 100", "messages_per_second", "ring_64_b_messages_per_second"),
+    ("1 MiB float32, writable, summed", "megabytes_per_second", "memcpy_1_mib_bytes_per_second"),
+    ("8 MiB float32, writable, summed", "megabytes_per_second", "memcpy_8_mib_bytes_per_second"),
     ("round trip of 64 B, a CPU each", "median_us", "cache_line_median_ns"),
     ("round trip of 64 B, a CPU each", "median_us", "futex_apart_median_ns"),
     ("round trip of 64 B", "median_us", "futex_free_median_ns"),
 )
 
 
-def compiled(folder: Path) -> Path:
-    """Compile the program into a folder, unless what is there is newer than its source.
+def _compile() -> str:
+    """Compile the program unless it is newer than its source; return its path.
 
     Raises:
-        SystemExit: there is no C compiler, or it refused; the message says which.
+        SystemExit: there is no C compiler, or it failed.
     """
-    program = folder / "limits"
+    program = BUILD / "limits"
     if program.exists() and program.stat().st_mtime > SOURCE.stat().st_mtime:
-        return program
+        return str(program)
     compiler = os.environ.get("CC", "cc")
     if shutil.which(compiler.split()[0]) is None:
         raise SystemExit(f"benchmarks.limits needs a C compiler: {compiler!r} (from $CC, or cc)")
-    folder.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
     command = [*compiler.split(), "-O2", "-Wall", "-Wextra", "-o", str(program), str(SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return program
+    return str(program)
 
 
-def measured(program: Path, scale: float = 1.0, start: str = "") -> dict[str, float]:
-    """Run the program; the values by name, in the units that the names say.
-
-    Only what has a name that begins with `start` is measured.
-    """
-    done = subprocess.run(
-        [program, str(scale), start],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_S,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{program} ended with {done.returncode}: {done.stderr}")
-    return {
-        name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())
-    }
-
-
-def shares(
-    limits: Mapping[str, float], questions: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> list[dict[str, Any]]:
-    """What part of a limit each transport of ours reaches.
+def measure(scale: float = 1.0, prefix: str = "") -> dict[str, float]:
+    """Return limits by name, in the unit that the name says.
 
     Args:
-        limits: what `measured` found.
-        questions: the rates of ``peers.json``: figures by question and transport.
+        scale: share of the work.
+        prefix: measure only limits whose name begins with this.
     """
-    found = []
-    for question, name, limit in SHARES:
-        for label, figures in questions.get(question, {}).items():
-            if label.startswith("shmring") and name in figures:
-                figure = figures[name]
-                if name.endswith("_us"):
-                    share = limits[limit] / (figure * 1000)
-                else:
-                    share = figure * (1e6 if name.startswith("mega") else 1) / limits[limit]
-                row = {"question": question, "transport": label, "figure": figure}
-                found.append(row | {"limit": limit, "share": share})
-    return found
+    command = [_compile(), str(scale), prefix]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+    pairs = (line.split() for line in done.stdout.splitlines())
+    return {name: float(value) for name, value in pairs}
 
 
-def pickle_alone(work: Work, seconds: float) -> float:
-    """Return messages a second of one process that only dumps and another that only loads.
+def bound(name: str, work: Work, scale: float) -> float:
+    """Measure one limit, a key of `LIMITS`, or what pickle alone allows for some work."""
+    if name == PICKLE:
+        return _pickle_alone(work, scale)
+    return measure(min(1.0, scale), name.removesuffix("_median_ns"))[name]
 
-    Both at the same time, as in a queue: two CPUs of one core are slower then.
+
+def _pickle_alone(work: Work, seconds: float) -> float:
+    """Return messages a second of one process that only dumps and one that only loads.
+
+    Both run at the same time, as in a queue: two hyper-threads of one core are slower then.
     """
     rates = FORK.SimpleQueue()
     dump = functools.partial(pickle.dumps, protocol=-1)
     dumped = [dump(one) for one in work.pool]
-    sides = [
+    processes = [
         FORK.Process(target=_repeat, args=(rates, call, arguments, seconds))
         for call, arguments in ((dump, work.pool), (pickle.loads, dumped))
     ]
-    for side in sides:
-        side.start()
-    found = [rates.get() for _ in sides]
-    for side in sides:
-        side.join()
+    for process in processes:
+        process.start()
+    found = [rates.get() for _ in processes]
+    for process in processes:
+        process.join()
     return float(min(found))
 
 
@@ -159,7 +123,28 @@ def _repeat(rates: Any, call: Callable[[Any], Any], pool: Sequence[Any], seconds
     rates.put(count / (now - start))
 
 
-def _shown(name: str, value: float) -> str:
+def shares(
+    limits: Mapping[str, float], questions: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the share of a limit that each transport of shmring reaches.
+
+    Args:
+        limits: what `measure` returned.
+        questions: the rates of ``peers.json``: figures by question and transport.
+    """
+    for question, name, limit in SHARES:
+        for label, figures in questions.get(question, {}).items():
+            if label.startswith("shmring") and name in figures:
+                figure = figures[name]
+                if name.endswith("_us"):
+                    share = limits[limit] / (figure * 1000)
+                else:
+                    share = figure * (1e6 if name.startswith("mega") else 1) / limits[limit]
+                row = {"question": question, "transport": label, "figure": figure}
+                yield row | {"limit": limit, "share": share}
+
+
+def _text(name: str, value: float) -> str:
     if name.endswith("_bytes_per_second"):
         return f"{value / 1e9:.2f} GB/s"
     if name.endswith("_per_second"):
@@ -168,30 +153,29 @@ def _shown(name: str, value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print two tables, and write what was found."""
+    """Measure, print the limits and the shares of them, and write both."""
     options = parser("limits", __doc__).parse_args(arguments)
-    described = machine()
-    limits = measured(compiled(BUILD), options.scale)
+    before = machine()
+    limits = measure(options.scale)
     print(machine_line())
     if not limits["cpus_apart"]:
-        print("One CPU only: nothing ran at the same time.")
-    print("\n| limit | measured |\n|---|---|")
+        print("There is only one CPU: nothing ran at the same time.")
+    print_head("limit", "measured", "p99")
     for name, text in LIMITS.items():
         p99 = limits.get(name.replace("_median_ns", "_p99_ns")) if "_median" in name else None
-        after = f" (p99 {_shown('', p99)})" if p99 is not None else ""
-        print(f"| {text} | {_shown(name, limits[name])}{after} |")
+        print_row(text, _text(name, limits[name]), "" if p99 is None else _text("", p99))
 
     rates = options.results / "peers.json"
     reached = []
     if rates.exists():
-        told = json.loads(rates.read_text())
-        reached = shares(limits, told["questions"])
-        print(f"\nRates of {rates} (load {told['machine']['load average']}):")
-        print("\n| question | transport | limit | share |\n|---|---|---|---|")
+        earlier = json.loads(rates.read_text())
+        reached = list(shares(limits, earlier["questions"]))
+        print(f"\nRates of {rates} (load {earlier['machine']['load average']}):")
+        print_head("question", "transport", "limit", "share")
         for one in reached:
-            limit = LIMITS[one["limit"]]
-            print(f"| {one['question']} | {one['transport']} | {limit} | {one['share']:.1%} |")
-    found = {"machine": described, "scale": options.scale, "limits": limits, "shares": reached}
+            share = f"{one['share']:.1%}"
+            print_row(one["question"], one["transport"], LIMITS[one["limit"]], share)
+    found = {"machine": before, "scale": options.scale, "limits": limits, "shares": reached}
     save(options.results, "limits.json", found)
     return 0
 

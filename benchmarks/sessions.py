@@ -1,20 +1,20 @@
-"""Sessions: the processes that pass messages, and the clock; and turns of sessions.
+"""Sessions: processes that exchange messages, timed; and sessions that take turns.
 
-A session is made, entered (its children are forked and warm, nothing runs), run
-(which returns seconds) and left (its children have ended and are joined)::
+A session is made, entered (its children are forked and warm, nothing runs), run (which
+returns seconds) and left (its children have ended and are joined)::
 
     parent                              child
       fork ------------------------------>
-           <------------- a few messages    warms both up
+           <------------- a few messages    both are warm
            <--------------------- "ready"
     clock
         "go" ----------------------------->
            <------------------ the messages
     clock
-      kill, join
+      join, or kill
 
-Everything has a deadline: an alarm raises TimeoutError in the parent wherever it
-waits, and another ends the child even when the parent was killed.
+Everything has a deadline: an alarm raises TimeoutError in the parent wherever it waits, and
+another ends the child even when the parent was killed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ import contextlib
 import gc
 import math
 import os
-import re
 import signal
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-import numpy as np
-
-from benchmarks import per_second
+from benchmarks import per_second, progress
 from benchmarks.adapters import FORK, Transport
 from benchmarks.work import (
     BATCH,
@@ -52,36 +48,17 @@ from benchmarks.work import (
     send_each,
 )
 
-__all__ = [
-    "DEADLINE_S",
-    "ManyToMany",
-    "OneProcess",
-    "OneWay",
-    "RoundTrips",
-    "Runs",
-    "Session",
-    "Trickle",
-    "deadline",
-    "end_with_alarm",
-    "take_turns",
-    "two_cpus",
-]
+DEADLINE_S = 60.0  # below pytest's faulthandler_timeout, so that the session names what hung
 
-DEADLINE_S = 60.0  # under pytest's faulthandler_timeout, so that the session says what hung
-TRICKLE_PER_SECOND = 100
-
-_WARM_UP = 2  # messages; more large ones would not fit into a pipe that is not read yet
+_WARM_UP = 2  # messages; more large ones would not fit into a pipe
 _WARM_UP_TRIPS = 50
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @contextlib.contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Raise TimeoutError in the main thread, wherever it waits, after so many seconds.
+    """Raise TimeoutError in the main thread after so many seconds, wherever it waits.
 
-    A signal, because half of the transports know no timeout, and passing one
-    would be part of what is measured.
+    By a signal: half of the transports have no timeout, and one would cost time.
     """
 
     def expire(signum: int, frame: object) -> None:
@@ -97,26 +74,54 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
 
 
 def end_with_alarm(seconds: float) -> None:
-    """End this process after so many seconds; for a child that its parent may not end."""
+    """End this process after so many seconds, also when its parent is gone."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def two_cpus() -> tuple[int, int] | None:
-    """Return two CPUs this process may run on; None if it has only one."""
+    """Return two CPUs this process may run on; None if there is only one."""
     cpus = sorted(os.sched_getaffinity(0))
     return (cpus[0], cpus[1]) if len(cpus) > 1 else None
 
 
-class Session(ABC):
-    """The producer and consumer of some work over some transport, for one run.
+def cpu_ns(pids: Iterable[int]) -> int:
+    """Return the CPU time of processes that are not joined yet."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids)
 
-    Attributes:
-        count: messages of a run.
-        pids: the children, in the order in which they were forked.
-        trips_ns: each round trip of the run, where those are measured.
-        costs: what a message cost, by name, where that is measured.
-    """
+
+def sleeps(pid: int) -> bool:
+    """Return whether a process waits in a futex or a pipe."""
+    return any(name in Path(f"/proc/{pid}/wchan").read_text() for name in ("futex", "pipe"))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait; the caller has a deadline."""
+    while not condition():
+        time.sleep(0.0002)
+
+
+@contextlib.contextmanager
+def forever(call: Callable[..., object], *arguments: Any) -> Iterator[int]:
+    """Run a child that makes a call again and again; yield its pid, and kill it at the end."""
+    process = FORK.Process(target=_call_forever, args=(call, *arguments), daemon=True)
+    process.start()
+    assert process.pid is not None
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.join()
+
+
+def _call_forever(call: Callable[..., object], *arguments: Any) -> None:
+    end_with_alarm(2 * DEADLINE_S)
+    while True:
+        call(*arguments)
+
+
+class Session(ABC):
+    """One run of some work over some transport."""
 
     directions: ClassVar[int] = 1
 
@@ -132,52 +137,47 @@ class Session(ABC):
         self.label = f"{work.name} over {transport.label}"
         self.work = work
         self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
-        self.pids: list[int] = []
-        self.trips_ns: list[int] = []
-        self.costs: dict[str, float] = {}
+        self.pids: list[int] = []  # of the children, in the order of their start
+        self.trips_ns: list[int] = []  # of each round trip, where those are measured
+        self.cpu_us: float | None = None  # a message, of all children, where that is measured
         self._transport = transport
         self._deadline_s = deadline_s
 
     def __enter__(self) -> Self:
         self._exit = contextlib.ExitStack()
         with self._exit:
-            self._lines = [self._transport(self.work) for _ in range(self.directions)]
-            for line in self._lines:
-                self._exit.callback(line.close)
+            self._ways = [self._transport(self.work) for _ in range(self.directions)]
+            for way in self._ways:
+                self._exit.callback(way.close)
             with deadline(self._deadline_s, f"{self.label}, starting"):
                 self._prepare()
-            self._exit = self._exit.pop_all()  # nothing went wrong: keep it all until the end
-        gc.collect()  # not while the clock runs
+            self._exit = self._exit.pop_all()  # no error: close at the end only
+        gc.collect()  # now, not while the clock runs
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with deadline(self._deadline_s, f"{self.label}, ending"):
             self._exit.close()
 
     def run(self) -> float:
-        """Return seconds from the go to the last message received; once a session."""
+        """Return the seconds from "go" to the last message received; once a session."""
         with deadline(self._deadline_s, self.label):
             return self._run()
 
     @abstractmethod
     def _prepare(self) -> None:
-        """What happens before the go."""
+        """Fork and warm up."""
 
     @abstractmethod
     def _run(self) -> float:
-        """What `run` returns."""
+        """Do the work; return seconds."""
 
     def _fork(self, body: Callable[..., None], *args: Any) -> Connection:
         """Run ``body(control, ...)`` in a child that does not outlive this session."""
         control, far_end = FORK.Pipe()
         child = FORK.Process(target=_child, args=(self._deadline_s, body, far_end, *args))
         child.start()
-        assert child.pid is not None  # it was started
+        assert child.pid is not None
         self.pids.append(child.pid)
         self._exit.callback(_end, child)
         far_end.close()
@@ -191,7 +191,7 @@ def _child(deadline_s: float, body: Callable[..., None], *args: Any) -> None:
 
 
 def _end(child: Any) -> None:
-    child.join(0.5)  # it has nothing left to do, unless something went wrong
+    child.join(0.5)  # it has nothing left to do, unless there was an error
     child.kill()
     child.join()
     child.close()
@@ -199,15 +199,14 @@ def _end(child: Any) -> None:
 
 def _expect_ready(*controls: Connection) -> None:
     for control in controls:
-        if control.recv() != "ready":
-            raise WrongContent("the child said something else than that it is ready")
+        if (message := control.recv()) != "ready":
+            raise WrongContent(f'a child sent {message!r} instead of "ready"')
 
 
 class OneWay(Session):
     """One process sends, another receives.
 
-    With `batches`, a transport that has put_many and get_many uses them; others
-    send one by one.
+    With `batches`, a transport that has put_many and get_many uses them.
     """
 
     def __init__(
@@ -219,47 +218,47 @@ class OneWay(Session):
             self.count = math.ceil(self.count / BATCH) * BATCH
 
     def _prepare(self) -> None:
-        (line,) = self._lines
-        line.as_consumer()
-        self._control = self._fork(self._produce, line)
+        (way,) = self._ways
+        way.as_consumer()
+        self._control = self._fork(self._produce, way)
         for _ in range(_WARM_UP):
             if self.work.kind == "array":
-                line.take_sum()
+                way.take_sum()
             else:
-                line.get()
+                way.get()
         _expect_ready(self._control)
 
     def _run(self) -> float:
-        (line,) = self._lines
+        (way,) = self._ways
         start = time.perf_counter()
         self._control.send("go")
         if self.work.kind == "array":
-            receive_sums(line.take_sum, self.work.sums, self.count)
+            receive_sums(way.take_sum, self.work.sums, self.count)
         elif self._batches:
-            receive_batches(line.get_many, self.work.pool, self.count)
+            receive_batches(way.get_many, self.work.pool, self.count)
         else:
-            receive_each(line.get, self.work.pool, self.count)
+            receive_each(way.get, self.work.pool, self.count)
         return time.perf_counter() - start
 
-    def _produce(self, control: Connection, line: Transport) -> None:
+    def _produce(self, control: Connection, way: Transport) -> None:
         pool = self.work.pool
-        line.as_producer()
+        way.as_producer()
         for message in pool[:_WARM_UP]:
-            line.put(message)
+            way.put(message)
         control.send("ready")
         control.recv()
         if self._batches:
-            send_batches(line.put_many, pool, self.count)
+            send_batches(way.put_many, pool, self.count)
         else:
-            send_each(line.put, pool, self.count)
-        line.flush()
+            send_each(way.put, pool, self.count)
+        way.flush()
 
 
 class RoundTrips(Session):
-    """A message there and the same one back, one at a time, each of them timed.
+    """A message goes there and comes back, one at a time; each trip is timed.
 
-    With `apart`, the two processes are bound to one CPU each; `idle_s` is slept
-    before each trip, so that the other side is asleep.
+    With `apart`, each process is bound to a CPU of its own.  Before each trip the parent
+    sleeps `idle_s`, so that the child is asleep.
     """
 
     directions = 2
@@ -278,7 +277,7 @@ class RoundTrips(Session):
         self._idle_s = idle_s
 
     def _prepare(self) -> None:
-        there, back = self._lines
+        there, back = self._ways
         if self._cpus is not None:
             self._exit.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {self._cpus[0]})
@@ -293,7 +292,7 @@ class RoundTrips(Session):
         return time.perf_counter() - start
 
     def _trips(self, count: int) -> list[int]:
-        there, back = self._lines
+        there, back = self._ways
         put, get, clock = there.put, back.get, time.perf_counter_ns
         message = self.work.pool[0]
         samples = []
@@ -321,12 +320,12 @@ class RoundTrips(Session):
 
 
 class OneProcess(Session):
-    """put, then get, in the same thread: what the calls themselves cost."""
+    """put, then get, in one thread: the cost of the calls themselves."""
 
     def _prepare(self) -> None:
-        (line,) = self._lines
-        line.as_consumer()
-        line.as_producer()
+        (way,) = self._ways
+        way.as_consumer()
+        way.as_producer()
         for message in self.work.pool:
             self._pass(message, 1)
 
@@ -334,7 +333,7 @@ class OneProcess(Session):
         return self._pass(self.work.pool[1], self.count)
 
     def _pass(self, message: Any, count: int) -> float:
-        put, get = self._lines[0].put, self._lines[0].get
+        put, get = self._ways[0].put, self._ways[0].get
         start = time.perf_counter()
         for _ in range(count):
             put(message)
@@ -346,13 +345,10 @@ class OneProcess(Session):
 
 
 class ManyToMany(Session):
-    """Several processes send, several receive, over one transport that all share.
+    """Several processes send, several receive, over one shared transport.
 
-    The clock stops when every consumer has come to the end of what was sent.  The
-    consumers are forked first.  `shares` is how many messages each received.
+    The clock stops when every consumer has received `STOP`.
     """
-
-    idle: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -366,94 +362,44 @@ class ManyToMany(Session):
         super().__init__(transport, work, **options)
         self.producers, self.consumers = producers, consumers
         self.label += f", {producers}:{consumers}"
-        each = math.ceil(self.count / (producers * consumers)) * consumers
-        self.count = producers * each
-        self.shares: list[int] = []
+        self.count = producers * math.ceil(self.count / producers)
 
     def _prepare(self) -> None:
-        (line,) = self._lines
-        self._receiving = [
-            self._fork(self._consume, line, number) for number in range(self.consumers)
-        ]
+        (way,) = self._ways
+        self._receiving = [self._fork(self._consume, way) for _ in range(self.consumers)]
         _expect_ready(*self._receiving)
-        self._sending = [self._fork(self._produce, line) for _ in range(self.producers)]
+        self._sending = [self._fork(self._produce, way) for _ in range(self.producers)]
         _expect_ready(*self._sending)
-        if not line.lines:
-            line.as_producer()
+        way.as_producer()
 
     def _run(self) -> float:
-        (line,) = self._lines
-        receivers = self.pids[: self.consumers]
-        before, waiting = _spent(self.pids), _spent(receivers)
+        (way,) = self._ways
+        before = cpu_ns(self.pids)
         start = time.perf_counter()
         for control in self._sending:
             control.send("go")
         _expect_ready(*self._sending)
-        if self.idle:  # to stop and to end is not waiting
-            waited, waited_s = _spent(receivers), time.perf_counter() - start
-        if not line.lines:
-            for _ in range(self.consumers):
-                line.put(STOP)
-        self.shares = [control.recv() for control in self._receiving]
+        for _ in range(self.consumers):
+            way.put(STOP)
+        received = sum(control.recv() for control in self._receiving)
         seconds = time.perf_counter() - start
-        if not self.idle:
-            waited, waited_s = _spent(receivers), seconds
-        if sum(self.shares) != self.count:
-            raise WrongContent(f"{sum(self.shares)} messages came, {self.count} were sent")
-        sleeps, preemptions, cpu_ns = (_spent(self.pids) - before) / self.count
-        self.costs = {
-            "sleeps_a_message": float(sleeps),
-            "preemptions_a_message": float(preemptions),
-            "cpu_us_a_message": float(cpu_ns) / 1e3,
-            "consumers_share_of_a_core": float((waited - waiting)[2]) / 1e9 / waited_s,
-        }
+        if received != self.count:
+            raise WrongContent(f"{received} messages came, {self.count} were sent")
+        self.cpu_us = (cpu_ns(self.pids) - before) / self.count / 1e3
         return seconds
 
-    def _send(self, line: Transport) -> None:
-        send_each(line.put, self.work.pool, self.count // self.producers)
-
-    def _produce(self, control: Connection, line: Transport) -> None:
-        line.as_producer(self.consumers)
+    def _produce(self, control: Connection, way: Transport) -> None:
+        way.as_producer()
         control.send("ready")
         control.recv()
-        self._send(line)
-        if line.lines:
-            for _ in range(self.consumers):
-                line.put(STOP)
-        line.flush()
+        send_each(way.put, self.work.pool, self.count // self.producers)
+        way.flush()
         control.send("ready")
 
-    def _consume(self, control: Connection, line: Transport, number: int) -> None:
-        line.as_consumer(number)
+    def _consume(self, control: Connection, way: Transport) -> None:
+        way.as_consumer()
         control.send("ready")
-        stops = self.producers if line.lines else 1
-        control.send(sum(receive_any(line.get, self.work.pool) for _ in range(stops)))
-
-
-class Trickle(ManyToMany):
-    """A message from each producer now and then; the consumers wait."""
-
-    idle = True
-
-    def _send(self, line: Transport) -> None:
-        start, pool = time.monotonic(), self.work.pool
-        for number in range(self.count // self.producers):
-            time.sleep(max(0.0, start + number / TRICKLE_PER_SECOND - time.monotonic()))
-            line.put(pool[number % len(pool)])
-
-
-def _spent(pids: Iterable[int]) -> Any:
-    """Read from /proc how often processes slept and were preempted, and their CPU time in ns.
-
-    A process that has ended counts until it is joined.
-    """
-    spent = np.zeros(3, np.int64)
-    for pid in pids:
-        status = Path(f"/proc/{pid}/status").read_text()
-        switches = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
-        cpu_ns = Path(f"/proc/{pid}/schedstat").read_text().split()[0]
-        spent += np.array([*switches, cpu_ns], np.int64)
-    return spent
+        control.send(receive_any(way.get, self.work.pool))
 
 
 # ---- turns ----------------------------------------------------------------------------------
@@ -461,52 +407,46 @@ def _spent(pids: Iterable[int]) -> Any:
 
 @dataclass
 class Runs:
-    """The runs of one transport.
+    """The runs of one transport."""
 
-    Attributes:
-        rates: messages a second, run by run.
-        trips_ns: each round trip of all runs, where those are measured.
-        costs: what a message cost, run by run, where that is measured.
-        error: what ended its last run; it has had no more turns since.
-    """
-
-    rates: list[float] = field(default_factory=list)
-    trips_ns: list[int] = field(default_factory=list)
-    costs: list[dict[str, float]] = field(default_factory=list)
-    error: Exception | None = None
+    rates: list[float] = field(default_factory=list)  # messages a second
+    trips_ns: list[int] = field(default_factory=list)  # the round trips of all runs
+    cpu_us: list[float] = field(default_factory=list)  # a message
+    error: Exception | None = None  # what ended the last run; there are no more
 
     @property
     def median(self) -> float:
         """Messages a second."""
         return statistics.median(self.rates)
 
-    @property
-    def cost(self) -> dict[str, float]:
-        """The median of each cost."""
-        names = self.costs[0] if self.costs else ()
-        return {name: statistics.median(one[name] for one in self.costs) for name in names}
+    def trips_us(self, *shares: float) -> list[float]:
+        """Return quantiles of the round trips."""
+        ordered = sorted(self.trips_ns)
+        last = len(ordered) - 1
+        return [ordered[min(int(share * len(ordered)), last)] / 1000 for share in shares]
 
 
 def take_turns(
     runs: int,
-    sessions: Mapping[Key, Callable[[], Session]],
-    tell: Callable[[str], None] = lambda text: None,
-) -> dict[Key, Runs]:
-    """Run a session of each in turn, so often, and tell of each run."""
-    found = {key: Runs() for key in sessions}
-    for run in range(runs):
-        for key, make in sessions.items():
-            one = found[key]
+    transports: Iterable[type[Transport]],
+    session: Callable[..., Session],
+    *args: Any,
+    **options: Any,
+) -> dict[type[Transport], Runs]:
+    """Run a session of each transport in turn, so many times; errors are kept in `Runs`."""
+    found = {transport: Runs() for transport in transports}
+    for run in range(1, runs + 1):
+        for transport, one in found.items():
             if one.error is not None:
                 continue
             try:
-                with make() as session:
-                    one.rates.append(session.count / session.run())
-                    one.trips_ns += session.trips_ns
-                    one.costs += [session.costs] if session.costs else []
-                    told = per_second(one.rates[-1])
-                    tell(f"run {run + 1} of {runs}: {session.label}: {told}")
-            except Exception as error:  # the caller decides what a failure means
+                with session(transport, *args, **options) as running:
+                    one.rates.append(running.count / running.run())
+                    one.trips_ns += running.trips_ns
+                    one.cpu_us += [running.cpu_us] if running.cpu_us is not None else []
+                    text = f"{running.label}: {per_second(one.rates[-1])}"
+            except Exception as error:  # the caller decides what an error means
                 one.error = error
-                tell(f"run {run + 1} of {runs}: {key}: {error!r}")
+                text = f"{transport.label}: {error!r}"
+            progress(f"run {run} of {runs}: {text}")
     return found

@@ -1,8 +1,8 @@
 """Messages, and the loops that send, receive and check them.
 
-The loops call the transport's own methods with nothing in between, as a program
-would.  The messages of a pool all differ, so one that is lost, doubled or out of
-order moves all later ones; it is enough to check the first and last of each turn.
+The loops call the methods of the transport directly, as a program would.  All messages of
+a pool differ, so one that is lost, doubled or out of order shifts all later ones: it is
+enough to check the first and the last message of each pass through the pool.
 """
 
 from __future__ import annotations
@@ -14,50 +14,38 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BATCH", "STOP", "Work", "WrongContent", "arrays", "bytes_of", "records", "small_dicts"]
-
 BATCH = 100
 STOP = b"stop"  # shorter than any message
 
-_POOL = 251  # a prime: no batch and no page holds a whole number of turns
-_LARGE = 1 << 16  # bytes; from this size on the pool is small
+_POOL = 251  # a prime: no batch and no page holds a whole number of passes
+_LARGE_BYTES = 1 << 16  # from this size on the pool is small
 
 
 class WrongContent(AssertionError):
-    """What arrived is not what was sent: the one thing that fails a benchmark."""
+    """What arrived is not what was sent."""
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Messages to be sent.
+    """Messages to send."""
 
-    Attributes:
-        name: for tables.
-        kind: "bytes", "object" or "array".
-        pool: the distinct messages.
-        nbytes: the size of one message; 0 for objects.
-        count: messages in a run of some tenths of a second on shmring; slower
-            transports get a share of it, and rates are compared.
-        sums: the sum of each array of the pool.
-    """
-
-    name: str
-    kind: str
-    pool: Sequence[Any]
-    nbytes: int
-    count: int
-    sums: Sequence[float] = ()
+    name: str  # for tables
+    kind: str  # "bytes", "object" or "array"
+    pool: Sequence[Any]  # the distinct messages
+    nbytes: int  # of a message; 0 for objects
+    count: int  # of a run of some tenths of a second on shmring
+    sums: Sequence[float] = ()  # of each array in the pool
 
 
 def bytes_of(nbytes: int = 64, count: int = 500_000) -> Work:
-    """Messages of at least 5 bytes that begin with their number."""
-    indices = range(_POOL if nbytes <= _LARGE else 4)
+    """Return messages of at least 5 bytes that begin with their number."""
+    indices = range(_POOL if nbytes <= _LARGE_BYTES else 4)
     pool = [index.to_bytes(4, "little") + bytes([index]) * (nbytes - 4) for index in indices]
     return Work(f"{nbytes} B bytes", "bytes", pool, nbytes, count)
 
 
-def small_dicts(count: int = 100_000) -> Work:
-    """Small records, as dicts."""
+def small_dicts(count: int = 120_000) -> Work:
+    """Return small records as dicts."""
     pool = [
         {"id": index, "name": f"task-{index}", "value": index * 0.5, "ok": True}
         for index in range(_POOL)
@@ -67,7 +55,7 @@ def small_dicts(count: int = 100_000) -> Work:
 
 @dataclass(frozen=True)
 class Record:
-    """A record that is no builtin."""
+    """A record that is not a builtin."""
 
     id: int
     name: str
@@ -75,15 +63,15 @@ class Record:
     ok: bool
 
 
-def records(count: int = 100_000) -> Work:
-    """The same records as objects of a class, which only pickle carries."""
+def records(count: int = 80_000) -> Work:
+    """Return the same records as objects of a class, which only pickle encodes."""
     return Work("small object", "object", [Record(**one) for one in small_dicts().pool], 0, count)
 
 
 def arrays(nbytes: int, count: int) -> Work:
-    """float32 arrays whose sums are exact in float32 and all differ.
+    """Return float32 arrays with distinct sums that are exact in float32.
 
-    The pool is small, so that the producer's cache is not what is measured.
+    The pool is small: a large one would measure the producer's cache.
     """
     pool = []
     for index in range(4):
@@ -99,8 +87,8 @@ def arrays(nbytes: int, count: int) -> Work:
 
 def send_each(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> None:
     """Put `count` messages, one call each."""
-    turns, rest = divmod(count, len(pool))
-    for _ in range(turns):
+    passes, rest = divmod(count, len(pool))
+    for _ in range(passes):
         for message in pool:
             put(message)
     for message in pool[:rest]:
@@ -109,15 +97,15 @@ def send_each(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> 
 
 def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> None:
     """Get `count` messages, one call each."""
-    turns, rest = divmod(count, len(pool))
+    passes, rest = divmod(count, len(pool))
     between = range(len(pool) - 2)
-    for _ in range(turns):
+    for _ in range(passes):
         first = get()
         for _ in between:
             message = get()
         message = get()
         if first != pool[0] or message != pool[-1]:
-            raise WrongContent(f"a turn began with {first!r:.80} and ended with {message!r:.80}")
+            raise WrongContent(f"a pass began with {first!r:.80} and ended with {message!r:.80}")
     for expected in pool[:rest]:
         message = get()
         if message != expected:
@@ -125,21 +113,21 @@ def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> Non
 
 
 def receive_any(get: Callable[[], Any], pool: Sequence[Any]) -> int:
-    """Get bytes until `STOP`, in any order of several producers; return how many."""
+    """Get bytes of several producers until `STOP`; return how many."""
     expected = frozenset(pool)
     messages = iter(get, STOP)
     received = 0
-    while turn := list(itertools.islice(messages, len(pool))):
-        received += len(turn)
-        if turn[0] not in expected or turn[-1] not in expected:
-            raise WrongContent(f"a turn began with {turn[0]!r:.80} and ended with {turn[-1]!r:.80}")
+    while some := list(itertools.islice(messages, len(pool))):
+        received += len(some)
+        if some[0] not in expected or some[-1] not in expected:
+            raise WrongContent(f"{some[0]!r:.80} or {some[-1]!r:.80} was never sent")
     return received
 
 
 def send_batches(put_many: Callable[[Any], object], pool: Sequence[Any], count: int) -> None:
     """Put `count` messages, a multiple of BATCH, that many a call."""
-    line = [*pool, *pool]
-    batches = [line[start : start + BATCH] for start in range(len(pool))]
+    twice = [*pool, *pool]
+    batches = [twice[start : start + BATCH] for start in range(len(pool))]
     start = 0
     for _ in range(count // BATCH):
         put_many(batches[start])
@@ -161,7 +149,7 @@ def receive_batches(get_many: Callable[[], Any], pool: Sequence[Any], count: int
 
 
 def receive_sums(take_sum: Callable[[], float], sums: Sequence[float], count: int) -> None:
-    """Take `count` arrays; each must add up to the sum of the one that was sent."""
+    """Take `count` arrays and compare each sum with that of the array sent."""
     for index in range(count):
         total, expected = take_sum(), sums[index % len(sums)]
         if total != expected:
