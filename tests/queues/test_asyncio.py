@@ -189,9 +189,7 @@ def test_a_call_with_a_timeout_is_served_in_its_turn(queue):
     run(main())
 
 
-def test_a_call_that_times_out_passes_its_turn_on(queue, monkeypatch):
-    """The turn and the end of the time meet; another call stands behind."""
-
+def test_a_call_that_times_out_in_its_turn_leaves_the_message_to_the_next(queue, monkeypatch):
     async def main():
         first = asyncio.create_task(queue.aget(timeout=0.05))
         await until(lambda: waiting(queue) == 1)
