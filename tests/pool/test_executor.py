@@ -735,7 +735,7 @@ def test_impossible_sizes_of_map_are_named(pool: ProcessPoolExecutor) -> None:
         pool.map(square, [1], chunksize=0)
     with pytest.raises(InvalidArgument, match="buffersize=0"):
         pool.map(square, [1], buffersize=0)
-    with pytest.raises(InvalidArgument, match="chunksize='big'"):
+    with pytest.raises(TypeError, match="chunksize='big'"):
         pool.map_unordered(square, [1], chunksize="big")  # type: ignore[arg-type]
 
 

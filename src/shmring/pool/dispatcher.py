@@ -274,7 +274,7 @@ class Dispatcher:
                 error = _loaded(pickled)
             except Exception as problem:
                 error = RemoteError(f"an exception that cannot be unpickled here: {problem}")
-            error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+            error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
         task = self.table.sent.get(number)
         if task is not None and task.results is not None:
             task.failed = True

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
+from shmring.arguments import checked_int
 from shmring.errors import InvalidArgument
 from shmring.pool.task_table import Failure
 
@@ -32,11 +33,11 @@ def unordered(
     retries: int,
 ) -> Iterator[Any]:
     """See :meth:`ProcessPoolExecutor.map_unordered`."""
-    if chunksize != "auto" and (not isinstance(chunksize, int) or chunksize < 1):
+    if chunksize != "auto" and checked_int(chunksize, "chunksize") < 1:
         raise InvalidArgument(f'chunksize={chunksize!r}: at least 1, or "auto"')
     if buffersize is None:
         buffersize = _CHUNKS_A_WORKER * pool._max_workers
-    elif not isinstance(buffersize, int) or buffersize < 1:
+    elif checked_int(buffersize, "buffersize") < 1:
         raise InvalidArgument(f"buffersize={buffersize!r}: at least 1, or None")
     total = len(iterable) if isinstance(iterable, Sized) else None
     stream = _Stream(pool, fn, iter(iterable), chunksize, buffersize, retries)
