@@ -58,8 +58,10 @@ __all__ = [
     "cleanup_stale",
     "coordinator_process",
     "current_worker",
+    "executor",
     "get_context",
     "multiprocessing_example",
+    "register_joblib",
     "share",
     "wait",
     "worker_process",
@@ -110,6 +112,7 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.message import Message, MessageType
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.coordinator import Progress, Report, coordinator_process
+    from shmring.pool.entry import executor, register_joblib
     from shmring.pool.example import multiprocessing_example
     from shmring.pool.executor import ProcessPoolExecutor
     from shmring.pool.manager import Event, PoolStatistics
@@ -152,8 +155,10 @@ else:
             "cleanup_stale": "_backend",
             "coordinator_process": "pool.coordinator",
             "current_worker": "pool.worker",
+            "executor": "pool.entry",
             "get_context": "context",
             "multiprocessing_example": "pool.example",
+            "register_joblib": "pool.entry",
             "wait": "_backend",
             "worker_process": "pool.worker",
         },

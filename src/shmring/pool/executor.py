@@ -37,7 +37,7 @@ __all__ = ["ProcessPoolExecutor"]
 
 T = TypeVar("T")
 
-_MOST_WORKERS = 128  # a queue has so many places for deliveries
+MOST_WORKERS = 128  # a queue has so many places for deliveries
 
 
 class ProcessPoolExecutor(Executor):
@@ -89,10 +89,10 @@ class ProcessPoolExecutor(Executor):
                 "use concurrent.futures.ProcessPoolExecutor here"
             )
         if max_workers is None:
-            max_workers = min(_cpu_count(), _MOST_WORKERS)
+            max_workers = min(_cpu_count(), MOST_WORKERS)
         if max_workers <= 0:
             raise InvalidArgument(f"max_workers={max_workers}: max_workers must be greater than 0")
-        if max_workers > _MOST_WORKERS:
+        if max_workers > MOST_WORKERS:
             raise InvalidArgument(f"max_workers={max_workers}: max_workers must be <= 128")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
