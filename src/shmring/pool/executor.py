@@ -70,6 +70,8 @@ class ProcessPoolExecutor(Executor):
         NotSupportedByFallback: the ring is not there.
     """
 
+    _chunk_seconds = 0.005  # at which chunksize="auto" aims
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -103,7 +105,7 @@ class ProcessPoolExecutor(Executor):
                 raise TypeError(f"max_tasks_per_child={max_tasks_per_child!r} must be an integer")
             if max_tasks_per_child <= 0:
                 raise InvalidArgument(f"max_tasks_per_child={max_tasks_per_child} must be >= 1")
-        _check_retries("max_retries", max_retries)
+        check_retries("max_retries", max_retries)
         if max_memory_per_worker is not None:
             max_memory_per_worker = operator.index(max_memory_per_worker)
             if max_memory_per_worker < 1 << 20:
@@ -316,7 +318,7 @@ class PoolView:
     """A pool with another number of retries: see :meth:`ProcessPoolExecutor.options`."""
 
     def __init__(self, pool: ProcessPoolExecutor, retries: int) -> None:
-        _check_retries("retries", retries)
+        check_retries("retries", retries)
         self._pool = pool
         self._retries = retries
 
@@ -371,7 +373,7 @@ def _results(
             each.cancel()
 
 
-def _check_retries(name: str, value: int) -> None:
+def check_retries(name: str, value: int) -> None:
     if not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
     if value < 0:

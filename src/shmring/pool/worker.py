@@ -202,7 +202,7 @@ class TaskLoop:
                 continue
             except DecodeError as error:
                 number, error = self._failures.pop() if self._failures else (-1, error)
-                self._send((number, 0, *_described(error)))
+                self._send((number, 0, *described(error)))
             else:
                 if number < 0:
                     reason = "stop"
@@ -249,7 +249,7 @@ class TaskLoop:
             self._cancellable = False
             if self._leaves_at_interrupt and isinstance(error, KeyboardInterrupt):
                 raise
-            self._send((number, 0, *_described(error)))
+            self._send((number, 0, *described(error)))
         finally:
             _current.reset(token)
         self.answered += 1
@@ -274,7 +274,7 @@ class TaskLoop:
             self._cancellable = False
             if sent < len(values):
                 self._send_part(number, sent, values[sent:])
-            self._send((number, len(values), *_described(error)))
+            self._send((number, len(values), *described(error)))
         finally:
             _current.reset(token)
         self.answered += len(items)
@@ -297,7 +297,7 @@ class TaskLoop:
         except RingClosed:
             raise
         except BaseException as error:
-            self._send((number, index, *_described(error)))
+            self._send((number, index, *described(error)))
 
     def _send(self, answer: tuple[Any, ...]) -> None:
         while True:
@@ -315,7 +315,7 @@ class TaskLoop:
             raise CancelTask
 
 
-def _described(error: BaseException) -> tuple[bytes | None, str]:
+def described(error: BaseException) -> tuple[bytes | None, str]:
     """An exception as a pickle that is known to load, or None, and its traceback as text."""
     if isinstance(error, CancelTask):
         return None, ""
