@@ -21,9 +21,14 @@ if shmring.backend != "ring":
 joblib = pytest.importorskip("joblib")
 shmring.register_joblib()
 
-# The rest runs with `-m torture`: the same again, or minutes of starting programs.
-QUICK = "not (parallel_backend or separated or unpicklable or race or batch_statistics or loop"
-QUICK += " or in_child_context or in_child_override or threading)"
+# What runs with `-m torture` only: the same again, or many programs and pools.
+SLOW = [
+    *("background", "batch_statistics", "byteorder", "hinting", "in_child", "initializer_parallel"),
+    *("interactively", "loop", "nested_backend", "nested_parallel_warnings", "no_blas"),
+    *("not_reused", "parallel_backend", "pretty_print", "race", "separated", "threading"),
+    *("unpicklable", "verbose"),
+]
+QUICK = f"not ({' or '.join(SLOW)})"
 
 
 @pytest.mark.parametrize("chosen", [QUICK, pytest.param("joblib", marks=pytest.mark.torture)])
