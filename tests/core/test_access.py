@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("shmring._core.ring", exc_type=ImportError)
+
 import shmring
 from shmring import (
     AccessRefused,

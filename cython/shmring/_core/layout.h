@@ -67,6 +67,15 @@
 
 #define SHMRING_NO_CPU 4294967295u /* nobody has run on this side yet */
 
+/* Kinds of a message.  shmring.queues.codec repeats those of the codecs, since it also
+ * serves the fallback. */
+#define SHMRING_KIND_BYTES 0
+#define SHMRING_KIND_PICKLE 1 /* of any encoder that returns bytes */
+#define SHMRING_KIND_MSGPACK 2
+#define SHMRING_KIND_USER 3
+#define SHMRING_KIND_TREE 4 /* builtin_codec.h */
+#define SHMRING_KIND_MULTI 0x80000000u /* a flag: several segments, with their table in front */
+
 /* States of a frame. */
 #define SHMRING_WHOLE 1
 #define SHMRING_RESERVED 2

@@ -23,6 +23,12 @@ cdef extern from "layout.h" nogil:
     const uint64_t SHMRING_MIN_CAPACITY
     const uint64_t SHMRING_MAX_CAPACITY
     const uint32_t SHMRING_NO_CPU
+    const uint32_t SHMRING_KIND_BYTES
+    const uint32_t SHMRING_KIND_PICKLE
+    const uint32_t SHMRING_KIND_MSGPACK
+    const uint32_t SHMRING_KIND_USER
+    const uint32_t SHMRING_KIND_TREE
+    const uint32_t SHMRING_KIND_MULTI
     const uint32_t SHMRING_WHOLE
     const uint32_t SHMRING_RESERVED
     const uint32_t SHMRING_ABORTED

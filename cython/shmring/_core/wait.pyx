@@ -15,7 +15,7 @@ from shmring._core.diagnostics cimport (
     CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION,
     FOR_ROOM, Wait, witness_enter, witness_leave,
 )
-from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
+from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, identity_of
 from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
 from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.ring cimport (
@@ -453,7 +453,7 @@ cdef int check_name(RingHandle ring) except -1:
         return 0
     ring.name_gone += 1
     if ring.name_gone == 2:
-        _, token, name = ring.identity()
+        _, token, name = identity_of(ring)
         _warnings.say_name_is_gone(name, token)
     return 0
 

@@ -22,6 +22,7 @@ import stat
 import struct
 import time
 
+from shmring._core.ring import LAYOUT
 from shmring.errors import (
     AccessRefused,
     InvalidArgument,
@@ -56,10 +57,10 @@ __all__ = [
 ]
 
 DIRECTORY = "/dev/shm"
-MAGIC = 0x474E4952204D4853  # a ring, as in cython/shmring/_core/layout.h
+MAGIC = LAYOUT["MAGIC"]
 MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
-LAYOUT_VERSION = 3
-HEADER_BYTES = 8192
+LAYOUT_VERSION = LAYOUT["VERSION"]
+HEADER_BYTES = LAYOUT["HEADER_BYTES"]
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
