@@ -36,18 +36,18 @@ FAULTS = {
         "Each message was taken or is still there, never twice; what was taken dies with its taker",
     ),
     3: Fault(
-        "A producer is killed after the message is committed and before anybody is woken",
-        "No sleep lasts longer than 90 ms, and whoever wakes up looks: the sleeper has it then",
+        "A producer is killed after the message is committed and before a waiter is woken",
+        "No sleep lasts longer than 90 ms, and a waiter that wakes up takes the message",
     ),
     4: Fault(
-        "A process is killed while it makes good what another's death left",
-        "The lock counts as left by the dead again, and the next one begins the repair anew",
+        "A process is killed while it recovers from another's death",
+        "The lock is again one of a dead owner, and the next process recovers from the start",
     ),
     5: Fault("A process that waits for a lock is killed", "The others get the lock as before"),
     6: Fault(
         "A consumer that sleeps in `get` is killed",
-        "Nobody counts sleepers, so nothing leaks: the next message wakes another one, and puts "
-        "stop making wakes for the dead",
+        "Sleepers are not counted, so nothing leaks: the next message wakes another one, and puts "
+        "make no more wake-ups for the dead",
     ),
     7: Fault(
         "A consumer is killed when it was woken, before it has taken anything",
@@ -55,7 +55,7 @@ FAULTS = {
     ),
     8: Fault(
         "A process is killed while the ring grows, shrinks or moves on to its next area",
-        "Whoever comes next completes or undoes it; no page of memory is lost track of",
+        "The next process completes or undoes it; no page of memory is lost",
     ),
     9: Fault(
         "A process is killed inside `with reserve()` or `with peek()`",
@@ -80,7 +80,7 @@ FAULTS = {
     ),
     14: Fault(
         "A worker is stopped for longer than its heartbeat",
-        "It counts as silent, and a log line says so; not as dead: nobody else gets its task",
+        "It counts as silent, and a log line says so; not as dead: no other worker gets its task",
     ),
     15: Fault(
         "The coordinator is killed",
@@ -88,7 +88,7 @@ FAULTS = {
     ),
     16: Fault(
         "A killed process is not reaped by its parent (a zombie)",
-        "It is dead to everybody all the same: pidfd and `/proc` tell",
+        "It counts as dead: pidfd and `/proc` show it",
     ),
     17: Fault(
         "The pid of a dead process belongs to a new one",
@@ -115,9 +115,9 @@ FAULTS = {
         "behind; a `put` that fits what is there waits for a reader",
     ),
     22: Fault(
-        "Somebody truncates the file of a ring",
-        "As with every mapped file the kernel ends whoever touches what is gone, with SIGBUS; only "
-        "the owner of the file can do that",
+        "The file of a ring is truncated",
+        "As with every mapped file, the kernel sends SIGBUS to a process that touches the missing "
+        "part; only the owner of the file can truncate it",
     ),
     23: Fault(
         "Random bytes in the header, in frames, in lengths that are being read",
@@ -125,7 +125,7 @@ FAULTS = {
     ),
     24: Fault(
         "Garbage in a lock word",
-        "`RingCorrupted` if it names nobody that lives, else the time-out of whoever waits",
+        "`RingCorrupted` if it names no living thread, else the time-out of the waiters",
     ),
     25: Fault(
         "The record of an area points outside the file, or into an area in use",
@@ -141,9 +141,9 @@ FAULTS = {
         "then says that there is none; the name can be used again",
     ),
     28: Fault(
-        "Two cleaners at once; a cleaner against somebody who attaches",
-        "One removes the name, the other finds nothing; whoever has attached keeps a ring with a "
-        "name",
+        "Two cleaners at once; a cleaner while a process attaches",
+        "One removes the name, the other finds nothing; a process that has attached keeps a ring "
+        "with a name",
     ),
     29: Fault(
         "Another user opens the ring",
@@ -183,7 +183,7 @@ FAULTS = {
     37: Fault(
         "Every process of a named queue is killed",
         "`cleanup_stale()` and `shmring rm --stale` remove what is left of it and nothing else; "
-        "whoever makes the name anew needs neither",
+        "making the name anew needs neither",
     ),
     38: Fault(
         'A hostile pickle on a queue with `codec="bytes"` or `"msgpack"`',
@@ -192,18 +192,18 @@ FAULTS = {
     39: Fault(
         "A consumer dies between `get` and `task_done`",
         "`join()` waits, as in the standard library; its `timeout` ends that, and with `peers=` it "
-        "raises `PeerDied` when nobody is left who could report",
+        "raises `PeerDied` when no process is left that could report",
     ),
     40: Fault(
         "No descriptors, no address space or no file size left while making a ring, attaching, "
         "growing, or mapping what another has grown",
-        "The call fails, says of what there was too little, and can be repeated; the message is "
+        "The call fails, names what is missing, and can be repeated; the message is "
         "still there, and the ring serves the others",
     ),
     41: Fault(
         "The name is removed from outside (`rm`, or the desktop's clean-up at logout)",
-        "Those who are attached go on, a `get` that waits says so in the log; new ones are told "
-        "that there is nothing of that name",
+        "Attached processes go on, a `get` that waits says so in the log; `attach` raises "
+        "`RingNotFound`",
     ),
     42: Fault(
         "One consumer takes two sentinels in one batch",
@@ -230,7 +230,7 @@ FAULTS = {
     ),
     47: Fault(
         "Descriptors are closed behind the handle and their numbers used again",
-        "No file of anybody else is touched or closed",
+        "No other file is touched or closed",
     ),
     48: Fault(
         "An exception while a batch is decoded",

@@ -15,7 +15,7 @@ from shmring import Queue, Ring, backend
 from support import run_in_process, wait_for
 from traced import Traced, state_of, stop_to_be_traced
 
-# Who collects the tests where the ring does not serve gets no error from those that need it.
+# Where the ring does not serve, collecting the tests that need it raises no error.
 if backend != "ring":
     pytest.skip("the fallback has no ring to look into", allow_module_level=True)
 LAYOUT = pytest.importorskip("shmring._core.ring", exc_type=ImportError).LAYOUT

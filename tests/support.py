@@ -19,8 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 SHARED_MEMORY = Path("/dev/shm")
 LEFT_S = 20.0  # what stands in SHARED_MEMORY for longer than the longest of the tests is left
 
@@ -70,22 +68,22 @@ async def until(condition: Callable[[], object], timeout: float = 10) -> None:
                 await pause.wait()
 
 
-def asleep(who: threading.Thread | int) -> Callable[[], bool]:
+def asleep(waiter: threading.Thread | int) -> Callable[[], bool]:
     """For `wait_for`: whether a thread of this process, or a child, waits inside a call.
 
-    It sleeps at two looks, and has not run between them: who waits for the GIL would have.
+    It sleeps at two looks and has not run between them; a thread that waits for the GIL has.
     Where there is no /proc, it lives.
     """
     before = ""
 
     def look() -> bool:
         nonlocal before
-        if isinstance(who, int):
-            status = Path(f"/proc/{who}/status")
+        if isinstance(waiter, int):
+            status = Path(f"/proc/{waiter}/status")
         else:
-            status = Path(f"/proc/self/task/{who.native_id}/status")
+            status = Path(f"/proc/self/task/{waiter.native_id}/status")
         if not status.exists():
-            return isinstance(who, threading.Thread) and who.is_alive()
+            return isinstance(waiter, threading.Thread) and waiter.is_alive()
         shown, last = status.read_text(), before
         before = "".join(re.findall(r"State:.*|voluntary_ctxt_switches:.*", shown))
         return before == last and "(sleeping)" in before
@@ -168,6 +166,8 @@ def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[st
         check=False,
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
+        import pytest  # not at the top: programs that tests start import this module too
+
         pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
     return done
 
@@ -212,7 +212,7 @@ def is_of_this_run(pid: int) -> bool:
 
 
 def leftovers(names: set[str]) -> list[str]:
-    """Those that are there and are nobody else's.
+    """Those that are there and no other run's.
 
     Another's is what a process holds that neither descends from this one nor is in its group,
     where orphans stay.
@@ -234,7 +234,7 @@ def leftovers(names: set[str]) -> list[str]:
 def left_since(before: set[str]) -> list[str]:
     """Those of `leftovers` that came since and do not go.
 
-    Nobody holds what another run is about to map, or what it has left for a cleaner to find.
+    No process holds a name that another run is about to map, or has left for a cleaner to find.
     """
     left = leftovers(shared_memory_names() - before)
 
@@ -251,8 +251,8 @@ def left_since(before: set[str]) -> list[str]:
 def remove_if_ours(name: str) -> bool:
     """Remove a name that this run surely made, and say whether it was one.
 
-    Such a name carries this process's pid, or is held by processes of this run and nobody else.
-    What nobody holds may be what a stranger's process left, or has just made.
+    Such a name carries this process's pid, or is held by processes of this run alone.
+    A name without holder may be what another program left, or has just made.
     """
     holding = holders(name)
     if not all(map(is_of_this_run, holding)):

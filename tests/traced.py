@@ -1,6 +1,6 @@
 """A child under ptrace: taken to an instruction, or seen to sleep and to be woken.
 
-Only the thread that traces may ask for anything, and nobody else may wait for
+Only the thread that traces may ask for anything, and no other may wait for
 the child meanwhile.  No register is read, so this holds on every processor.
 """
 

@@ -12,37 +12,43 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccessRefused",
+    "Codec",
     "DecodeError",
     "Empty",
     "EncodeError",
     "Full",
     "HighPerformanceIPC",
+    "IPCStatistics",
     "InvalidArgument",
     "JoinableQueue",
     "LayoutMismatch",
     "Message",
     "MessageTooLarge",
     "MessageType",
-    "NameInUse",
-    "NameUnknown",
     "NotSupportedByFallback",
     "PeerDied",
+    "ProcessRole",
+    "ProcessState",
     "Progress",
     "Queue",
+    "RegistryEntry",
+    "RegistrySlot",
     "RemoteError",
-    "RemoteTraceback",
     "Report",
     "Ring",
     "RingClosed",
     "RingCorrupted",
     "RingExists",
     "RingNotFound",
+    "RingStatistics",
     "SharedMemoryFull",
     "ShmringError",
     "ShutDown",
     "SimpleQueue",
     "TaskTimeout",
+    "Worker",
     "WorkerDied",
+    "WorkerReport",
     "backend",
     "cleanup_stale",
     "coordinator_process",
@@ -80,12 +86,9 @@ if typing.TYPE_CHECKING:
         InvalidArgument,
         LayoutMismatch,
         MessageTooLarge,
-        NameInUse,
-        NameUnknown,
         NotSupportedByFallback,
         PeerDied,
         RemoteError,
-        RemoteTraceback,
         RingClosed,
         RingCorrupted,
         RingExists,
@@ -98,24 +101,38 @@ if typing.TYPE_CHECKING:
     )
     from shmring.ipc.high_performance_ipc import HighPerformanceIPC
     from shmring.ipc.message import Message, MessageType
+    from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.coordinator import Progress, Report, coordinator_process
     from shmring.pool.example import multiprocessing_example
-    from shmring.pool.worker import current_worker, worker_process
+    from shmring.pool.worker import Worker, current_worker, worker_process
+    from shmring.pool.workers import WorkerReport
+    from shmring.queues.codec import Codec
+    from shmring.queues.statistics import IPCStatistics, RingStatistics
 else:
+    # Names without a line below are in errors; listed as well they would stand here three times.
     __getattr__, __dir__ = _lazy.lazily(
         globals(),
         {
             **dict.fromkeys(__all__, "errors"),
+            "Codec": "queues.codec",
             "HighPerformanceIPC": "ipc.high_performance_ipc",
+            "IPCStatistics": "queues.statistics",
             "JoinableQueue": "_backend",
             "Message": "ipc.message",
             "MessageType": "ipc.message",
+            "ProcessRole": "ipc.registry",
+            "ProcessState": "ipc.registry",
             "Progress": "pool.coordinator",
             "Queue": "_backend",
+            "RegistryEntry": "ipc.registry",
+            "RegistrySlot": "ipc.registry",
             "Report": "pool.coordinator",
             "Ring": "_backend",
+            "RingStatistics": "queues.statistics",
             "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
             "SimpleQueue": "_backend",
+            "Worker": "pool.worker",
+            "WorkerReport": "pool.workers",
             "backend": "_backend",
             "cleanup_stale": "_backend",
             "coordinator_process": "pool.coordinator",

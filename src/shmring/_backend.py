@@ -59,18 +59,16 @@ if TYPE_CHECKING:
     from shmring.shm.memory import SharedMemoryManager
     from shmring.shm.segment import cleanup_stale
 else:
-    _names = [name for name in __all__ if name != "backend"]
-    __getattr__, __dir__ = lazily(
-        globals(),
-        dict.fromkeys(_names, "fallback.queues")
-        if backend == "queue"
-        else {
-            "JoinableQueue": "queues.queue",
-            "Queue": "queues.queue",
-            "Ring": "queues.ring",
-            "SharedMemoryManager": "shm.memory",
-            "SimpleQueue": "queues.queue",
-            "cleanup_stale": "shm.segment",
-            "wait": "queues.wait",
-        },
-    )
+    _homes = {
+        "JoinableQueue": "queues.queue",
+        "Queue": "queues.queue",
+        "Ring": "queues.ring",
+        "SharedMemoryManager": "shm.memory",
+        "SimpleQueue": "queues.queue",
+        "cleanup_stale": "shm.segment",
+        "wait": "queues.wait",
+    }
+    if backend == "queue":
+        _homes = dict.fromkeys(_homes, "fallback.queues")
+        _homes |= dict.fromkeys(("SharedMemoryManager", "cleanup_stale"), "fallback.files")
+    __getattr__, __dir__ = lazily(globals(), _homes)

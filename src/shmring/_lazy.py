@@ -1,7 +1,7 @@
-"""Names of a module that are imported when somebody first asks for them (PEP 562).
+"""Names of a module that are imported when first asked for (PEP 562).
 
-A child that is handed a queue imports this package before it can say anything;
-what it does not use is not to keep it waiting.
+A spawned child imports this package before its first message; what it does not
+use must not delay it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ __all__ = ["lazily"]
 def lazily(
     namespace: dict[str, Any], homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for a module that has its names from elsewhere.
+    """Make ``__getattr__`` and ``__dir__`` for a module that exports names of others.
 
-    For type checkers the same names have to be imported under ``TYPE_CHECKING``.
+    For type checkers the same names must be imported under ``TYPE_CHECKING``.
 
     Args:
-        namespace: the module's ``globals()``, where each name is kept once it is known.
-        homes: the module of this package in which each name is defined.  These modules,
-            and the packages they are in, can be asked for as well, as if they had been imported.
-
-    Returns:
-        The two functions, for the module to bind.
+        namespace: the module's ``globals()``, where a name is kept once it is known.
+        homes: the module of this package that defines each name.  These modules and
+            their packages can be asked for too, as if they had been imported.
     """
     own_name: str = namespace["__name__"]
 

@@ -1,4 +1,4 @@
-"""What the compiled ring says when the system fails it: errors and lines in the log."""
+"""Errors and log lines of the compiled ring, for what the system refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import os
 
 from shmring.errors import MessageTooLarge, RingCorrupted, SharedMemoryFull
 
-__all__ = ["corrupted", "name_is_gone", "say_full", "say_name_is_gone", "system_error", "too_large"]
+__all__ = [
+    "corrupted",
+    "name_is_gone",
+    "system_error",
+    "too_large",
+    "warn_full",
+    "warn_name_is_gone",
+]
 
 _TEXTS = {
     errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)",
@@ -19,7 +26,7 @@ _RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def system_error(number: int) -> OSError:
-    """The exception for what a system call said to a put or a get."""
+    """The exception for a system call that failed in a put or a get."""
     text = _TEXTS.get(number, os.strerror(number))
     if number in _RUN_OUT:
         text += " while mapping a grown area; nothing is lost, try again"
@@ -30,7 +37,7 @@ def system_error(number: int) -> OSError:
 def corrupted(found: str | None, written: int, read: int) -> RingCorrupted:
     """The exception for a poisoned ring: what was found, and the positions now."""
     text = {
-        "nobody": "a lock word names a thread that does not exist",
+        "owner": "a lock word names a thread that does not exist",
         "positions": "impossible positions",
         "frame": f"the frame at position {read} is not one that shmring wrote",
         "area": "the record of an area points outside the file",
@@ -57,8 +64,8 @@ def _warn(text: str, *args: object) -> None:
         logging.getLogger("shmring").warning(text, *args)
 
 
-def say_full(limit: int | None) -> None:
-    """A put that was to grow waits: at `limit` bytes, or, with None, for want of memory."""
+def warn_full(limit: int | None) -> None:
+    """Log that a put cannot grow the ring and waits: at `limit` bytes, or (None) without memory."""
     why = "the file system of shared memory is full"
     if limit is not None:
         why = f"max_capacity={limit} (unless given, half of shared memory) is reached"
@@ -70,18 +77,18 @@ def say_full(limit: int | None) -> None:
 
 
 def name_is_gone(fd: int) -> bool:
-    """Was the last name of this file removed?  No, if the descriptor tells nothing."""
+    """Whether the last name of a file was removed; False if the descriptor tells nothing."""
     try:
         return os.fstat(fd).st_nlink == 0
     except OSError:
         return False
 
 
-def say_name_is_gone(name: bytes, token: int) -> None:
-    """A process waits on a ring that nobody can attach to any more."""
+def warn_name_is_gone(name: bytes, token: int) -> None:
+    """Log that a process waits on a ring to which no other can attach any more."""
     label = os.fsdecode(name) if name else f"shmring-{token:016x}"
     _warn(
-        "/dev/shm/%s was removed while this process waits for a message in it: only those that have"
-        " it open already can put one; unless one of them does, make the queue anew",
+        "/dev/shm/%s was removed while this process waits for a message in it: only processes that"
+        " have it open already can put one; unless one of them does, make the queue anew",
         label,
     )

@@ -1,4 +1,4 @@
-"""A multiprocessing context whose queues are ours.
+"""A multiprocessing context whose queues are shmring's.
 
 >>> import shmring
 >>> ctx = shmring.get_context("spawn")
@@ -8,9 +8,9 @@ True
 >>> queue.close()
 
 Everything else of the context is multiprocessing's.  So are the queues inside
-of ``Pool``, ``Manager`` and ``concurrent.futures``: they open them up by
-private names, and poll their pipes together with the sentinels of processes.
-A queue of ours goes to them as an argument, and through their queues.
+``Pool``, ``Manager`` and ``concurrent.futures``, which use private names of
+them and poll their pipes.  A shmring queue goes to these as an argument, and
+through their queues.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from shmring._backend import JoinableQueue, Queue, SimpleQueue
 
 __all__ = ["get_context"]
 
-# They are handed a context, call its SimpleQueue(), and read its pipe's private names.
-_OPENERS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
+# Without the test on its caller, SimpleQueue() breaks ProcessPoolExecutor(mp_context=...) and
+# Pool(context=...): these modules call it and then read private names of its pipe.
+_POOLS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
 
 
 class _Queues:
-    """What a context of ours has in place of multiprocessing's."""
+    """The methods that replace multiprocessing's."""
 
-    stock: multiprocessing.context.BaseContext  # the one that this stands in for
+    stock: multiprocessing.context.BaseContext  # the context that this one stands for
 
     def Queue(self, maxsize: int = 0, **options: Any) -> Queue[Any]:
         """A :class:`shmring.Queue`; `options` are those of its constructor."""
@@ -46,7 +47,7 @@ class _Queues:
 
         The standard library's own pools get the standard library's.
         """
-        if not options and sys._getframe(1).f_globals.get("__name__") in _OPENERS:
+        if not options and sys._getframe(1).f_globals.get("__name__") in _POOLS:
             return self.stock.SimpleQueue()
         return SimpleQueue(ctx=self.stock, **options)
 
@@ -55,7 +56,7 @@ class _Queues:
         return self.stock.Pool(*args, **options)
 
     def get_context(self, method: str | None = None) -> Any:
-        """This context, or ours of another start method."""
+        """This context, or shmring's of another start method."""
         return self if method is None else get_context(method)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,15 +67,15 @@ _contexts: dict[str, Any] = {}
 
 
 def get_context(method: str | None = None) -> Any:
-    """A multiprocessing context whose Queue, JoinableQueue and SimpleQueue are ours.
+    """A multiprocessing context whose Queue, JoinableQueue and SimpleQueue are shmring's.
 
     Args:
         method: "fork", "spawn" or "forkserver"; None is the default, which is
-            then settled, as by :func:`multiprocessing.get_context`.
+            then fixed, as by :func:`multiprocessing.get_context`.
 
     Returns:
-        The same object for the same start method; a
-        ``multiprocessing.context.BaseContext``.
+        A ``multiprocessing.context.BaseContext``; the same object for the same
+        start method.
 
     Raises:
         ValueError: this platform has no such start method.

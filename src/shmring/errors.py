@@ -1,10 +1,9 @@
-"""The tree of exceptions.
+"""Exceptions.
 
-Everything that shmring raises on its own account is a :class:`ShmringError`;
-where the standard library has a class for the same situation, ours derives
-from that class too, so that existing ``except`` clauses keep working.  The two
-exceptions of everyday flow, :data:`Full` and :data:`Empty`, *are* those of
-:mod:`queue`.
+Every exception of shmring's own is a :class:`ShmringError`.  Where the standard
+library has a class for the same situation, it is a base as well, so that
+existing ``except`` clauses keep working.  :data:`Full` and :data:`Empty` are
+those of :mod:`queue`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,9 @@ __all__ = [
     "InvalidArgument",
     "LayoutMismatch",
     "MessageTooLarge",
-    "NameInUse",
-    "NameUnknown",
     "NotSupportedByFallback",
     "PeerDied",
     "RemoteError",
-    "RemoteTraceback",
     "RingClosed",
     "RingCorrupted",
     "RingExists",
@@ -43,14 +39,11 @@ _MOST_NAMED = 8  # of the dead, in one message
 
 
 class ShmringError(Exception):
-    """Base of every exception that shmring raises on its own account."""
+    """Base of shmring's own exceptions."""
 
 
 class InvalidArgument(ShmringError, ValueError):
-    """An argument has the right type and an impossible value.
-
-    The text names the argument, the value and what would be accepted.
-    """
+    """An argument has an impossible value; the text says what would be accepted."""
 
 
 class MessageTooLarge(InvalidArgument):
@@ -66,10 +59,10 @@ class RingClosed(ShmringError, ValueError, OSError):
 
 
 class RingCorrupted(ShmringError):
-    """What stands in shared memory cannot have been written by shmring.
+    """Shared memory holds what shmring cannot have written.
 
     The ring is then poisoned: every process that uses it gets this exception
-    instead of data that nobody can vouch for.
+    instead of doubtful data.
     """
 
 
@@ -77,29 +70,26 @@ class LayoutMismatch(ShmringError):
     """The segment is not a ring, or was laid out by another version of shmring."""
 
 
-class RingExists(ShmringError, FileExistsError):
-    """The name is taken by something that is alive, or is not ours to reclaim."""
+class RingExists(ShmringError, FileExistsError, RuntimeError):
+    """The name is in use, or is not ours to reclaim.
+
+    A RuntimeError as well: HighPerformanceIPC promises one.
+    """
 
 
-class RingNotFound(ShmringError, FileNotFoundError):
-    """Nothing of that name exists, or it never became ready before the deadline."""
+class RingNotFound(ShmringError, FileNotFoundError, RuntimeError):
+    """Nothing of that name exists, or it did not become ready before the deadline.
 
-
-class NameInUse(RingExists, RuntimeError):
-    """HighPerformanceIPC: something of that name exists in the namespace already."""
-
-
-class NameUnknown(RingNotFound, RuntimeError):
-    """HighPerformanceIPC: nothing of that name exists in the namespace."""
+    A RuntimeError as well: HighPerformanceIPC promises one.
+    """
 
 
 class AccessRefused(ShmringError, PermissionError):
-    """The segment belongs to somebody else, is open to others, or lives in
-    another PID namespace; the text says which."""
+    """The segment is another user's, open to others, or of another PID namespace."""
 
 
 class SharedMemoryFull(ShmringError, OSError):
-    """The file system of shared memory has no room for what was asked (ENOSPC)."""
+    """The file system of shared memory has no room (ENOSPC)."""
 
 
 class EncodeError(ShmringError, pickle.PicklingError):
@@ -122,13 +112,12 @@ class DecodeError(ShmringError, pickle.UnpicklingError):
 
 
 class PeerDied(ShmringError):
-    """Every peer of the waiter is dead, and what it waited for has not come.
+    """Every peer of a call is dead, and what the call waited for has not come.
 
     Attributes:
         pid: the process whose death was seen last.
-        exitcode: how it ended, as in :attr:`multiprocessing.Process.exitcode`:
-            negative is a signal; None where the system does not tell, as it
-            tells only the parent.
+        exitcode: as in :attr:`multiprocessing.Process.exitcode`; None where the
+            system does not tell: it tells only the parent.
         deaths: ``(pid, exitcode)`` of every peer, the last one last.
         outcome: what has not come.
         count: of a ``put_many``: how many objects went in.
@@ -209,10 +198,10 @@ class TaskTimeout(ShmringError, TimeoutError):
 
 
 class RemoteError(ShmringError):
-    """A handler raised something that cannot travel itself; the text says what."""
+    """A handler raised an exception that cannot be pickled; the text describes it."""
 
 
-class RemoteTraceback(ShmringError):
+class _RemoteTraceback(ShmringError):
     """The traceback of another process, as text: the ``__cause__`` of what it raised."""
 
     def __str__(self) -> str:

@@ -208,7 +208,7 @@ def test_the_fallback_counts_too(tree: Path) -> None:
     assert found["ratio"] > 0
 
 
-def test_the_fallback_kills_nobody(tree: Path) -> None:
+def test_the_fallback_kills_no_worker(tree: Path) -> None:
     done = run("demo", tree, "--kill", "--json", SHMRING_BACKEND="queue")
     one_line(done, 2, "--kill", "fallback")
 
@@ -335,7 +335,7 @@ def test_blocks_cut_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Deadly:
-    """Whoever unpickles it is gone."""
+    """A process that unpickles it ends."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (3,)
@@ -481,7 +481,7 @@ def test_rm_stale_removes_what_a_crash_left(started: subprocess.Popen[str]) -> N
     def left() -> set[str]:
         return {name for name in shared_memory_names() if f"demo-{started.pid}-" in name}
 
-    wait_for(lambda: len(left()) >= 4, 10, "queues, buffer and board")
+    wait_for(lambda: len(left()) >= 4, 10, "queues, buffer and registry")
     names = left()
     assert run("rm", "--stale").returncode == 0
     assert left() == names, "they are in use"

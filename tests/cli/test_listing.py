@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("shmring._core.handle")
 
-from header import word
+from header import LAYOUT, word
 from shmring import HighPerformanceIPC, MessageType, Queue, Ring, SharedMemoryManager
 from shmring.cli.listing import listing
-from shmring.ipc.registry import Role
+from shmring.ipc.registry import ProcessRole
 from shmring.shm import segment
 from support import SHARED_MEMORY, own_name, run_in_process, wait_for
 
@@ -49,7 +49,7 @@ def _wait_for_one(queue: Queue[int]) -> None:
     queue.get()
 
 
-def test_a_named_queue_and_who_waits_on_it() -> None:
+def test_a_named_queue_and_its_waiters() -> None:
     with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         block = found(NAME)
@@ -79,7 +79,7 @@ def _read_for_ever(queue: Queue[int]) -> None:
     signal.pause()
 
 
-def test_an_anonymous_ring_is_found_by_who_has_it_open() -> None:
+def test_an_anonymous_ring_is_found_by_its_open_files() -> None:
     with Ring.create() as ring, run_in_process(_hold_for_ever, ring) as holder:
         wait_for(lambda: ring.statistics().holders)
         block = found(None, holder.pid)
@@ -99,19 +99,19 @@ def _hold_for_ever(ring: Ring) -> None:
         signal.pause()
 
 
-def test_a_board_and_what_its_processes_do() -> None:
-    namespace = own_name("listing-board")
+def test_a_registry_and_what_its_processes_do() -> None:
+    namespace = own_name("listing-registry")
     with HighPerformanceIPC("boss", namespace=namespace) as ipc:
         ipc.create_message_queue("jobs")
-        ipc.join_board(Role.COORDINATOR)
+        ipc.register(ProcessRole.COORDINATOR)
         with run_in_process(_receive, namespace) as worker:
-            board = f"shmring.{namespace}.board"
+            registry = f"shmring.{namespace}.registry"
             row = f"hand (process {worker.pid}) waiting, waits for jobs, "
             wait_for(lambda: row in ls())
-            processes = {each["process_id"]: each for each in found(board)["processes"]}
+            processes = {each["process_id"]: each for each in found(registry)["processes"]}
             assert processes["boss"]["role"] == "coordinator"
             assert processes["hand"]["waits_for"] == "jobs"
-            assert found(board)["kind"] == "board"
+            assert found(registry)["kind"] == "registry"
             os.kill(worker.pid or 0, signal.SIGKILL)
             wait_for(lambda: f"hand (process {worker.pid}) dead, waits for jobs, " in ls())
         ipc.send_message("jobs", MessageType.DATA, None)
@@ -144,9 +144,9 @@ def _leave_a_queue_behind() -> None:
 def test_what_cannot_be_looked_into_says_why() -> None:
     with Ring.create(name=NAME) as ring:
         word(ring, 8, 77, size=4)
-        assert "version 77 of the layout" in found(NAME)["trouble"]
+        assert "version 77 of the layout" in found(NAME)["error"]
         assert "version 77 of the layout" in ls()
-        word(ring, 8, segment.LAYOUT_VERSION, size=4)
+        word(ring, 8, LAYOUT["VERSION"], size=4)
 
 
 def test_other_blocks() -> None:

@@ -393,7 +393,7 @@ def test_a_parent_that_joins_before_it_reads(make, method):
 
 
 def test_a_program_ends_with_its_queue_full():
-    """Nobody will ever read; the interpreter does not wait for that."""
+    """No process reads; the interpreter does not wait for one."""
     program = (
         "from shmring import Queue\n"
         "queue = Queue()\n"

@@ -1,4 +1,4 @@
-"""Who may open what, and what stands in the way of a name."""
+"""Access to named blocks, and what prevents a name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ MADE = {
     "ring": (lambda: Ring.create(name=NAME), lambda: Ring.attach(NAME)),
     "queue": (lambda: Queue(name=NAME), lambda: Queue.attach(NAME)),
     "memory": (memory, lambda: SharedMemoryManager(NAME, 100).connect()),
-    "board": (lambda: contextlib.closing(open_segment(NAME)), lambda: open_segment(NAME)),
+    "registry": (lambda: contextlib.closing(open_segment(NAME)), lambda: open_segment(NAME)),
 }
 made = pytest.mark.parametrize(("make", "attach"), MADE.values(), ids=MADE)
 
@@ -84,7 +84,7 @@ for attach in (
     lambda: shmring.Ring.attach(name + "-ring"),
     lambda: shmring.Queue.attach(name + "-queue"),
     lambda: shmring.SharedMemoryManager(name + "-memory", 100).connect(),
-    lambda: shmring.ipc.registry.open_segment(name + "-board"),
+    lambda: shmring.ipc.registry.open_segment(name + "-registry"),
 ):
     try:
         attach()
@@ -102,7 +102,7 @@ def test_another_pid_namespace_is_refused_with_the_reason(mount):
         Ring.create(name=NAME + "-ring") as ring,
         Queue(name=NAME + "-queue"),
         SharedMemoryManager(NAME + "-memory", 100) as memory,
-        contextlib.closing(open_segment(NAME + "-board")),
+        contextlib.closing(open_segment(NAME + "-registry")),
     ):
         assert memory.create()
         done = subprocess.run(

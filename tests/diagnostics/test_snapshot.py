@@ -1,4 +1,4 @@
-"""statistics() tells who waits for what since when, and who died holding what."""
+"""Waiters, holders and deaths in statistics()."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def waiting(ring: Any) -> set[tuple[int, str, str]]:
     return {(each["pid"], each["call"], each["waits_for"]) for each in ring.statistics().waiters}
 
 
-# ---- who waits ------------------------------------------------------------------------------
+# ---- waiters --------------------------------------------------------------------------------
 
 
 def _peek(ring: Ring) -> None:
@@ -50,7 +50,7 @@ def _reserve(ring: Ring) -> None:
         (lambda queue: shmring.wait([queue]), "wait"),
     ],
 )
-def test_who_waits_for_a_message(call, name) -> None:
+def test_a_waiter_for_a_message_is_shown(call, name) -> None:
     with Queue() as queue:
         assert queue.statistics().waiters == []
         before = time.monotonic_ns()
@@ -75,7 +75,7 @@ def test_who_waits_for_a_message(call, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["put", "reserve", "peek"])
-def test_who_waits_on_a_ring(name) -> None:
+def test_a_waiter_on_a_ring_is_shown(name) -> None:
     act = {"put": lambda ring: ring.put(bytes(2000)), "reserve": _reserve, "peek": _peek}[name]
     with Ring.create(1 << 12) as ring:
         if name != "peek":
@@ -87,7 +87,7 @@ def test_who_waits_on_a_ring(name) -> None:
             assert waiting(ring) == {(waiter.pid, name, reason)}
 
 
-def test_who_waits_for_tasks_and_in_asyncio() -> None:
+def test_waiters_for_tasks_and_in_asyncio_are_shown() -> None:
     import asyncio
 
     with JoinableQueue() as queue:
@@ -101,7 +101,7 @@ def test_who_waits_for_tasks_and_in_asyncio() -> None:
 
 
 @pytest.mark.parametrize("side", LOCKS)
-def test_who_waits_for_a_lock_and_who_holds_it(side: str) -> None:
+def test_the_waiter_and_the_holder_of_a_lock_are_shown(side: str) -> None:
     with Ring.create(1 << 24) as ring, stopped_under_lock(ring, side) as holder:
         act = ring.get if side == "consumers" else lambda: ring.put(b"")
         with run_in_process(act) as waiter:
@@ -126,7 +126,7 @@ def test_a_stopped_waiter_is_said_to_be_stopped() -> None:
         wait_for(lambda: queue.statistics().waiters[0]["state"] == "stopped")
 
 
-def test_a_killed_waiter_is_not_shown_and_gives_up_his_record() -> None:
+def test_a_killed_waiter_is_not_shown_and_its_record_is_free() -> None:
     with Queue() as queue, contextlib.ExitStack() as stack:
         waiters = [stack.enter_context(run_in_process(queue.get)) for _ in range(3)]
         wait_for(lambda: len(queue.statistics().waiters) == 3)
@@ -137,8 +137,8 @@ def test_a_killed_waiter_is_not_shown_and_gives_up_his_record() -> None:
         assert sum(word(queue, WAITERS + i * WAITER_BYTES) != 0 for i in range(32)) == 1
 
 
-def test_the_records_of_the_dead_are_used_again_by_those_who_wait() -> None:
-    """A table full of the dead, which nobody looks at."""
+def test_waiters_use_the_records_of_the_dead_again() -> None:
+    """A table full of dead waiters, which is not read."""
     dead = (process_start_ticks(os.getpid()) - 1) << 22 | os.getpid()
     with Queue() as queue:
         for i in range(LAYOUT["WAITER_COUNT"]):
@@ -170,11 +170,11 @@ def test_more_wait_than_can_be_shown() -> None:
         assert queue.empty()
 
 
-# ---- who holds what, and who died holding what -----------------------------------------------
+# ---- holders and deaths ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", LOCKS)
-def test_who_died_holding_a_lock(side: str) -> None:
+def test_the_death_of_a_lock_owner_is_shown(side: str) -> None:
     with Ring.create(1 << 24) as ring:
         assert ring.statistics().deaths == []
         with stopped_under_lock(ring, side) as holder:
@@ -195,7 +195,7 @@ def test_who_died_holding_a_lock(side: str) -> None:
             assert 0 <= death["seconds"] < 60
 
 
-def test_a_lock_whose_dead_owner_nobody_knows() -> None:
+def test_a_lock_whose_dead_owner_is_unknown() -> None:
     with Ring.create() as ring:
         lock_word(ring, "producers", OWNER_DIED)
         ring.put(b"")
@@ -213,7 +213,7 @@ def test_a_held_lock_is_free_again_and_its_holder_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kind", ["reserve", "peek"])
-def test_who_holds_a_block_and_who_died_in_it(kind: str) -> None:
+def test_the_holder_of_a_block_and_its_death_are_shown(kind: str) -> None:
     with Ring.create() as ring:
         if kind == "peek":
             ring.put(b"front")
@@ -234,7 +234,7 @@ def _hold(ring: Ring, kind: str) -> None:
         signal.pause()
 
 
-def test_to_look_changes_nothing_for_those_who_work() -> None:
+def test_to_look_changes_nothing_for_other_processes() -> None:
     with Queue() as queue:
         stop = threading.Event()
 

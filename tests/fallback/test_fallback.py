@@ -5,6 +5,8 @@ What it has in common with the ring is tested over both: test_queue, test_codecs
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import pickle
 import queue
@@ -18,21 +20,23 @@ import pytest
 
 from shmring.errors import (
     InvalidArgument,
-    NameInUse,
     NotSupportedByFallback,
     RingClosed,
     RingExists,
     RingNotFound,
+    ShutDown,
 )
-from shmring.fallback.files import cleanup_stale, fallback_folder
-from shmring.fallback.queues import (
-    Queue,
-    Ring,
-    ServedQueue,
+from shmring.fallback import files
+from shmring.fallback.files import (
     SharedFile,
     SharedMemoryManager,
+    cleanup_stale,
+    fallback_folder,
 )
+from shmring.fallback.queues import JoinableQueue, Queue, Ring
+from shmring.fallback.server import ServedQueue
 from shmring.ipc.message import Message, MessageCodec, MessageType
+from shmring.process.liveness import is_process_dead
 from support import run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
@@ -67,9 +71,6 @@ def test_order_batches_and_counts(plain: Queue[int]) -> None:
         plain.get(timeout=0.01)
     with pytest.raises(queue.Empty):
         plain.get_nowait()
-    statistics = plain.statistics()
-    assert (statistics.messages_put, statistics.messages_taken) == (4, 4)
-    assert statistics.bytes_put == statistics.bytes_taken > 0
 
 
 def test_get_many_takes_no_more_than_asked(plain: Queue[int]) -> None:
@@ -97,11 +98,13 @@ def test_an_interrupted_put_many_says_how_many_went_in(
     plain: Queue[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = plain._put_encoded
+    messages = []
 
-    def interrupted(encoded: Any, block: bool, timeout: Any, watch: Any, count: int = 0) -> None:
-        if count == 2:
+    def interrupted(message: Any, waiting: Any) -> None:
+        messages.append(message)
+        if len(messages) == 3:
             raise KeyboardInterrupt
-        put(encoded, block, timeout, watch, count)
+        put(message, waiting)
 
     monkeypatch.setattr(plain, "_put_encoded", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -128,28 +131,27 @@ def test_get_many_takes_what_was_there_and_no_more(
     plain: Queue[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain.put_many([1, 2, 3])
-    wait_for(lambda: plain._inner._reader.poll(), what="the feeder thread")
-    original = plain.get
+    wait_for(lambda: not plain.empty(), what="the feeder thread")
+    take = plain._get
 
-    def get_and_put_another(block: bool = True, timeout: float | None = None) -> int:
-        taken = original(timeout=10)
+    def take_and_put_another(waiting: Any) -> int:
+        taken = take(waiting)
         if taken < 100:
             plain.put(taken + 3)
         return taken
 
-    monkeypatch.setattr(plain, "get", get_and_put_another)
+    monkeypatch.setattr(plain, "_get", take_and_put_another)
     assert len(plain.get_many()) < 10
     monkeypatch.undo()
-    while not plain._is_drained():
+    while plain.qsize():
         plain.get(timeout=10)
 
 
 def test_stale_files_are_cleaned_up_by_the_package() -> None:
     from shmring import _backend
-    from shmring.fallback import queues
 
     if _backend.backend == "queue":
-        assert _backend.cleanup_stale is queues.cleanup_stale
+        assert _backend.cleanup_stale is files.cleanup_stale
 
 
 def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
@@ -158,12 +160,52 @@ def test_what_a_pipe_cannot_do_is_named(plain: Queue[int]) -> None:
         lambda: Queue.attach("x"),
         lambda: plain.name,
         plain.unlink,
+        plain.fileno,
+        plain.statistics,
+        lambda: plain.capacity,
+        lambda: plain.max_capacity,
+        lambda: plain.largest,
+        lambda: asyncio.run(plain.aget(timeout=1)),
+        lambda: asyncio.run(plain.aput(1, timeout=1)),
+        lambda: asyncio.run(anext(plain)),
         Ring,
         Ring.create,
         lambda: Ring.attach("x"),
     ):
         with pytest.raises(NotSupportedByFallback, match="needs the compiled ring"):
             call()
+
+
+class Labelled(Queue[Any]):
+    """As programs write them for multiprocessing.Queue."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(ctx=multiprocessing.get_context("spawn"))
+        self.name = name
+
+
+def test_a_subclass_keeps_attributes_of_names_that_only_the_ring_has() -> None:
+    with Labelled("jobs") as labelled:
+        labelled.put(1)
+        assert (labelled.name, labelled.get(timeout=10)) == ("jobs", 1)
+
+
+def test_an_immediate_shutdown_counts_what_it_drops_as_worked_off() -> None:
+    with JoinableQueue[int]() as joinable:
+        joinable.put_many(range(3))
+        wait_for(lambda: not joinable.empty(), what="the feeder thread")
+        assert joinable.get(timeout=10) == 0
+        joinable.shutdown(immediate=True)
+
+        def all_dropped() -> bool:
+            with pytest.raises(ShutDown):
+                joinable.get()
+            return joinable.qsize() == 0
+
+        wait_for(all_dropped, what="the messages of the feeder thread")
+        assert not joinable.join(timeout=0.01), "the one that was taken is unfinished"
+        joinable.task_done()
+        assert joinable.join(timeout=0)
 
 
 # -- ServedQueue ----------------------------------------------------------------------------
@@ -191,8 +233,8 @@ def test_ctrl_c_does_not_leave_a_served_queue_locked(
 ) -> None:
     served = ServedQueue.create(name, 0, MessageCodec())
     client = ServedQueue.attach(name, 1, MessageCodec())
-    local = served._local
-    assert local is not None
+    assert served._server is not None
+    local = served._server.queue
     with monkeypatch.context() as patched:
         patched.setattr(local, "not_empty", InterruptedCondition(local.mutex))
         with pytest.raises(KeyboardInterrupt):
@@ -231,7 +273,48 @@ def test_a_served_queue_is_found_by_name(name: str, start_method: str) -> None:
     served.close()
 
 
-def test_nobody_serves(name: str) -> None:
+def test_a_served_queue_stays_when_its_last_client_goes(name: str) -> None:
+    """Else a client that comes while another goes finds no queue."""
+    served = ServedQueue.create(name, 0, MessageCodec())
+    client = ServedQueue.attach(name, 1, MessageCodec())
+    client.put(Message(MessageType.DATA, "a", 1.0, 5))
+    client.close()
+    assert served._server is not None
+    assert served._server.number_of_objects(None) == 1  # type: ignore[attr-defined]
+    assert served.get(timeout=5).data == 5
+    served.close()
+
+
+def tell_pid_and_wait(connection: Any) -> None:
+    connection.send(os.getpid())
+    signal.pause()
+
+
+def serve_with_a_child(name: str, connection: Any) -> None:
+    served = ServedQueue.create(name, 0, MessageCodec())
+    with run_in_process(tell_pid_and_wait, connection, method="fork"):
+        served.get()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork, and a process that is killed")
+def test_a_forked_child_of_a_killed_server_does_not_hold_its_name(name: str) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs, run_in_process(serve_with_a_child, name, theirs, method="fork") as server:
+        assert ours.poll(30)
+        orphan = ours.recv()
+        try:
+            client = ServedQueue.attach(name, 30, MessageCodec())
+            server.kill()
+            with pytest.raises(RingClosed):
+                client.get(timeout=30)
+            served = ServedQueue.create(name, 0, MessageCodec())
+            served.close()
+            assert not is_process_dead(orphan)
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+
+
+def test_no_process_serves(name: str) -> None:
     with pytest.raises(RingNotFound):
         ServedQueue.attach(name, 0.05, MessageCodec())
 
@@ -294,30 +377,10 @@ def test_a_file_goes_with_its_last_holder(name: str) -> None:
         SharedFile.attach(name)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="flock")
-def test_who_looks_whether_a_file_can_go_does_not_use_it(name: str) -> None:
-    """As one who attaches does, just when it was made: he removes it, and it is made again."""
-    import fcntl
-
-    path = fallback_folder() / name
-    looking = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(looking, fcntl.LOCK_EX)
-
-    def remove() -> None:
-        path.unlink()
-        os.close(looking)
-
-    removal = threading.Timer(0.05, remove)
-    removal.start()
-    SharedFile.create(name, 100).close()
-    removal.join()
-
-
 def test_what_a_killed_process_left_is_reclaimed(name: str, start_method: str) -> None:
     path = fallback_folder() / name
     with run_in_process(hold, name, method=start_method):
         wait_for(path.exists, 30, "the file")
-        wait_for(lambda: path.stat().st_size, 30, "its size")
         assert name not in cleanup_stale(), "somebody has it open"
     assert path.exists()
     assert name in cleanup_stale()
@@ -342,6 +405,15 @@ def test_the_lock_excludes_processes_and_threads(name: str) -> None:
             each.join(60)
     assert int.from_bytes(shared.buffer[0:4], "big") == 800
     shared.close()
+
+
+def test_a_finalizer_that_runs_under_the_lock_does_not_wait_for_it(name: str) -> None:
+    inner = SharedFile.create(f"{name}-inner", 100)
+    outer = SharedFile.create(name, 100)
+    with outer.exclusive():
+        inner.close()
+    assert not (fallback_folder() / f"{name}-inner").exists()
+    outer.close()
 
 
 @pytest.mark.parametrize("bad", ["", "a/b", "a\0b", "..", "x" * 201])
@@ -374,7 +446,7 @@ def test_connecting_again_finds_the_memory_of_today(name: str) -> None:
     with memory, other:
         assert memory.create()
         assert other.connect()
-        with pytest.raises(NameInUse, match="open already"):
+        with pytest.raises(RingExists, match="attached already"):
             other.connect()
         memory.cleanup()
         assert memory.create()
@@ -427,7 +499,7 @@ def test_memory_is_opened_once(name: str) -> None:
     with SharedMemoryManager(name, 100) as memory:
         memory.create()
         for again in (memory.create, memory.connect):
-            with pytest.raises(NameInUse, match="cleanup"):
+            with pytest.raises(RingExists, match="cleanup"):
                 again()
 
 

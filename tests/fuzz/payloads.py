@@ -116,7 +116,7 @@ def tree_driver() -> PayloadDriver:
 
 
 def message_driver() -> PayloadDriver:
-    """Heads of messages, and messages in one block."""
+    """Heads of messages."""
     codec = MessageCodec(TreeCodec())
     sent = [
         *(Message(kind, f"worker-{number}", 1.5) for number, kind in enumerate(MessageType)),
@@ -126,14 +126,10 @@ def message_driver() -> PayloadDriver:
     ]
 
     def of_head(data: bytes) -> object:
-        return codec.decode(codec.KIND, data, [])
-
-    def of_block(data: bytes) -> object:
-        message = codec.loads(data)
+        message = codec.decode(codec.KIND, data, [])
         if isinstance(message.data, Envelope) and message.data.kind == 4:
             message.data.open()
         return message
 
     heads = [bytes(codec.encode(message)[1][0]) for message in sent]
-    blocks = [codec.dumps(message) for message in sent]
-    return PayloadDriver({"heads": (of_head, heads), "blocks": (of_block, blocks)})
+    return PayloadDriver({"heads": (of_head, heads)})

@@ -16,14 +16,14 @@ from shmring.errors import (
     EncodeError,
     Full,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     RingClosed,
+    RingExists,
+    RingNotFound,
 )
 from shmring.ipc import high_performance_ipc as ipc_module
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import Message, MessageType
-from shmring.ipc.registry import Entry
+from shmring.ipc.registry import RegistryEntry
 from support import at_least, run_in_process, wait_for
 
 pytestmark = pytest.mark.both_backends
@@ -102,7 +102,7 @@ def test_a_queue_is_created_once(ipc: HighPerformanceIPC, other: HighPerformance
     for instance in (ipc, other):
         with pytest.raises(RuntimeError, match="'q' exists"):
             instance.create_message_queue("q")
-    assert issubclass(NameInUse, FileExistsError)
+    assert issubclass(RingExists, FileExistsError)
     ipc.send_message("q", MessageType.DATA, "the first one works on")
     assert ipc.receive_message("q", timeout=5) is not None
 
@@ -131,7 +131,7 @@ def test_connecting_gives_up_at_the_deadline(ipc: HighPerformanceIPC) -> None:
         pytest.raises(RuntimeError, match=r"'never' .* within timeout=0.3 s"),
     ):
         ipc.connect_message_queue("never", timeout=0.3)
-    assert issubclass(NameUnknown, FileNotFoundError)
+    assert issubclass(RingNotFound, FileNotFoundError)
 
 
 def test_connecting_twice_is_allowed(ipc: HighPerformanceIPC) -> None:
@@ -165,7 +165,7 @@ def test_impossible_names_are_refused(ipc: HighPerformanceIPC, name: str) -> Non
 
 def test_impossible_bounds_are_refused(ipc: HighPerformanceIPC) -> None:
     for absurd in (1 << 63, 1 << 70):
-        with pytest.raises(InvalidArgument, match=f"maxsize={absurd}: more messages than memory"):
+        with pytest.raises(InvalidArgument, match=f"maxsize={absurd}: at most"):
             ipc.create_message_queue("q", absurd)
     assert ipc.message_queues == {}
     ipc.create_message_queue("q", (1 << 63) - 1)
@@ -180,7 +180,7 @@ def test_a_deadline_that_has_passed_is_a_timeout_of_0(ipc: HighPerformanceIPC) -
     ipc.send_message("q", MessageType.DATA, 1, timeout=-1)
     with pytest.raises(Full):
         ipc.send_message("q", MessageType.DATA, 2, timeout=-1)
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("q2", timeout=-1)
     assert ipc.check_alive_processes(timeout=-1) == []
 
@@ -233,13 +233,13 @@ def test_the_namespace_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
 def test_namespaces_do_not_meet(ipc: HighPerformanceIPC, namespace: str) -> None:
     ipc.create_message_queue("q")
     with HighPerformanceIPC("main", namespace=f"{namespace}-2") as stranger:
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             stranger.connect_message_queue("q", timeout=0)
         stranger.create_message_queue("q")
         assert stranger.check_alive_processes() == []
 
 
-# -- who is there ---------------------------------------------------------------------------
+# -- processes ------------------------------------------------------------------------------
 
 
 def keep_beating(namespace: str, process_id: str) -> None:
@@ -249,8 +249,8 @@ def keep_beating(namespace: str, process_id: str) -> None:
             pass
 
 
-def entry_of(ipc: HighPerformanceIPC, process_id: str) -> Entry:
-    (entry,) = [each for each in ipc.board_entries() if each.process_id == process_id]
+def entry_of(ipc: HighPerformanceIPC, process_id: str) -> RegistryEntry:
+    (entry,) = [each for each in ipc.registry_entries() if each.process_id == process_id]
     return entry
 
 
@@ -259,9 +259,9 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
     ipc.create_message_queue("quiet")
     assert ipc.check_alive_processes() == []
     with run_in_process(keep_beating, ipc.namespace, "child", method=start_method) as process:
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         process.kill()
-        # Well within the ten seconds, and nobody has reaped it.
+        # Well within the ten seconds, and it is not reaped.
         wait_for(lambda: ipc.check_alive_processes() == [], 5, "its death")
     assert ipc.get_stats()["alive_processes"] == 1
     assert list(ipc.alive_processes) == ["child"]
@@ -271,7 +271,7 @@ def test_others_are_seen_alive_until_they_die(ipc: HighPerformanceIPC, start_met
 def test_the_stopped_are_silent_in_time(ipc: HighPerformanceIPC) -> None:
     ipc.create_message_queue("quiet")
     with run_in_process(keep_beating, ipc.namespace, "child") as process:
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         wait_for(lambda: ipc.check_alive_processes(timeout=0.6) == [], what="silence")
@@ -283,7 +283,7 @@ def test_the_stopped_are_silent_in_time(ipc: HighPerformanceIPC) -> None:
 def test_a_blocked_receiver_goes_on_beating(ipc: HighPerformanceIPC) -> None:
     ipc.create_message_queue("quiet")
     with run_in_process(keep_beating, ipc.namespace, "child"):
-        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child on the board")
+        wait_for(lambda: ipc.check_alive_processes() == ["child"], what="the child in the registry")
         wait_for(lambda: entry_of(ipc, "child").waiting_on == "quiet", what="it to wait")
         entry = entry_of(ipc, "child")
         wait_for(
@@ -366,9 +366,9 @@ def test_cleanup_ends_everything_and_can_be_repeated(
     ipc.cleanup()
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
     assert ipc.get_stats()["errors"] == 0
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_message_queue("q", timeout=0)
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_shared_memory("m", 10)
     ipc.create_message_queue("q")  # and the names are free again
 
@@ -473,9 +473,9 @@ def test_a_process_that_ends_without_cleanup_leaves_nothing(
         process.join(30)
         assert process.exitcode == 0
     with HighPerformanceIPC("main", namespace=namespace) as ipc:
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             ipc.connect_message_queue("q", timeout=0)
-        with pytest.raises(NameUnknown):
+        with pytest.raises(RingNotFound):
             ipc.connect_shared_memory("m", 10)
 
 
@@ -557,7 +557,7 @@ def test_connecting_again_to_one_that_has_gone_fails(
     ipc.create_message_queue("q")
     other.connect_message_queue("q")
     ipc.close_message_queue("q")
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         other.connect_message_queue("q", timeout=0)
     assert other.message_queues == {}
 

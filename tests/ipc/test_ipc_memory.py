@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shmring.errors import InvalidArgument, NameUnknown, RingClosed
+from shmring.errors import InvalidArgument, RingClosed, RingNotFound
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 
 pytestmark = pytest.mark.both_backends
@@ -43,7 +43,7 @@ def test_connecting_again_finds_the_memory_of_today(
     other.connect_shared_memory("m", 20)
     assert other.read_shared_data("m", 8, offset=12) == b"of today"
     ipc.close_shared_memory("m")
-    with pytest.raises(NameUnknown, match="'m' does not exist"):
+    with pytest.raises(RingNotFound, match="'m' does not exist"):
         other.connect_shared_memory("m", 20)
     assert other.shared_memories == {}
 

@@ -1,4 +1,4 @@
-"""The board: who is there, dead and silent told apart, slots that nobody loses."""
+"""The registry: its entries, dead and silent told apart, slots that are never lost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from shmring.errors import InvalidArgument, LayoutMismatch, ShmringError
 from shmring.fallback.files import SharedFile, fallback_folder
 from shmring.ipc import registry
 from shmring.ipc.registry import (
-    BOARD_BYTES,
-    Board,
-    Role,
-    State,
+    REGISTRY_BYTES,
+    ProcessRole,
+    ProcessState,
+    Registry,
     open_segment,
 )
 from shmring.process.liveness import is_process_dead, process_start_ticks
@@ -33,53 +33,57 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="death is proved by /proc and pidfd here"),
 ]
 
-NAME = f"shmring.test-board-{os.getpid()}.board"
+NAME = f"shmring.test-registry-{os.getpid()}.registry"
 
 
 def open_storage(name: str = NAME) -> Any:
     if backend == "ring":
         return open_segment(name)
-    return SharedFile.create_or_attach(name, BOARD_BYTES)
+    return SharedFile.create_or_attach(name, REGISTRY_BYTES)
 
 
 @pytest.fixture
-def shared() -> Iterator[Board]:
-    with Board(open_storage()) as opened:
+def shared() -> Iterator[Registry]:
+    with Registry(open_storage()) as opened:
         yield opened
 
 
 def stay(name: str, process_id: str) -> None:
-    with Board(open_storage(name)) as opened:
-        slot = opened.register(process_id, Role.WORKER)
+    with Registry(open_storage(name)) as opened:
+        slot = opened.register(process_id, ProcessRole.WORKER)
         slot.working(41)
         signal.pause()
 
 
-def find(opened: Board, process_id: str) -> Any:
+def find(opened: Registry, process_id: str) -> Any:
     return next((each for each in opened.entries() if each.process_id == process_id), None)
 
 
 def is_working_on(task: int, entry: Any) -> bool:
-    return entry is not None and (entry.task, entry.state) == (task, State.WORKING)
+    return entry is not None and (entry.task, entry.state) == (task, ProcessState.WORKING)
 
 
-def test_a_slot_says_what_its_process_does(shared: Board) -> None:
+def test_a_slot_says_what_its_process_does(shared: Registry) -> None:
     before = time.monotonic_ns()
-    slot = shared.register("me", Role.COORDINATOR)
+    slot = shared.register("me", ProcessRole.COORDINATOR)
     entry = find(shared, "me")
-    assert (entry.pid, entry.role, entry.state) == (os.getpid(), Role.COORDINATOR, State.STARTING)
+    assert (entry.pid, entry.role, entry.state) == (
+        os.getpid(),
+        ProcessRole.COORDINATOR,
+        ProcessState.STARTING,
+    )
     assert entry.start_ticks == process_start_ticks(os.getpid()) > 0
     assert before <= entry.heartbeat_ns <= time.monotonic_ns()
     assert entry.task is None
 
     slot.working(0)
     entry = find(shared, "me")
-    assert (entry.state, entry.task) == (State.WORKING, 0)
+    assert (entry.state, entry.task) == (ProcessState.WORKING, 0)
     assert entry.task_started_ns >= before
 
     slot.waiting("ä" * 100)
     entry = find(shared, "me")
-    assert entry.state is State.WAITING
+    assert entry.state is ProcessState.WAITING
     assert entry.waiting_since_ns >= before
     assert entry.waiting_on.startswith("ä" * 31)
 
@@ -88,7 +92,7 @@ def test_a_slot_says_what_its_process_does(shared: Board) -> None:
     slot.idle()
     entry = find(shared, "me")
     assert (entry.tasks, entry.nbytes, entry.messages) == (1, 1024, 2)
-    assert (entry.state, entry.task, entry.waiting_since_ns) == (State.IDLE, None, 0)
+    assert (entry.state, entry.task, entry.waiting_since_ns) == (ProcessState.IDLE, None, 0)
 
     beats = entry.heartbeats
     slot.beat()
@@ -96,7 +100,9 @@ def test_a_slot_says_what_its_process_does(shared: Board) -> None:
 
 
 @pytest.mark.fault(16)
-def test_another_process_is_seen_and_its_death_is_proved(shared: Board, start_method: str) -> None:
+def test_another_process_is_seen_and_its_death_is_proved(
+    shared: Registry, start_method: str
+) -> None:
     with run_in_process(stay, NAME, "other", method=start_method) as process:
         wait_for(lambda: is_working_on(41, find(shared, "other")), what="the other at its task")
         entry = find(shared, "other")
@@ -106,11 +112,11 @@ def test_another_process_is_seen_and_its_death_is_proved(shared: Board, start_me
         # Not joined: a zombie is dead already.
         wait_for(entry.is_dead, what="proof of death")
         after = find(shared, "other")
-        assert (after.task, after.state) == (41, State.WORKING), "readable after death"
+        assert (after.task, after.state) == (41, ProcessState.WORKING), "readable after death"
 
 
 @pytest.mark.fault(14)
-def test_stopped_is_silent_and_not_dead(shared: Board) -> None:
+def test_stopped_is_silent_and_not_dead(shared: Registry) -> None:
     with run_in_process(stay, NAME, "stopped") as process:
         wait_for(lambda: find(shared, "stopped"), what="the slot")
         assert process.pid is not None
@@ -145,14 +151,14 @@ def test_without_pidfd_death_is_still_proved(monkeypatch: pytest.MonkeyPatch) ->
     assert is_process_dead(os.getpid(), process_start_ticks(os.getpid()) + 1)
 
 
-def test_the_dead_keep_their_slots_for_a_while(shared: Board) -> None:
+def test_the_dead_keep_their_slots_for_a_while(shared: Registry) -> None:
     shared.register("departed").release()
     assert shared.register("next").index == 1
-    assert find(shared, "departed").state is State.EXITED
+    assert find(shared, "departed").state is ProcessState.EXITED
 
 
 def test_slots_of_the_dead_and_the_departed_are_used_again(
-    shared: Board, monkeypatch: pytest.MonkeyPatch
+    shared: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_KEPT_NS", 0)
     shared.register("keeps its slot")
@@ -165,25 +171,27 @@ def test_slots_of_the_dead_and_the_departed_are_used_again(
     assert (heir.index, heir.incarnation) == (index, incarnation + 1)
     assert find(shared, "mortal") is None
     entry = find(shared, "heir")
-    assert (entry.tasks, entry.task, entry.role) == (0, None, Role.PEER)
+    assert (entry.tasks, entry.task, entry.role) == (0, None, ProcessRole.PEER)
 
     heir.release()
-    assert find(shared, "heir").state is State.EXITED
+    assert find(shared, "heir").state is ProcessState.EXITED
     assert find(shared, "heir").is_dead()
     assert shared.register("next").index == index
     heir.release()
-    assert find(shared, "next").state is State.STARTING, "an old handle ends nobody else"
+    assert find(shared, "next").state is ProcessState.STARTING, (
+        "an old handle ends no other process"
+    )
 
 
 def take_slots(barrier_event: Event, number: int) -> None:
-    with Board(open_storage()) as opened:
+    with Registry(open_storage()) as opened:
         assert barrier_event.wait(30)
         for each in range(20):
             opened.register(f"p{number}-{each}")
         signal.pause()
 
 
-def test_slots_taken_at_the_same_time_are_different(shared: Board) -> None:
+def test_slots_taken_at_the_same_time_are_different(shared: Registry) -> None:
     import multiprocessing
 
     start = multiprocessing.get_context("fork").Event()
@@ -201,7 +209,7 @@ def hold_lock(held: Event) -> None:
         signal.pause()
 
 
-def test_one_killed_while_it_allocates_stops_nobody(shared: Board) -> None:
+def test_one_killed_while_it_allocates_stops_no_other(shared: Registry) -> None:
     import multiprocessing
 
     held = multiprocessing.get_context("fork").Event()
@@ -212,7 +220,7 @@ def test_one_killed_while_it_allocates_stops_nobody(shared: Board) -> None:
     assert shared.register("next").index == 0
 
 
-def test_a_full_board_says_so(shared: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_registry_says_so(shared: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "SLOTS", 3)
     for each in range(3):
         shared.register(f"p{each}")
@@ -221,7 +229,7 @@ def test_a_full_board_says_so(shared: Board, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("process_id", ["", "x" * 73, "ä" * 37])
-def test_impossible_names_are_refused(shared: Board, process_id: str) -> None:
+def test_impossible_names_are_refused(shared: Registry, process_id: str) -> None:
     with pytest.raises(InvalidArgument, match="bytes"):
         shared.register(process_id)
     shared.register("x" * 72)
@@ -229,16 +237,16 @@ def test_impossible_names_are_refused(shared: Board, process_id: str) -> None:
 
 
 @pytest.mark.fault(35)
-def test_what_is_no_board_is_refused(shared: Board) -> None:
+def test_what_is_no_registry_is_refused(shared: Registry) -> None:
     storage = open_storage()
     with contextlib.closing(storage):
         storage.buffer[8:16] = b"nonsense"
         with pytest.raises(LayoutMismatch, match="magic"):
-            Board(storage)
+            Registry(storage)
 
 
 @pytest.mark.fault(23)
-def test_random_bytes_in_a_slot_are_no_crash(shared: Board) -> None:
+def test_random_bytes_in_a_slot_are_no_crash(shared: Registry) -> None:
     shared.register("me")
     storage = open_storage()
     with contextlib.closing(storage):
@@ -252,7 +260,7 @@ def test_random_bytes_in_a_slot_are_no_crash(shared: Board) -> None:
 
 
 def test_the_last_one_out_leaves_nothing() -> None:
-    first, second = Board(open_storage()), Board(open_storage())
+    first, second = Registry(open_storage()), Registry(open_storage())
     folder = "/dev/shm" if backend == "ring" else fallback_folder()
     assert NAME in os.listdir(folder)
     first.close()

@@ -19,18 +19,18 @@ from shmring.errors import (
     DecodeError,
     EncodeError,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     NotSupportedByFallback,
     RemoteError,
-    RemoteTraceback,
+    RingExists,
+    RingNotFound,
     ShmringError,
     TaskTimeout,
     WorkerDied,
+    _RemoteTraceback,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
-from shmring.ipc.registry import Role
+from shmring.ipc.registry import ProcessRole
 from shmring.pool.coordinator import Progress, Report, coordinator_process
 from shmring.pool.example import multiprocessing_example
 from shmring.pool.worker import current_worker, worker_process
@@ -188,8 +188,8 @@ def test_results_in_order_and_a_row_for_each_worker(
 def test_nothing_of_a_run_stays(ipc: HighPerformanceIPC) -> None:
     coordinator_process(ipc, 1, tasks=[1], spawn=True)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
-    assert not ipc.on_board
-    with pytest.raises(NameUnknown):
+    assert not ipc.is_registered
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("task_queue", timeout=0)
     report = coordinator_process(ipc, 1, tasks=[2], spawn=True)
     assert report.results == [2], "and the next run can begin"
@@ -290,7 +290,7 @@ def test_without_workers_it_does_not_wait_for_ever(ipc: HighPerformanceIPC) -> N
 
 @both_backends
 def test_without_a_coordinator_a_worker_gives_up(namespace: str) -> None:
-    with pytest.raises(NameUnknown, match="'task_queue'"):
+    with pytest.raises(RingNotFound, match="'task_queue'"):
         worker_process(0, "task_queue", namespace=namespace, connect_timeout=0.1)
 
 
@@ -304,7 +304,7 @@ def test_an_exception_comes_with_its_traceback(ipc: HighPerformanceIPC, start_me
             ipc, 2, tasks=range(10), spawn=True, handler=fail_at_three, method=start_method
         )
     cause = caught.value.__cause__
-    assert isinstance(cause, RemoteTraceback)
+    assert isinstance(cause, _RemoteTraceback)
     assert "in fail_at_three" in str(cause)
     assert (ipc.message_queues, ipc.shared_memories) == ({}, {})
 
@@ -317,7 +317,7 @@ def test_exceptions_can_stand_among_the_results(ipc: HighPerformanceIPC) -> None
     failed = report.results.pop(3)
     assert report.results == [0, 1, 2, 4, 5]
     assert isinstance(failed, KeyError)
-    assert isinstance(failed.__cause__, RemoteTraceback)
+    assert isinstance(failed.__cause__, _RemoteTraceback)
 
 
 @both_backends
@@ -495,8 +495,8 @@ def coordinate_for_ever(namespace: str, method: str) -> None:
         coordinator_process(ipc, 2, tasks=tasks(), spawn=True, method=method)
 
 
-def workers_on_board(ipc: HighPerformanceIPC) -> list[Any]:
-    return [each for each in ipc.board_entries() if each.role is Role.WORKER]
+def registered_workers(ipc: HighPerformanceIPC) -> list[Any]:
+    return [each for each in ipc.registry_entries() if each.role is ProcessRole.WORKER]
 
 
 @both_backends
@@ -511,7 +511,7 @@ def test_ctrl_c_ends_the_workers_too(
         os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert process.exitcode == 1, "KeyboardInterrupt came through"
-        wait_for(lambda: all(each.is_dead() for each in workers_on_board(ipc)), what="their end")
+        wait_for(lambda: all(each.is_dead() for each in registered_workers(ipc)), what="their end")
 
 
 class Interrupter:
@@ -580,7 +580,7 @@ def test_what_the_caller_made_survives_that_its_name_is_taken(
         ipc.create_shared_memory(taken, 10)
     else:
         ipc.create_message_queue(taken)
-    with pytest.raises(NameInUse):
+    with pytest.raises(RingExists):
         coordinator_process(ipc, 1, tasks=[1], spawn=True)
     assert [*ipc.message_queues, *ipc.shared_memories] == [taken]
     if taken == "data_buffer":
@@ -598,14 +598,14 @@ def test_without_their_coordinator_workers_end_by_themselves(
     with run_in_process(
         coordinate_for_ever, ipc.namespace, start_method, method="spawn"
     ) as process:
-        wait_for(lambda: len(workers_on_board(ipc)) == 2, 30, "two workers")
-        wait_for(lambda: all(each.tasks for each in workers_on_board(ipc)), 30, "some work")
+        wait_for(lambda: len(registered_workers(ipc)) == 2, 30, "two workers")
+        wait_for(lambda: all(each.tasks for each in registered_workers(ipc)), 30, "some work")
         process.kill()
         wait_for(
-            lambda: all(each.is_dead() for each in workers_on_board(ipc)), 30, "the workers' end"
+            lambda: all(each.is_dead() for each in registered_workers(ipc)), 30, "the workers' end"
         )
     # What they were the last to hold went with them: the fixture looks into /dev/shm.
-    with pytest.raises(NameUnknown):
+    with pytest.raises(RingNotFound):
         ipc.connect_message_queue("task_queue", timeout=0)
 
 
@@ -614,7 +614,7 @@ def test_one_coordinator_a_namespace(ipc: HighPerformanceIPC) -> None:
     with HighPerformanceIPC("second", namespace=ipc.namespace) as second:
 
         def start_another(progress: Progress) -> None:
-            with pytest.raises(NameInUse):
+            with pytest.raises(RingExists):
                 coordinator_process(second, 1, tasks=[1], spawn=True)
 
         report = coordinator_process(
@@ -631,7 +631,7 @@ def test_each_worker_gets_one_shutdown_message(ipc: HighPerformanceIPC) -> None:
         seen: list[MessageType] = []
 
         def tasks() -> Iterator[Any]:
-            worker.join_board(Role.WORKER)
+            worker.register(ProcessRole.WORKER)
             worker.connect_message_queue("task_queue")
             yield from ()
 
@@ -664,7 +664,7 @@ def test_impossible_arguments_are_refused(ipc: HighPerformanceIPC, wrong: dict[s
     arguments = {"num_workers": 1, "tasks": [1], **wrong}
     with pytest.raises((InvalidArgument, NotSupportedByFallback)):
         coordinator_process(ipc, arguments.pop("num_workers"), **arguments)
-    assert not ipc.on_board
+    assert not ipc.is_registered
     with pytest.raises(TypeError):
         coordinator_process(ipc, "two")  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import registry
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
-from shmring.ipc.registry import Role, State
+from shmring.ipc.registry import ProcessRole, ProcessState
 from shmring.pool import coordinator
 from shmring.pool.coordinator import coordinator_process
 from shmring.pool.worker import Worker, worker_process
@@ -183,8 +183,8 @@ def test_a_stopped_worker_is_silent_and_keeps_its_task(
         def idle() -> list[int]:
             return [
                 each.pid
-                for each in watcher.board_entries()
-                if each.role is Role.WORKER and each.state is not State.WORKING
+                for each in watcher.registry_entries()
+                if each.role is ProcessRole.WORKER and each.state is not ProcessState.WORKING
             ]
 
         wait_for(lambda: len(idle()) == 1)
@@ -197,9 +197,9 @@ def test_a_stopped_worker_is_silent_and_keeps_its_task(
             for pid in stopped:
                 line = f"(process {pid}) is silent"
                 wait_for(lambda line=line: line in caplog.text, what=line)
-            silent = {each.pid for each in watcher.board_entries() if each.is_silent(0.4)}
+            silent = {each.pid for each in watcher.registry_entries() if each.is_silent(0.4)}
             outcome.append(set(stopped) <= silent)
-            outcome.append(any(each.is_dead() for each in watcher.board_entries()))
+            outcome.append(any(each.is_dead() for each in watcher.registry_entries()))
             outcome.append(begun.read_text().split() == [str(working)])
         finally:
             go.touch()
@@ -240,7 +240,7 @@ def test_workers_of_a_coordinator_that_was_ended_end_and_leave_nothing(
     ipc: HighPerformanceIPC, number: int
 ) -> None:
     def workers() -> list[Any]:
-        return [each for each in ipc.board_entries() if each.role is Role.WORKER]
+        return [each for each in ipc.registry_entries() if each.role is ProcessRole.WORKER]
 
     with run_in_process(coordinate, ipc.namespace, method="spawn") as process:
         wait_for(lambda: len(workers()) == 2 and all(each.tasks for each in workers()), 30)
@@ -293,7 +293,7 @@ def test_a_consumer_of_batches_puts_back_the_sentinels_that_are_not_for_it(consu
 
 def stand_by(namespace: str) -> None:
     with HighPerformanceIPC("worker", namespace=namespace) as ipc:
-        ipc.join_board(Role.WORKER)
+        ipc.register(ProcessRole.WORKER)
         signal.pause()
 
 
@@ -308,7 +308,7 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
         wait_for(lambda: len(workers.living()) == 1)
         (entry,) = workers.living()
         assert entry.pid == living.pid
-        slot = ghost.join_board(Role.WORKER)
+        slot = ghost.register(ProcessRole.WORKER)
         slot._words[slot._base + registry._START] = entry.start_ticks - 1
         slot._words[slot._base + registry._PID] = entry.pid
 
@@ -401,7 +401,7 @@ def test_a_task_timeout_spares_the_task_that_began_since_the_look(
     living = SpawnedWorkers.living
     moved = []
 
-    def look_and_let_go_on(workers: SpawnedWorkers) -> list[registry.Entry]:
+    def look_and_let_go_on(workers: SpawnedWorkers) -> list[registry.RegistryEntry]:
         seen = living(workers)
         if any(entry.task == 0 for entry in seen) and not moved:
             wait_for(lambda: time.monotonic_ns() > seen[0].task_started_ns + 500_000_000)

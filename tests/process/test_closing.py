@@ -34,7 +34,7 @@ OWNER_DIED = 0x40000000
 
 
 def hold(fd: int, offset: int, owner: int) -> None:
-    """Write a lock word as if `owner` held it (0: nobody)."""
+    """Write a lock word as if `owner` held it (0: it is free)."""
     os.pwrite(fd, struct.pack("<I", owner), offset)
 
 
@@ -424,6 +424,10 @@ def ipc(name):
 def left(name):
     return [each for each in os.listdir("/dev/shm") if name in each]
 """
+WAIT_FOR = f"""
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+from support import wait_for
+"""
 
 
 def run_program(program: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -487,12 +491,12 @@ def test_the_last_of_processes_that_were_forked_without_multiprocessing_leaves(k
 def test_a_child_that_is_forked_while_a_thread_is_inside_uses_the_same_handle():
     name = own_name("closing")
     done = run_program(
-        "import threading, time\n"
+        f"import threading\n{WAIT_FOR}"
         f"made = ipc({name!r})\n"
         "queue = made.message_queues['q']\n"
         "threads = [threading.Thread(target=made.receive_message, args=('q',)) for _ in range(2)]\n"
         "for each in threads: each.start()\n"
-        "while len(queue.statistics().waiters) < 2: time.sleep(0.001)\n"
+        "wait_for(lambda: len(queue.statistics().waiters) == 2)\n"
         "made._guard.acquire()\n"  # as a thread that counts has it
         "pid = os.fork()\n"
         "made._guard.release() if pid else None\n"
@@ -538,20 +542,20 @@ DAEMONS = {
     " call = lambda: made.receive_message('q')",
 }
 INSIDE_MEMORY = """
-import threading, time
+import threading
 made = memory({name!r})
 def call():
     while True:
         made.write_data(b"x" * 100)
 threading.Thread(target=call, daemon=True).start()
-while made.read_data(1) != b"x": time.sleep(0.001)
+wait_for(lambda: made.read_data(1) == b"x")
 """
 BECOME_DAEMON = """
-import threading, time
+import threading
 {setup}
 def run():
     threading.Thread(target=call, daemon=True).start()
-    while not q.statistics().waiters: time.sleep(0.001)
+    wait_for(lambda: q.statistics().waiters)
 """
 
 
@@ -561,14 +565,14 @@ def run():
 def test_a_daemon_thread_that_waits_ends_silently_with_its_process(call, where, tmp_path):
     program = tmp_path / "program.py"
     setup = DAEMONS[call].format(name=own_name("closing"))
-    text = BECOME_DAEMON.format(setup="{setup}")
+    text = BECOME_DAEMON
     if where == "the program":
-        text = PRELUDE + text.format(setup=setup) + "run()\n"
+        text = PRELUDE + WAIT_FOR + text.format(setup=setup) + "run()\n"
     else:
         method = "fork" if where == "a forked child" else "spawn"
         indented = "\n".join(f"    {line}" for line in text.format(setup=setup).splitlines())
         text = (
-            f"{PRELUDE}import multiprocessing\n"
+            f"{PRELUDE}{WAIT_FOR}import multiprocessing\n"
             f"def child():\n{indented}\n    run()\n"
             "if __name__ == '__main__':\n"
             f"    started = multiprocessing.get_context({method!r}).Process(target=child)\n"
@@ -583,7 +587,7 @@ def test_a_daemon_thread_that_waits_ends_silently_with_its_process(call, where, 
 
 @pytest.mark.fault(43)
 def test_a_daemon_thread_that_writes_memory_ends_silently():
-    done = run_program(INSIDE_MEMORY.format(name=own_name("closing")))
+    done = run_program(WAIT_FOR + INSIDE_MEMORY.format(name=own_name("closing")))
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -625,7 +629,7 @@ def test_what_an_ipc_had_is_missed_when_it_is_used_and_not_when_it_arrives():
 
 
 @pytest.mark.parametrize("make", [Queue, Ring.create])
-def test_who_selects_on_a_queue_is_sent_to_wait(make):
+def test_select_on_a_queue_names_wait(make):
     with make() as queue:
         selector = selectors.DefaultSelector()
         for call in (

@@ -1,4 +1,4 @@
-"""peers=: who waits for the dead is told so, and nobody else is."""
+"""peers=: a call whose peers are all dead raises PeerDied, and no other call does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shmring import (
 )
 from shmring.errors import Empty, Full
 from shmring.process.liveness import process_start_ticks
-from shmring.process.peers import PeerWatch
+from shmring.process.peers import PeerPoll
 from support import asleep, run_in_process, turns, until, wait_for, within
 
 if shmring.backend == "ring":
@@ -140,7 +140,7 @@ def _put_and_die(queue: Queue[int], number: int) -> None:
 
 
 @both_backends
-def test_a_message_wakes_who_has_peers() -> None:
+def test_a_message_wakes_a_call_with_peers() -> None:
     with Queue[str]() as queue, run_in_process(forever) as peer:
         for number in range(5):
             sender = threading.Timer(0.02 * number, queue.put, [f"message {number}"])
@@ -207,7 +207,7 @@ def test_a_waiting_put_is_told_of_the_death() -> None:
         with killed_soon(peer), pytest.raises(PeerDied, match="no room came"):
             within(TOLD_WITHIN, queue.put, 2, peers=[peer])
         assert queue.get() == 1
-        queue.put(2, peers=[peer])  # there is room: nobody asks who is dead
+        queue.put(2, peers=[peer])  # there is space: the peer is not asked
         assert queue.get() == 2
 
 
@@ -246,7 +246,7 @@ def test_join_is_told_of_the_death() -> None:
         assert queue.join(peers=[peer])
 
 
-# ---- who is dead, and how ------------------------------------------------------------------
+# ---- proofs of death -----------------------------------------------------------------------
 
 
 @pytest.mark.fault(16)
@@ -316,9 +316,9 @@ def test_all_of_them_must_be_dead() -> None:
             wait_for(lambda pid=peer.pid: has_ended(pid))
         with pytest.raises(Empty):
             queue.get(timeout=0.2, peers=peers)
-        queue.put("of nobody in particular")
-        assert queue.get(timeout=10, peers=peers) == "of nobody in particular"
-        watch = PeerWatch(iter(peers))
+        queue.put("of another process")
+        assert queue.get(timeout=10, peers=peers) == "of another process"
+        watch = PeerPoll(iter(peers))
         assert not watch.all_dead()
         with killed_soon(peers[2]), pytest.raises(PeerDied) as caught:
             queue.get(peers=iter(peers))
@@ -351,14 +351,14 @@ def test_a_pid_used_again_is_not_the_peer() -> None:
 def test_a_number_given_to_a_later_child_is_not_the_peer() -> None:
     with dead_process() as later:
         ticks = process_start_ticks(later.pid)
-        watch = PeerWatch([SimpleNamespace(pid=later.pid, start_ticks=ticks - 1)])
+        watch = PeerPoll([SimpleNamespace(pid=later.pid, start_ticks=ticks - 1)])
         assert watch.all_dead()
         assert watch.error("").exitcode is None, "the end of another is told"
 
 
 @both_backends
 def test_the_dead_of_others_are_proved_by_the_kernel() -> None:
-    """A grandchild that nobody waits for: its parent lives, and is not we."""
+    """A grandchild that is not reaped: its parent lives, and is not this process."""
     read, write = os.pipe()
     with Queue[int]() as queue, run_in_process(_have_a_child, write):
         grandchild = int(os.read(read, 20))
@@ -572,15 +572,15 @@ def test_aget_delivers_and_then_tells() -> None:
         assert [type(each) for each in outcomes] == [PeerDied] * 3
         with pytest.raises(PeerDied):
             await queue.aget(peers=[peer])
-        queue.put("of somebody else")
-        assert await queue.aget(peers=[peer]) == "of somebody else"
+        queue.put("of another process")
+        assert await queue.aget(peers=[peer]) == "of another process"
 
     with Queue[str]() as queue, run_in_process(forever) as peer:
         queue.put("early")
         asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_who_is_told_of_a_death_gives_up_his_place_in_the_line() -> None:
+def test_a_call_told_of_a_death_gives_up_its_place_in_the_line() -> None:
     async def main() -> None:
         first = asyncio.create_task(queue.aget(peers=[peer]))
         second = asyncio.create_task(queue.aget())
@@ -589,8 +589,8 @@ def test_who_is_told_of_a_death_gives_up_his_place_in_the_line() -> None:
         with pytest.raises(PeerDied):
             await first
         assert not second.done()
-        queue.put("of somebody else")
-        assert await second == "of somebody else"
+        queue.put("of another process")
+        assert await second == "of another process"
 
     with Queue[str]() as queue, run_in_process(forever) as peer:
         asyncio.run(asyncio.wait_for(main(), 60))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -18,9 +19,17 @@ from pathlib import Path
 import pytest
 
 import shmring
-from shmring import DecodeError, EncodeError, JoinableQueue, Queue, RingClosed, ShutDown
-from shmring.errors import Full
-from support import run_in_process, turns, until, wait_for
+from shmring import (
+    DecodeError,
+    EncodeError,
+    InvalidArgument,
+    JoinableQueue,
+    Queue,
+    RingClosed,
+    ShutDown,
+)
+from shmring.errors import Empty, Full
+from support import at_least, run_in_process, turns, until, wait_for
 from traced import Traced
 
 if shmring.backend == "ring":
@@ -49,7 +58,7 @@ def helpers():
 
 
 def waiting(queue):
-    return len(aio._desk_of(queue).getters) + len(aio._desk_of(queue).putters)
+    return len(aio._lines_of(queue).getters) + len(aio._lines_of(queue).putters)
 
 
 async def start(queue, count, call="aget"):
@@ -77,7 +86,7 @@ def put_range(queue, count):
         queue.put(i)
 
 
-# ---- who is served, and when ------------------------------------------------------------------
+# ---- the order of the calls -------------------------------------------------------------------
 
 
 def test_what_is_there_is_taken_at_once_without_a_thread(queue):
@@ -130,7 +139,7 @@ def test_from_another_process(queue, start_method, kernel):
     run(main())
 
 
-def test_timeouts(queue):
+def test_asyncio_timeout_ends_a_call(queue):
     async def main():
         for seconds in (0, 0.01, 0.05):
             with pytest.raises(TimeoutError):
@@ -143,6 +152,103 @@ def test_timeouts(queue):
         await until(lambda: not helpers())
 
     run(main())
+
+
+def test_a_timeout_raises_empty_or_full_when_it_passes(kernel):
+    async def main():
+        with Queue(1) as queue:
+            for seconds in (0, -1, 0.01, 0.05):
+                with at_least(seconds), pytest.raises(Empty):
+                    await queue.aget(timeout=seconds)
+            await queue.aput("first", timeout=0)
+            for seconds in (0, -1, 0.01, 0.05):
+                with at_least(seconds), pytest.raises(Full):
+                    await queue.aput("second", timeout=seconds)
+            assert waiting(queue) == 0
+            assert await queue.aget(timeout=0) == "first"
+            assert queue.empty()
+            await until(lambda: not helpers())
+            for call in (queue.aget, lambda timeout: queue.aput("x", timeout=timeout)):
+                with pytest.raises(InvalidArgument, match="timeout=nan"):
+                    await call(timeout=float("nan"))
+
+    run(main())
+
+
+def test_a_call_with_a_timeout_is_served_in_its_turn(queue):
+    async def main():
+        patient = (await start(queue, 1))[0]
+        timed = asyncio.create_task(queue.aget(timeout=1e9))
+        endless = asyncio.create_task(queue.aget(timeout=float("inf")))
+        await until(lambda: waiting(queue) == 3)
+        with pytest.raises(Empty):
+            await queue.aget(timeout=0.01)
+        queue.put_many("abc")
+        assert [await patient, await timed, await endless] == ["a", "b", "c"]
+
+    run(main())
+
+
+def test_a_call_that_times_out_passes_its_turn_on(queue, monkeypatch):
+    """The turn and the end of the time meet; another call stands behind."""
+
+    async def main():
+        first = asyncio.create_task(queue.aget(timeout=0.05))
+        await until(lambda: waiting(queue) == 1)
+        heir = asyncio.create_task(queue.aget())
+        await until(lambda: waiting(queue) == 2)
+        monkeypatch.setattr(aio, "_take_now", lambda ring: (_ for _ in ()).throw(Empty))
+        queue.put("message")
+        with pytest.raises(Empty):
+            await first
+        monkeypatch.undo()
+        assert await heir == "message"
+
+    run(main())
+
+
+def test_timeouts_lose_and_double_nothing(queue):
+    count = 2000
+
+    async def main():
+        rng = random.Random(7)
+        taken = []
+
+        async def take():
+            with contextlib.suppress(Empty):
+                taken.append(await queue.aget(timeout=rng.choice((0, 1e-4, 1e-3, 1e-2))))
+
+        with run_in_process(put_range, queue, count):
+            while len(taken) < count:
+                await asyncio.gather(*(take() for _ in range(20)))
+        assert taken == list(range(count))
+
+    run(main())
+
+
+def test_async_for_ends_when_the_queue_is_shut_down(queue, start_method):
+    async def main():
+        with run_in_process(put_range_and_shut_down, queue, 300, method=start_method):
+            assert [obj async for obj in queue] == list(range(300))
+        assert [obj async for obj in queue] == []
+
+    run(main())
+
+
+def test_async_for_takes_nothing_beyond_a_break(queue):
+    async def main():
+        queue.put_many("abc")
+        async for obj in queue:
+            if obj == "b":
+                break
+        assert queue.get_many() == ["c"]
+
+    run(main())
+
+
+def put_range_and_shut_down(queue, count):
+    put_range(queue, count)
+    queue.shutdown()
 
 
 def test_sync_consumers_and_asyncio_share(queue):
@@ -197,11 +303,11 @@ def test_cancelled_when_its_turn_has_come_it_has_taken_nothing(queue, monkeypatc
     async def main():
         victim, heir = await start(queue, 2)
 
-        def come_and_cancel(turn, come=aio._come):
-            come(turn)
+        def give_and_cancel(turn, give=aio._give):
+            give(turn)
             victim.cancel()  # the turn is there, the task has not run
 
-        monkeypatch.setattr(aio, "_come", come_and_cancel)
+        monkeypatch.setattr(aio, "_give", give_and_cancel)
         queue.put("message")
         assert await heir == "message"
         with pytest.raises(asyncio.CancelledError):
@@ -377,7 +483,7 @@ def test_shutdown_while_waiting(queue, immediate):
     run(main())
 
 
-def test_shutdown_reaches_those_who_put():
+def test_shutdown_reaches_waiting_aputs():
     async def main():
         with Queue(1) as queue:
             queue.put("full")
@@ -450,7 +556,7 @@ def test_several_loops_in_several_threads(queue):
     assert max(most) <= 2  # one, and perhaps the last instructions of the one before
 
 
-def test_a_loop_that_does_not_run_holds_nobody_up(queue):
+def test_a_loop_that_does_not_run_holds_up_no_other(queue):
     stopped, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
     pending = stopped.create_task(queue.aget())
     lost = closed.create_task(queue.aget())
@@ -461,8 +567,8 @@ def test_a_loop_that_does_not_run_holds_nobody_up(queue):
 
     async def main():
         (task,) = await start(queue, 1)
-        queue.put("for who runs")
-        assert await task == "for who runs"
+        queue.put("for the running loop")
+        assert await task == "for the running loop"
 
     run(main())
     queue.put("later")

@@ -1,4 +1,4 @@
-"""Codecs: what travels, how it arrives, and what is said of what does not."""
+"""Codecs: objects that travel, and the errors for those that do not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shmring import DecodeError, EncodeError, JoinableQueue, Queue, SimpleQueue
 from shmring.ipc.message import Envelope, Message, MessageCodec, MessageType
 from shmring.queues import codec as codec_module
 from shmring.queues.codec import PickleCodec
-from shmring.queues.pickle_errors import culprit_of
+from shmring.queues.pickle_errors import unpicklable_part
 from support import own_name, run_in_process
 
 if shmring.backend == "ring":
@@ -379,8 +379,6 @@ def test_msgpack_says_how_long_what_it_cannot_read_was():
         wrong.put(b"\xc1")
         with pytest.raises(DecodeError, match="1 bytes"):
             queue.get()
-        queue.put([1, {"a": b"x"}])
-        assert queue.get() == [1, {"a": b"x"}]
 
 
 # ---- bad input -----------------------------------------------------------------------------
@@ -412,6 +410,13 @@ def _cyclic() -> Carrier:
     return carrier
 
 
+def _local() -> object:
+    class Local:
+        pass
+
+    return Local()
+
+
 def _nested(depth: int) -> object:
     made: object = threading.Lock()
     for _ in range(depth):
@@ -434,7 +439,7 @@ def test_naming_costs_no_more_than_the_attempt():
     obj["bad"] = threading.Lock()
     tracemalloc.start()
     try:
-        assert culprit_of(obj, copyreg.dispatch_table) == "['bad'] (a lock)"
+        assert unpicklable_part(obj, copyreg.dispatch_table) == "['bad'] (a lock)"
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
         tracemalloc.stop()
@@ -480,12 +485,6 @@ def test_bytes_that_are_no_pickle_at_all():
     for head in (b"", b"\x80", b"nonsense", pickle.dumps({"a": 1})[:-3], b"\x80\x05\x93."):
         with pytest.raises(DecodeError, match=rf"{len(head)} bytes"):
             PickleCodec().decode(1, head, ())
-
-
-def test_the_types_of_failing_are_the_standard_librarys():
-    assert issubclass(EncodeError, pickle.PicklingError)
-    assert issubclass(DecodeError, pickle.UnpicklingError)
-    assert issubclass(shmring.ShmringError, Exception)
 
 
 # ---- on either back end ---------------------------------------------------------------------
@@ -554,25 +553,20 @@ class TestCodecs:
         )
         subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
-    def test_a_reducer_registered_later_counts(self, queue, registered):
+    def test_a_reducer_counts_while_it_is_registered(self, queue, registered):
         with pytest.raises(EncodeError, match="not by the registered"):
             queue.put(Late(1))
         registered(Late, _reduce_late)
-        queue.put([Late(1)])
-        queue.put_many([Late(2)])
-        assert [queue.get(timeout=10)[0].value, queue.get(timeout=10).value] == [2, 3]
-
-    def test_a_reducer_that_replaces_another_counts(self, queue, registered):
-        registered(Late, _reduce_late)
         queue.put(Late(1))
+        queue.put_many([Late(2)])
         registered(Late, lambda late: (_rebuild_late, (late.value + 10,)))
         queue.put(Late(1))
         del ForkingPickler._extra_reducers[Late]
         with pytest.raises(EncodeError, match="not by the registered"):
             queue.put(Late(1))
-        assert [queue.get(timeout=10).value, queue.get(timeout=10).value] == [2, 12]
+        assert [queue.get(timeout=10).value for _ in range(3)] == [2, 3, 12]
 
-    def test_copyregs_reducers_count_and_multiprocessings_go_first(self, queue, registered):
+    def test_a_reducer_of_copyreg_counts_after_that_of_multiprocessing(self, queue, registered):
         copyreg.pickle(Late, lambda late: (_rebuild_late, (late.value + 100,)))
         try:
             queue.put(Late(1))
@@ -653,8 +647,7 @@ class TestCodecs:
     @pytest.mark.parametrize(
         ("obj", "said"),
         [
-            (Carrier(threading.Lock()), r"a Carrier .*\.part \(a lock\)"),
-            (Carrier(Carrier(threading.Lock())), r"\.part\.part \(a lock\)"),
+            (Carrier(Carrier(threading.Lock())), r"a Carrier .*\.part\.part \(a lock\)"),
             (
                 {"a": [1, (2, {"b": threading.Lock()})]},
                 r"a dict .*\['a'\]\[1\]\[1\]\['b'\] \(a lock\)",
@@ -667,6 +660,7 @@ class TestCodecs:
             (collections.deque([1, threading.Lock()]), r"a deque .*\[1\] \(a lock\)"),
             (collections.OrderedDict(a=threading.Lock()), r"\['a'\] \(a lock\)"),
             (Chosen(1), r"a Chosen .*a lock inside it"),
+            ([_local()], r"\[0\]\.__class__ \(a type .*Local\)"),
             (Carrier(multiprocessing.Lock()), r"through inheritance.*\.part \(a Lock\)"),
             ([*range(500_000), threading.Lock()], r"\[500000\] \(a lock\)"),
             (_nested(50), r"a list .*\(a lock\)"),
@@ -678,20 +672,11 @@ class TestCodecs:
         with pytest.raises(EncodeError, match=said):
             queue.put(obj)
         assert queue.empty()
-        queue.put("goes on")
-        assert queue.get(timeout=10) == "goes on"
 
-    def test_a_part_that_only_multiprocessing_can_pickle_is_not_blamed(self, queue):
+    def test_a_part_that_only_multiprocessing_can_pickle_is_not_named(self, queue):
         mine, theirs = multiprocessing.Pipe()
         with mine, theirs, pytest.raises(EncodeError, match=r"\[1\] \(a lock\)"):
             queue.put([theirs, threading.Lock()])
-
-    def test_a_local_class_is_named(self, queue):
-        class Local:
-            pass
-
-        with pytest.raises(EncodeError, match=r"\[0\]\.__class__ \(a type .*Local\)"):
-            queue.put([Local()])
 
     def test_an_object_that_refuses_every_question(self, queue):
         with pytest.raises(EncodeError, match="a Unruly"):
@@ -706,6 +691,7 @@ class TestCodecs:
         assert queue.get(timeout=10) == 1
         with pytest.raises(DecodeError, match=r"test_codecs\.Grudging") as caught:
             queue.get()
+        assert isinstance(caught.value, pickle.UnpicklingError)
         assert isinstance(caught.value.__cause__, KeyError)
         told = int(str(caught.value).split("a message of ")[1].split()[0])
         assert size + 100 < told < size + 1000

@@ -44,7 +44,7 @@ def _put_for_ever(ring: Ring) -> None:
 
 @pytest.mark.fault(1)
 @pytest.mark.parametrize("deep", DEPTHS)
-def test_producers_killed_inside_put_leave_whole_messages_and_block_nobody(deep):
+def test_producers_killed_inside_put_leave_whole_messages_and_block_no_other(deep):
     with Ring.create(1 << 24) as ring:
         with stopped_under_lock(ring, "producers", deep) as victim:
             victim.kill()

@@ -205,7 +205,7 @@ def test_ctrl_c_while_plain_memory_is_locked():
 
 @pytest.mark.fault(31)
 def test_ctrl_c_in_the_main_thread_leaves_the_threads_that_wait_alone():
-    """They go on waiting; who ends them is the program."""
+    """They go on waiting; the program ends them."""
     program = r"""
 import os, signal, threading
 from shmring import Queue

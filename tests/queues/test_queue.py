@@ -398,7 +398,7 @@ class TestQueue:
         assert same(taken, array)
         assert taken.flags.writeable
         assert taken.flags.f_contiguous or not array.flags.f_contiguous or array.ndim < 2
-        taken[...] = taken  # and nobody else sees it
+        taken[...] = taken  # and no other copy changes
         queue.put({"several": [array, array[:1] if array.ndim else array], "name": "x"})
         assert same(queue.get(timeout=10)["several"][0], array)
 
@@ -627,7 +627,7 @@ class TestQueue:
         if hasattr(standard_queue, "ShutDown"):
             assert ShutDown is standard_queue.ShutDown
 
-    def test_shutdown_wakes_who_waits(self, queue):
+    def test_shutdown_wakes_waiters(self, queue):
         told = []
 
         def wait():

@@ -495,7 +495,7 @@ def test_attach_to_a_file_that_is_no_ring(content, tmp_path):
 
 
 @pytest.mark.fault(23)
-def test_a_frame_that_nobody_wrote_poisons_the_ring(ring):
+def test_a_frame_that_shmring_did_not_write_poisons_the_ring(ring):
     ring.put(b"x" * 100)
     with open(f"/proc/self/fd/{ring._fileno()}", "r+b") as file:
         file.seek(8192)
@@ -604,9 +604,9 @@ class TestMessages:
         with make(1 << 14) as ring:
             taken: list[bytes] = []
 
-            def produce(who: int) -> None:
+            def produce(number: int) -> None:
                 for i in range(2000):
-                    ring.put(b"%d:%d" % (who, i), timeout=60)
+                    ring.put(b"%d:%d" % (number, i), timeout=60)
 
             def consume() -> None:
                 while (message := ring.get(timeout=60)) != b"end":

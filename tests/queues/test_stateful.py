@@ -46,7 +46,7 @@ SHORT = settings(
 )
 LONG = settings(SHORT, max_examples=300, stateful_step_count=60)
 
-WHO = st.integers(0, 11)
+HANDLE = st.integers(0, 11)
 BLOCKING = st.sampled_from(
     [(False, None), (False, None), (False, None), (True, 0.0), (True, 0.003)]
 )
@@ -153,9 +153,9 @@ class Machine(RuleBasedStateMachine):
         self.first = type(first)
         self.handles = [Here(first)]
 
-    def of(self, who: int) -> Handle:
+    def of(self, index: int) -> Handle:
         """One of the handles."""
-        return self.handles[who % len(self.handles)]
+        return self.handles[index % len(self.handles)]
 
     def here(self) -> list[Here]:
         """Those of this process: at least one is open all the time."""
@@ -180,20 +180,20 @@ class Machine(RuleBasedStateMachine):
         self.handles.append(Here(self.first.attach(name, timeout=5)))
 
     @precondition(lambda self: len(self.here()) < 4)
-    @rule(who=WHO)
-    def travel_in_a_pickle(self, who: int) -> None:
-        copied = self.here()[who % len(self.here())].handle
+    @rule(index=HANDLE)
+    def travel_in_a_pickle(self, index: int) -> None:
+        copied = self.here()[index % len(self.here())].handle
         self.handles.append(Here(pickle.loads(pickle.dumps(copied))))
 
     @precondition(lambda self: len(self.children()) < CHILDREN_AT_MOST)
-    @rule(who=WHO)
-    def fork(self, who: int) -> None:
-        self.handles.append(Child(self.here()[who % len(self.here())]))
+    @rule(index=HANDLE)
+    def fork(self, index: int) -> None:
+        self.handles.append(Child(self.here()[index % len(self.here())]))
 
     @precondition(lambda self: len(self.here()) > 1)
-    @rule(who=WHO)
-    def close(self, who: int) -> None:
-        closed = self.here()[who % len(self.here())]
+    @rule(index=HANDLE)
+    def close(self, index: int) -> None:
+        closed = self.here()[index % len(self.here())]
         if not self.may_be_closed(closed):
             with pytest.raises(BufferError):
                 closed.handle.close()
@@ -205,9 +205,9 @@ class Machine(RuleBasedStateMachine):
             closed.handle.get_nowait()
 
     @precondition(lambda self: self.children())
-    @rule(who=WHO)
-    def kill(self, who: int) -> None:
-        killed = self.children()[who % len(self.children())]
+    @rule(index=HANDLE)
+    def kill(self, index: int) -> None:
+        killed = self.children()[index % len(self.children())]
         if self.may_be_killed(killed):
             killed.kill()
             self.forget(killed)
@@ -216,9 +216,9 @@ class Machine(RuleBasedStateMachine):
         """Whether the model can say what comes of it."""
         return True
 
-    @rule(who=WHO, immediate=st.sampled_from([False, False, False, True]))
-    def shut_down(self, who: int, immediate: bool) -> None:
-        self.of(who).do("shutdown", immediate)
+    @rule(index=HANDLE, immediate=st.sampled_from([False, False, False, True]))
+    def shut_down(self, index: int, immediate: bool) -> None:
+        self.of(index).do("shutdown", immediate)
         self.shut = max(self.shut, 2 if immediate else 1)
 
     def teardown(self) -> None:
@@ -311,9 +311,9 @@ class RingMachine(Machine):
 
     # ---- calls ----
 
-    @rule(who=WHO, size=SIZES | LARGER, how=BLOCKING)
-    def put(self, who: int, size: int, how: tuple[bool, float | None]) -> None:
-        handle, message = self.of(who), Message(self.new(size))
+    @rule(index=HANDLE, size=SIZES | LARGER, how=BLOCKING)
+    def put(self, index: int, size: int, how: tuple[bool, float | None]) -> None:
+        handle, message = self.of(index), Message(self.new(size))
         if size > self.limit - FRAME_BYTES:
             with pytest.raises(MessageTooLarge):
                 handle.do("put", message.data, *how)
@@ -328,9 +328,9 @@ class RingMachine(Machine):
             else:
                 self.went_in(message)
 
-    @rule(who=WHO, sizes=st.lists(SIZES, max_size=6), how=BLOCKING)
-    def put_many(self, who: int, sizes: Sequence[int], how: tuple[bool, float | None]) -> None:
-        handle, messages = self.of(who), [Message(self.new(size)) for size in sizes]
+    @rule(index=HANDLE, sizes=st.lists(SIZES, max_size=6), how=BLOCKING)
+    def put_many(self, index: int, sizes: Sequence[int], how: tuple[bool, float | None]) -> None:
+        handle, messages = self.of(index), [Message(self.new(size)) for size in sizes]
         count = len(messages)
         if self.shut and messages:
             with pytest.raises(ShutDown):
@@ -346,9 +346,9 @@ class RingMachine(Machine):
         if count < len(messages):
             self.did_not(messages[count])
 
-    @rule(who=WHO, how=BLOCKING)
-    def get(self, who: int, how: tuple[bool, float | None]) -> None:
-        handle = self.of(who)
+    @rule(index=HANDLE, how=BLOCKING)
+    def get(self, index: int, how: tuple[bool, float | None]) -> None:
+        handle = self.of(index)
         expected = self.look(handle)
         if expected is not None:
             with pytest.raises(expected):
@@ -356,9 +356,9 @@ class RingMachine(Machine):
         else:
             assert handle.do("get", *how) == self.messages.popleft().data
 
-    @rule(who=WHO, most=MOST, how=BLOCKING)
-    def get_many(self, who: int, most: int | None, how: tuple[bool, float | None]) -> None:
-        handle = self.of(who)
+    @rule(index=HANDLE, most=MOST, how=BLOCKING)
+    def get_many(self, index: int, most: int | None, how: tuple[bool, float | None]) -> None:
+        handle = self.of(index)
         expected = self.look(handle)
         if expected is not None:
             with pytest.raises(expected):
@@ -379,9 +379,9 @@ class RingMachine(Machine):
             return self.lease is handle
         return any(each.owner is handle and each.state == "reserved" for each in self.messages)
 
-    @rule(who=WHO, size=SIZES, how=BLOCKING)
-    def begin_reserve(self, who: int, size: int, how: tuple[bool, float | None]) -> None:
-        handle, message = self.of(who), Message(self.new(size), "reserved", self.of(who))
+    @rule(index=HANDLE, size=SIZES, how=BLOCKING)
+    def begin_reserve(self, index: int, size: int, how: tuple[bool, float | None]) -> None:
+        handle, message = self.of(index), Message(self.new(size), "reserved", self.of(index))
         if self.is_inside(handle, "reserve"):
             with pytest.raises(RuntimeError, match="same thread"):
                 handle.do("begin_reserve", message.data, *how)
@@ -396,16 +396,16 @@ class RingMachine(Machine):
             else:
                 self.went_in(message)
 
-    @rule(who=WHO, keep=st.booleans())
-    def end_reserve(self, who: int, keep: bool) -> None:
+    @rule(index=HANDLE, keep=st.booleans())
+    def end_reserve(self, index: int, keep: bool) -> None:
         for each in self.messages:
-            if each.state == "reserved" and each.owner is self.of(who):
-                self.of(who).do("end", "reserve", keep)
+            if each.state == "reserved" and each.owner is self.of(index):
+                self.of(index).do("end", "reserve", keep)
                 each.state = "whole" if keep else "aborted"
 
-    @rule(who=WHO, how=BLOCKING)
-    def begin_peek(self, who: int, how: tuple[bool, float | None]) -> None:
-        handle = self.of(who)
+    @rule(index=HANDLE, how=BLOCKING)
+    def begin_peek(self, index: int, how: tuple[bool, float | None]) -> None:
+        handle = self.of(index)
         expected = self.look(handle)
         if expected is not None:
             with pytest.raises(expected):
@@ -414,9 +414,9 @@ class RingMachine(Machine):
             assert handle.do("begin_peek", *how) == self.messages[0].data
             self.lease = handle
 
-    @rule(who=WHO, keep=st.booleans())
-    def end_peek(self, who: int, keep: bool) -> None:
-        if self.lease is self.of(who):
+    @rule(index=HANDLE, keep=st.booleans())
+    def end_peek(self, index: int, keep: bool) -> None:
+        if self.lease is self.of(index):
             self.lease.do("end", "peek", keep)
             self.lease = None
             if keep:
@@ -424,10 +424,10 @@ class RingMachine(Machine):
 
     @precondition(lambda self: self.lease is None and not self.shut)
     @precondition(lambda self: all(each.state != "reserved" for each in self.messages))
-    @rule(who=WHO, size=SIZES | LARGER)
-    def drain_and_fill(self, who: int, size: int) -> None:
+    @rule(index=HANDLE, size=SIZES | LARGER)
+    def drain_and_fill(self, index: int, size: int) -> None:
         """Where nothing is left, whatever can ever fit does."""
-        handle = self.of(who)
+        handle = self.of(index)
         left = [each.data for each in self.messages if each.state == "whole"]
         for data in left:
             assert handle.do("get", False) == data
@@ -464,7 +464,7 @@ class RingMachine(Machine):
         assert not statistics.poisoned
         assert statistics.capacity <= self.limit
         if self.lease is None and not dropped:
-            self.pass_over_aborted()  # after the counts, it looked who holds the front
+            self.pass_over_aborted()  # after the counts, statistics() looked at the front
 
     def teardown(self) -> None:
         try:
@@ -529,9 +529,9 @@ class QueueMachine(Machine):
             return ShutDown
         return None if self.objects else Empty
 
-    @rule(who=WHO, what=OBJECT, how=BLOCKING)
-    def put(self, who: int, what: str, how: tuple[bool, float | None]) -> None:
-        handle, obj = self.of(who), OBJECTS[what]
+    @rule(index=HANDLE, what=OBJECT, how=BLOCKING)
+    def put(self, index: int, what: str, how: tuple[bool, float | None]) -> None:
+        handle, obj = self.of(index), OBJECTS[what]
         if self.shut or not self.room:
             with pytest.raises(ShutDown if self.shut else Full):
                 handle.do("put", obj, *how)
@@ -540,9 +540,9 @@ class QueueMachine(Machine):
             self.objects.append(obj)
             self.put_count += 1
 
-    @rule(who=WHO, names=st.lists(OBJECT, max_size=5), how=BLOCKING)
-    def put_many(self, who: int, names: list[str], how: tuple[bool, float | None]) -> None:
-        handle, room, objects = self.of(who), self.room, [OBJECTS[name] for name in names]
+    @rule(index=HANDLE, names=st.lists(OBJECT, max_size=5), how=BLOCKING)
+    def put_many(self, index: int, names: list[str], how: tuple[bool, float | None]) -> None:
+        handle, room, objects = self.of(index), self.room, [OBJECTS[name] for name in names]
         if self.shut and objects:
             with pytest.raises(ShutDown):
                 handle.do("put_many", objects, *how)
@@ -556,38 +556,38 @@ class QueueMachine(Machine):
         self.objects += objects[:room]
         self.put_count += len(objects[:room])
 
-    @rule(who=WHO, how=BLOCKING)
-    def get(self, who: int, how: tuple[bool, float | None]) -> None:
+    @rule(index=HANDLE, how=BLOCKING)
+    def get(self, index: int, how: tuple[bool, float | None]) -> None:
         expected = self.look()
         if expected is not None:
             with pytest.raises(expected):
-                self.of(who).do("get", *how)
+                self.of(index).do("get", *how)
         else:
-            assert self.of(who).do("get", *how) == self.objects.popleft()
+            assert self.of(index).do("get", *how) == self.objects.popleft()
 
-    @rule(who=WHO, most=MOST, how=BLOCKING)
-    def get_many(self, who: int, most: int | None, how: tuple[bool, float | None]) -> None:
+    @rule(index=HANDLE, most=MOST, how=BLOCKING)
+    def get_many(self, index: int, most: int | None, how: tuple[bool, float | None]) -> None:
         expected = self.look()
         if expected is not None:
             with pytest.raises(expected):
-                self.of(who).do("get_many", most, *how)
+                self.of(index).do("get_many", most, *how)
             return
         count = len(self.objects) if most is None else min(most, len(self.objects))
         taken = [self.objects.popleft() for _ in range(count)]
-        assert self.of(who).do("get_many", most, *how) == taken
+        assert self.of(index).do("get_many", most, *how) == taken
 
-    @rule(who=WHO)
-    def task_done(self, who: int) -> None:
+    @rule(index=HANDLE)
+    def task_done(self, index: int) -> None:
         if self.done_count < self.due:
-            self.of(who).do("task_done")
+            self.of(index).do("task_done")
             self.done_count += 1
         else:
             with pytest.raises(ValueError, match="too many"):
-                self.of(who).do("task_done")
+                self.of(index).do("task_done")
 
-    @rule(who=WHO, timeout=st.sampled_from([0, 0.003]))
-    def join(self, who: int, timeout: float) -> None:
-        assert self.of(who).do("join", timeout) == (self.done_count >= self.due)
+    @rule(index=HANDLE, timeout=st.sampled_from([0, 0.003]))
+    def join(self, index: int, timeout: float) -> None:
+        assert self.of(index).do("join", timeout) == (self.done_count >= self.due)
 
     @invariant()
     def is_counted(self) -> None:

@@ -41,7 +41,7 @@ def test_is_an_instance_of_what_it_replaces() -> None:
         assert [isinstance(simple, kind) for kind in kinds] == [False, False, True]
         assert isinstance(joinable, Queue)
         for each in (plain, joinable, simple):
-            assert not hasattr(each, "_reader")  # nobody is led to a pipe
+            assert not hasattr(each, "_reader")  # no program is led to a pipe
 
 
 @pytest.mark.parametrize("name", ["Queue", "JoinableQueue", "SimpleQueue"])
@@ -480,7 +480,7 @@ def test_immediate_shutdown_counts_the_rest_as_worked_off_but_not_what_was_taken
             queue.task_done()
 
 
-def test_immediate_shutdown_frees_who_joins_with_nothing_taken(start_method: str) -> None:
+def test_immediate_shutdown_frees_a_joiner_with_nothing_taken(start_method: str) -> None:
     with JoinableQueue[int]() as queue, Queue[str]() as outcomes:
         queue.put_many(range(10))
         with run_in_process(_join, queue, outcomes, method=start_method) as child:

@@ -1,4 +1,4 @@
-"""wait: on queues, processes, connections; who is woken, who is not, and what readiness is."""
+"""wait: on queues, processes, connections; readiness, and which waiter is woken."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_closed_while_we_wait(queues, kernel):
     queue = Queue()
     with in_thread(lambda: (wait_for(asleep(queue)), queue.close())), pytest.raises(RingClosed):
         within(10, wait, [*queues, queue])
-    for each in queues:  # and nobody is still counted as being inside
+    for each in queues:  # and no call is still counted as being inside
         within(10, each.close)
 
 
@@ -267,7 +267,7 @@ def test_long_waits_use_a_thread_that_ends(queues, kernel):
             assert threading.active_count() == before
 
 
-def test_files_that_somebody_else_reads_first(queues):
+def test_files_that_another_reads_first(queues):
     """The watcher rings for nothing, and must go on watching."""
     left, right = socket.socketpair()
     twin = left.dup()
@@ -305,7 +305,7 @@ def get_to(queue, answers):
         answers.put(message)
 
 
-def test_who_is_woken_and_takes_nothing_passes_the_wake_on(queues):
+def test_a_waiter_that_is_woken_and_takes_nothing_passes_the_wake_up_on(queues):
     woken = []
     with Queue() as answers, run_in_process(get_to, queues[0], answers) as other:
         for number in range(10):

@@ -1,4 +1,4 @@
-"""The house keeps its shape: who may import whom, what is exported, where things stand."""
+"""Structure of the repository: imports between packages, exports, top level."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CYTHON = ROOT / "cython" / "shmring"
 
 # The packages, from the ground up: each imports only from those above it here.
 ORDER = [
-    *("errors", "deadline", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
+    *("errors", "arguments", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
     *("queues", "fallback", "_backend", "context", "ipc", "pool", "cli", "__main__"),
 ]
-# Imported when peers= is used first: the compiled wait asks process.peers who is dead.
+# Imported when peers= is used first: the compiled wait asks process.peers for deaths.
 LATE = {("_core", "process")}
 
 TOP_LEVEL = {

@@ -1,4 +1,4 @@
-"""What is imported when, and that nobody sees the difference.
+"""Imports: what is imported when, invisibly to users.
 
 A child that is started by spawn imports before it can say anything: its first
 message is to come no later than 20 ms after the one it would have sent through
@@ -45,7 +45,7 @@ NEEDLESS = {
 }
 # What a queue stands on, beside the compiled floor, whose modules cost little.
 FLOORS = {
-    *("_lazy", "_warnings", "errors", "deadline", "process", "process.leaving", "process.threads"),
+    *("_lazy", "_warnings", "errors", "arguments", "process", "process.leaving", "process.threads"),
     *("shm", "shm.segment", "queues", "queues.handle", "queues.aio", "queues.arrays"),
     *("queues.codec", "queues.queue"),
 }

@@ -41,7 +41,7 @@ ORPHAN = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_sessi
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A name of which nobody can tell who made it."""
+    """A name that does not tell which process made it."""
     chosen = "leak-" + re.sub(r"\d", "x", secrets.token_hex(8))
     (SHARED_MEMORY / chosen).write_bytes(b"x")
     yield chosen
@@ -83,7 +83,7 @@ def test_what_only_our_own_processes_hold_is_a_leak_and_removed(name: str, how: 
     assert not (SHARED_MEMORY / name).exists()
 
 
-def test_what_nobody_holds_is_a_leak_and_removed_only_if_it_carries_our_pid(name: str) -> None:
+def test_a_name_without_holder_is_a_leak_and_removed_only_if_it_carries_our_pid(name: str) -> None:
     assert holders(name) == set()
     assert leftovers({name}) == [name]
     assert not remove_if_ours(name)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("only_cleaner")
 
 NAME = own_name("leftovers")
 SHM = Path("/dev/shm")
-NOBODY = 65534
+OTHER_USER = 65534
 
 
 def ours() -> set[str]:
@@ -52,7 +52,7 @@ memory.create()
 ipc = HighPerformanceIPC("main", namespace=name)
 ipc.create_message_queue("q")
 ipc.create_shared_memory("m", 1000)
-ipc.check_alive_processes()  # has a board made
+ipc.check_alive_processes()  # has a registry made
 child = get_context("fork").Process(target=kept[1].get, daemon=True)
 child.start()
 if sys.argv[2] == "handled":
@@ -125,7 +125,7 @@ def test_a_program_that_ends_by_itself_leaves_nothing(how):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("clean", [cleanup_stale, stale_command])
 def test_a_program_whose_processes_are_all_killed_leaves_what_cleaning_removes(clean, number):
-    """SIGTERM that nobody handles ends a program as SIGKILL does."""
+    """SIGTERM without a handler ends a program as SIGKILL does."""
     with running(WAIT) as (program, made):
         assert not made & set(clean()), "they are in use"
         assert made <= shared_memory_names()
@@ -159,7 +159,7 @@ def test_cleaning_removes_the_stale_and_nothing_else(clean):
     with run_in_process(make_and_be_killed, NAME + "-stale") as child:
         child.join(30)
     foreign: dict[str, Callable[[Path], object]] = {
-        "-foreign": lambda path: path.write_bytes(b"somebody else's" * 1000),
+        "-foreign": lambda path: path.write_bytes(b"another program's" * 1000),
         "-empty": lambda path: path.touch(),
         "-folder": lambda path: path.mkdir(),
         "-fifo": lambda path: os.mkfifo(path),
@@ -177,10 +177,10 @@ def test_cleaning_removes_the_stale_and_nothing_else(clean):
             make(path)
             cleanup.callback(path.rmdir if path.is_dir() else path.unlink)
         if os.geteuid() == 0:  # a stale one of another user
-            path = SHM / (NAME + "-his")
-            with run_in_process(make_and_be_killed, NAME + "-his") as child:
+            path = SHM / (NAME + "-other")
+            with run_in_process(make_and_be_killed, NAME + "-other") as child:
                 child.join(30)
-            os.chown(path, NOBODY, -1)
+            os.chown(path, OTHER_USER, -1)
             cleanup.callback(path.unlink)
         before = ours()
         assert NAME + "-stale" in clean()

@@ -130,8 +130,8 @@ def test_a_maker_killed_at_any_step_leaves_a_whole_one_or_none(what):
 
 
 @pytest.mark.fault(27)
-def test_a_board_whose_maker_was_killed_at_any_step_is_there_for_the_next():
-    """Whoever comes first makes it, so nobody waits for anybody."""
+def test_a_registry_whose_maker_was_killed_at_any_step_is_there_for_the_next():
+    """The first process makes it, so no process waits for another."""
 
     def make() -> Any:
         return open_segment(NAME)
@@ -257,7 +257,7 @@ def test_a_ring_in_a_users_block_is_waited_for(block):
 
 
 def leave_stale() -> None:
-    """A ring that nobody has open, as when all its processes were killed."""
+    """A ring that no process has open, as when all its processes were killed."""
     with Ring.create() as ring:
         os.link(f"/dev/shm/{ring.name}", PATH)
 
@@ -306,7 +306,7 @@ def clean_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
 
 
 def attach_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
-    """Whoever has attached has a ring with a name, until he leaves it."""
+    """A process that has attached has a ring with a name, until it leaves."""
     count = 0
     while not stop.is_set():
         try:
@@ -323,7 +323,7 @@ def attach_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
 
 
 def make_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
-    """Whoever has made it too, unless he was not the first."""
+    """So has the process that made it, if it was the first."""
     count = 0
     while not stop.is_set():
         try:
@@ -339,7 +339,7 @@ def make_on(stop: Event, counts: Queue[tuple[str, int]]) -> None:
 
 
 def race(seconds: float) -> None:
-    """Everybody against everybody, over one name that is left stale again and again."""
+    """All against all, over one name that is left stale again and again."""
     stop = multiprocessing.get_context("fork").Event()
     racers = [clean_on, clean_on, attach_on, attach_on, make_on]
     with Queue() as counts, contextlib.ExitStack() as stack:
@@ -360,11 +360,11 @@ def race(seconds: float) -> None:
 
 
 @pytest.mark.fault(28)
-def test_cleaners_against_who_attaches_and_who_makes():
+def test_cleaners_against_attachers_and_makers():
     race(1.5)
 
 
 @pytest.mark.torture
 @pytest.mark.fault(28)
-def test_cleaners_against_who_attaches_and_who_makes_for_a_minute():
+def test_cleaners_against_attachers_and_makers_for_a_minute():
     race(60)

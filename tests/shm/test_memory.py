@@ -1,4 +1,4 @@
-"""SharedMemoryManager: one block, one lock inside it, and nobody else's clean-up."""
+"""SharedMemoryManager: one block, the lock inside it, and its clean-up."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from header import MEMORY_LOCK, OWNER, word
 from shmring import (
     InvalidArgument,
     LayoutMismatch,
-    NameInUse,
     Ring,
     RingClosed,
+    RingExists,
     SharedMemoryManager,
 )
 from support import own_name, run_in_process, wait_for
@@ -52,7 +52,7 @@ def test_the_creators_cleanup_removes_the_name(memory):
     assert other.connect()
     memory.cleanup()
     assert not os.path.exists(f"/dev/shm/{NAME}")
-    other.write_data(b"those who have it go on")
+    other.write_data(b"those that have it go on")
     assert other.read_data(5) == b"those"
     other.cleanup()
     assert not SharedMemoryManager(NAME, 1000).connect()
@@ -115,7 +115,7 @@ def test_use_before_and_after():
 def test_connecting_again_finds_the_block_of_today(memory):
     other = SharedMemoryManager(NAME, 1000)
     assert other.connect()
-    with pytest.raises(NameInUse, match="attached already"):
+    with pytest.raises(RingExists, match="attached already"):
         other.connect()
     memory.cleanup()
     assert memory.create()
@@ -132,7 +132,7 @@ def test_connecting_again_finds_the_block_of_today(memory):
     assert memory.read_data(8) == bytes(8)
 
 
-def test_who_created_once_is_no_creator_of_what_it_connects_to(memory):
+def test_a_former_creator_does_not_remove_what_it_connects_to(memory):
     memory.cleanup()
     with SharedMemoryManager(NAME, 1000) as other:
         assert other.create()
@@ -165,7 +165,7 @@ def test_reads_and_writes_exclude_each_other_in_all_processes(memory, start_meth
 
 
 @pytest.mark.parametrize("deep", [0, 1000])
-def test_a_writer_killed_under_the_lock_blocks_nobody(deep):
+def test_a_writer_killed_under_the_lock_blocks_no_other(deep):
     name = NAME + "-large"
     with SharedMemoryManager(name, 8_000_000) as memory:
         assert memory.create()

@@ -1,4 +1,4 @@
-"""A segment that somebody removes, or cuts, behind the back of those who use it."""
+"""Segments that are removed, or truncated, while processes use them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _answer(name: str) -> None:
 
 
 @pytest.mark.fault(41)
-def test_those_who_are_attached_go_on_and_nobody_else_can_join():
+def test_attached_processes_go_on_and_no_other_can_attach():
     with Queue(name=NAME) as queue, run_in_process(_answer, NAME, method="spawn") as child:
         assert queue.get(timeout=60) == "attached"
         os.unlink(PATH)
@@ -78,7 +78,7 @@ def _wait_on_more_than_the_kernel_takes(queue: Queue[str]) -> None:
 @pytest.mark.parametrize(
     "take", [_get, _aget, _wait, _wait_beside_a_file, _wait_on_more_than_the_kernel_takes]
 )
-def test_whoever_waits_says_that_the_name_was_removed(caplog, take, given):
+def test_a_waiter_logs_that_the_name_was_removed(caplog, take, given):
     def said() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
@@ -129,7 +129,7 @@ def test_the_name_can_be_used_anew_and_both_go_on():
     ("call", "size"), [("get()", 0), ("put(b'x' * 9000)", 0), ("put(b'x' * 9000)", 8192)]
 )
 def test_a_file_cut_short_ends_its_users_at_once(call, size):
-    """As with any mapped file the kernel sends SIGBUS: nobody waits for ever."""
+    """As with any mapped file the kernel sends SIGBUS: no process waits for ever."""
     program = f"import shmring\nring = shmring.Ring.attach({NAME!r})\nwhile True:\n    ring.{call}"
     with Ring.create(name=NAME) as ring:
         child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)

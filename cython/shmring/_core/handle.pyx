@@ -247,7 +247,7 @@ cdef class RingHandle(RingCore):
             self.check_open()
         if outcome == CORRUPT:
             raise _warnings.corrupted({
-                0: "nobody", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
+                0: "owner", POISON_POSITIONS: "positions", POISON_FRAME: "frame", POISON_AREA: "area",
             }.get(load_relaxed32(&self.header.poisoned)), self.header.write_position, self.header.read_position)
         if outcome < 0:
             raise _warnings.system_error(-outcome)

@@ -73,7 +73,7 @@
 #define SHMRING_KIND_PICKLE 1 /* of any encoder that returns bytes */
 #define SHMRING_KIND_MSGPACK 2
 #define SHMRING_KIND_USER 3
-#define SHMRING_KIND_TREE 4 /* builtin_codec.h */
+#define SHMRING_KIND_BUILTINS 4 /* builtin_codec.h */
 #define SHMRING_KIND_MULTI 0x80000000u /* a flag: several segments, with their table in front */
 
 /* States of a frame. */

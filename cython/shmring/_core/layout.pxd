@@ -27,7 +27,7 @@ cdef extern from "layout.h" nogil:
     const uint32_t SHMRING_KIND_PICKLE
     const uint32_t SHMRING_KIND_MSGPACK
     const uint32_t SHMRING_KIND_USER
-    const uint32_t SHMRING_KIND_TREE
+    const uint32_t SHMRING_KIND_BUILTINS
     const uint32_t SHMRING_KIND_MULTI
     const uint32_t SHMRING_WHOLE
     const uint32_t SHMRING_RESERVED

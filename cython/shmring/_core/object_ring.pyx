@@ -26,7 +26,7 @@ from shmring._core.count cimport count_read
 from shmring._core.fast_path cimport put_one
 from shmring._core.handle cimport RingHandle, inside
 from shmring._core.layout cimport (
-    SHMRING_CLAIM_COUNT, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, SHMRING_KIND_TREE, Claim, Header,
+    SHMRING_CLAIM_COUNT, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, SHMRING_KIND_BUILTINS, Claim, Header,
 )
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (
@@ -230,7 +230,7 @@ cdef class ObjectRing(MessageRing):
         cdef Writer writer
         cdef char room[SMALL]
         if self.trees and codec_encode(&writer, room, SMALL, obj):
-            kind[0] = SHMRING_KIND_TREE
+            kind[0] = SHMRING_KIND_BUILTINS
             try:
                 return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
             finally:
@@ -287,7 +287,7 @@ cdef class ObjectRing(MessageRing):
         if self.trees and codec_encode(&writer, room, SMALL, obj):
             try:
                 return put_one(
-                    self, SHMRING_KIND_TREE, writer.start, writer.at - writer.start, position, block, timeout)
+                    self, SHMRING_KIND_BUILTINS, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 codec_free(&writer)
         encoded = self.parcelled(obj, &kind)
@@ -323,7 +323,7 @@ cdef class ObjectRing(MessageRing):
         """Decode a payload that lies in private memory."""
         if kind == SHMRING_KIND_BYTES and self.raw:
             return PyBytes_FromStringAndSize(payload, <Py_ssize_t>length)
-        if kind == SHMRING_KIND_TREE and self.trees:
+        if kind == SHMRING_KIND_BUILTINS and self.trees:
             return decode_tree(payload, length)
         if kind & SHMRING_KIND_MULTI:
             return self.split(kind, payload, length)
@@ -333,7 +333,7 @@ cdef class ObjectRing(MessageRing):
         if buffers is None:
             if self.raw and kind == SHMRING_KIND_BYTES:
                 return head
-            if kind == SHMRING_KIND_TREE and self.trees:
+            if kind == SHMRING_KIND_BUILTINS and self.trees:
                 return decode_tree(PyBytes_AS_STRING(head), <uint64_t>PyBytes_GET_SIZE(head))
             if kind == SHMRING_KIND_PICKLE and self.loader is not None:
                 try:

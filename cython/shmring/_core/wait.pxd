@@ -71,7 +71,7 @@ cdef class AnyWait(Waiting):
 cdef class Bell:
     cdef uint32_t word  # see sync.h
 
-# A `timeout` is a number of seconds, None for ever, or a PeerWatch.
+# A `timeout` is a number of seconds, None for ever, or a PeerPoll.
 cdef int64_t deadline_of(object timeout) except -1
 cdef object with_peers(object peers, object timeout)
 cpdef bint set_brief(bint on) noexcept

@@ -30,7 +30,7 @@ from shmring._core.sync cimport (
 )
 
 from shmring import _warnings
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 
 cdef enum:
     WORDS = 127  # SYNC_WORDS_MOST, where C wants a constant
@@ -40,7 +40,7 @@ cdef enum:
 
 cdef int64_t HOLDER_NS = 1000000000  # the longest wait of an *_nowait for a lock whose owner runs
 cdef int64_t PEERS_FIRST_NS = 2000000  # the first sleep beside peers: a peer mostly dies soon
-cdef int64_t PEERS_NS = 40000000  # PeerWatch.SLICE
+cdef int64_t PEERS_NS = 40000000  # PeerPoll.SLICE
 cdef int64_t CROWD_NS = 5000000  # the longest sleep on more words than the kernel takes
 cdef int64_t IDLE_NS = 30000000  # an empty sleep of a slice, or so long, gives memory back
 cdef int64_t GROWTH_PAUSE_NS = 1000000  # how long a put waits for moving consumers before it grows
@@ -54,7 +54,7 @@ cdef extern from *:
     """
     int brief "shmring_brief"  # of this thread, see set_brief
 
-cdef object PeerWatch = None  # imported when peers= is first used
+cdef object PeerPoll = None  # imported when peers= is first used
 
 sync_start()
 
@@ -78,16 +78,16 @@ cdef int64_t deadline_of(object timeout) except -1:
 
 cdef object with_peers(object peers, object timeout):
     """A timeout that ends when all of `peers` are dead."""
-    global PeerWatch
-    if PeerWatch is None:
-        from shmring.process.peers import PeerWatch as imported
-        PeerWatch = imported
-    return PeerWatch(peers, timeout)
+    global PeerPoll
+    if PeerPoll is None:
+        from shmring.process.peers import PeerPoll as imported
+        PeerPoll = imported
+    return PeerPoll(peers, timeout)
 
 
 cdef object peers_of(object timeout):
-    """The PeerWatch that stands in the place of a timeout, or None."""
-    return timeout if type(timeout) is PeerWatch else None
+    """The PeerPoll that stands in the place of a timeout, or None."""
+    return timeout if type(timeout) is PeerPoll else None
 
 
 cpdef bint set_brief(bint on) noexcept:
@@ -202,7 +202,7 @@ cdef class Waiting:
             if peers.all_dead():
                 self.pause_ns = 0
                 return True
-            pid, start_ticks = peers.pivot
+            pid, start_ticks = peers.living_peer
             self.living = owner_of(pid, start_ticks)
         self.pause_ns = min(2 * self.pause_ns + PEERS_FIRST_NS, PEERS_NS)
         return False
@@ -273,7 +273,7 @@ cdef class PutWait(Waiting):
         cdef uint32_t seen = load_relaxed32(&self.ring.full_seen)
         if result == FULL and (seen == FULL_MEMORY or seen == FULL_LIMIT):
             store_relaxed32(&self.ring.full_seen, FULL_SAID)
-            _warnings.say_full(None if seen == FULL_MEMORY else self.ring.header.max_capacity)
+            _warnings.warn_full(None if seen == FULL_MEMORY else self.ring.header.max_capacity)
         return 0
 
     cdef void end(self, int result) noexcept:
@@ -454,7 +454,7 @@ cdef int check_name(RingHandle ring) except -1:
     ring.name_gone += 1
     if ring.name_gone == 2:
         _, token, name = identity_of(ring)
-        _warnings.say_name_is_gone(name, token)
+        _warnings.warn_name_is_gone(name, token)
     return 0
 
 

@@ -58,7 +58,7 @@ __all__ = [
     "run_demo",
 ]
 
-# The board has 255 slots; the dead keep theirs until somebody needs one.
+# The registry has 255 slots; the dead keep theirs until somebody needs one.
 MOST_WORKERS = 128
 
 _WORD = re.compile(r"\w+")

@@ -1,8 +1,7 @@
-"""What stands in shared memory, and what goes on in it: the command ``shmring ls``.
+"""Listing of shared memory, for ``shmring ls``.
 
-Named and anonymous alike: an anonymous block is found among the open files of
-the processes of this user.  To look is not to join: no name is kept alive, and
-none that the dead left is removed.
+Anonymous blocks are found among the open files of this user's processes.  A look
+changes nothing: no name is kept alive, and none that the dead left is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from shmring._core.handle import RingHandle, counters, user_kind
 from shmring._core.ring import LAYOUT
 from shmring.diagnostics import snapshot
 from shmring.errors import AccessRefused, ShmringError
-from shmring.ipc.registry import BOARD_BYTES, BOARD_MAGIC, Board, Entry
+from shmring.ipc.registry import REGISTRY_BYTES, REGISTRY_MAGIC, Registry, RegistryEntry
 from shmring.process.liveness import is_process_stopped
 from shmring.shm import segment
 
@@ -33,14 +32,14 @@ _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def listing() -> list[dict[str, Any]]:
-    """Everything of ours in shared memory that this user may look into.
+    """The blocks of shmring in shared memory that this user may read.
 
     Returns:
-        for each block: ``name`` (None: anonymous), ``kind`` ("ring", "queue",
-        "board" or "memory"), ``nbytes`` (of memory that it takes), ``pids`` (that
+        For each block: ``name`` (None: anonymous), ``kind`` ("ring", "queue",
+        "registry" or "memory"), ``nbytes`` (of memory that it takes), ``pids`` (that
         have it open) and ``stopped`` (those of them that are stopped); of rings and
-        queues the fields of ``statistics()``, of a board ``processes``; ``trouble``
-        where it cannot be looked into.
+        queues the fields of ``statistics()``, of a registry ``processes``; ``error``
+        where it cannot be read.
     """
     return [each for block in _blocks() if (each := _look_into(block)) is not None]
 
@@ -53,7 +52,7 @@ class _Block:
 
 
 def _blocks() -> list[_Block]:
-    """Files of this user that may be ours, the named ones first."""
+    """Files of this user that may be shmring's, the named ones first."""
     found: dict[tuple[int, int], _Block] = {}
     for name in segment.names():
         path = f"{segment.DIRECTORY}/{name}"
@@ -72,11 +71,13 @@ def _blocks() -> list[_Block]:
 
 
 def _open_files() -> Iterator[tuple[int, str]]:
-    """(pid, path) of what this user's processes have open in shared memory."""
+    """(pid, path) of each file in shared memory that a process of this user has open."""
     if not os.path.isdir("/proc/self/fd"):
-        raise AccessRefused(errno.ENOENT, "/proc is not mounted: it tells who has what open")
+        raise AccessRefused(
+            errno.ENOENT, "/proc is not mounted: it shows the open files of processes"
+        )
     for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             for number in os.listdir(f"/proc/{pid}/fd"):
                 path = f"/proc/{pid}/fd/{number}"
                 with contextlib.suppress(OSError):
@@ -85,7 +86,7 @@ def _open_files() -> Iterator[tuple[int, str]]:
 
 
 def _look_into(block: _Block) -> dict[str, Any] | None:
-    """What stands in one; None if it is not ours."""
+    """The description of one block; None if it is not shmring's."""
     try:
         fd = os.open(block.path, _OPEN if block.name is None else _OPEN | os.O_NOFOLLOW)
     except OSError:
@@ -106,12 +107,12 @@ def _look_into(block: _Block) -> dict[str, Any] | None:
                 shown |= _ring(os.dup(fd))
             elif words[0] != segment.MEMORY_MAGIC:
                 return None
-            elif words[1] == BOARD_MAGIC:
-                shown["kind"] = "board"
+            elif words[1] == REGISTRY_MAGIC:
+                shown["kind"] = "registry"
                 segment.check_namespace(fd, block.path)
                 shown["processes"] = _processes(fd)
         except (ShmringError, OSError, ValueError) as error:
-            shown["trouble"] = str(error)
+            shown["error"] = str(error)
         return shown
 
 
@@ -119,7 +120,7 @@ def _ring(fd: int) -> dict[str, Any]:
     ring = RingHandle()
     try:
         if not ring._open(fd, segment.pid_namespace(), 0):
-            return {"trouble": "it is not ready: its creator has not finished it"}
+            return {"error": "it is not ready: its creator has not finished it"}
         return {
             "kind": _KINDS.get(user_kind(ring), "ring"),
             **counters(ring),
@@ -131,11 +132,11 @@ def _ring(fd: int) -> dict[str, Any]:
         ring._close()
 
 
-class _Window:
-    """A board that is only looked at."""
+class _ReadStorage:
+    """The memory of a registry that is only read."""
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, BOARD_BYTES)
+        self._map = mmap.mmap(fd, REGISTRY_BYTES)
         self.buffer = memoryview(self._map)
 
     def exclusive(self) -> AbstractContextManager[None]:
@@ -147,11 +148,11 @@ class _Window:
 
 
 def _processes(fd: int) -> list[dict[str, Any]]:
-    with Board(_Window(fd)) as board:
-        return [_process(entry) for entry in board.entries()]
+    with Registry(_ReadStorage(fd)) as registry:
+        return [_process(entry) for entry in registry.entries()]
 
 
-def _process(entry: Entry) -> dict[str, Any]:
+def _process(entry: RegistryEntry) -> dict[str, Any]:
     state = entry.state.name.lower()
     if state != "exited" and entry.is_dead():
         state = "dead"

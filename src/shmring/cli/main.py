@@ -1,7 +1,6 @@
-"""The command ``shmring``: ``demo`` is the main job, ``ls`` looks, ``rm --stale`` tidies up.
+"""The command ``shmring``: ``demo``, ``ls`` and ``rm --stale``.
 
-Exit status: 0 all is well, 1 it is not, 2 the command line asks for something
-impossible, 130 Ctrl-C.
+Exit status: 0 success, 1 failure, 2 an impossible command line, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ _WRONG, _IMPOSSIBLE, _INTERRUPTED = 1, 2, 130
 
 # The bar is drawn by hand: a thread that draws would be alive while workers are forked.
 _BAR_INTERVAL = 0.1
-# On a terminal; redirected, stderr names them all.
+# On a terminal; into a file, stderr names them all.
 _MOST_NAMES = 20
 
 
 class _Stop(Exception):
-    """The command ends here: what to say, and the exit status."""
+    """The end of the command: a text for stderr, and the exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -50,7 +49,7 @@ class _Stop(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise _Stop(f"{message} (see {self.prog} --help)", _IMPOSSIBLE)
@@ -63,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the name of the program; None is ``sys.argv``'s.
 
     Returns:
-        the exit status.
+        The exit status.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # words and names may be beyond the terminal
+        if hasattr(stream, "reconfigure"):  # the terminal may lack characters of words and names
             stream.reconfigure(errors="backslashreplace")
     try:
         options = _parser().parse_args(arguments)
@@ -89,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="shmring", description="Message queues in shared memory.")
-    version = sys.modules["shmring"].__version__  # imported already, and no floor to import from
+    version = sys.modules["shmring"].__version__  # imported already
     parser.add_argument("--version", action="version", version=f"shmring {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
@@ -120,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
 
     ls = commands.add_parser(
         "ls",
-        help="show what stands in shared memory, who waits there, and who died",
-        description="Show the rings, queues and boards of this user's processes, named and "
-        "anonymous: who waits for what since when, who holds what, and who died holding what.",
+        help="show the blocks in shared memory, and the processes that wait, hold or died there",
+        description="Show the rings, queues and registries of this user's processes, named and "
+        "anonymous, with the processes that wait there, hold something, or died holding it.",
     )
     ls.add_argument("--json", action="store_true", help="print one JSON array, for scripts")
     ls.set_defaults(run=_ls)
@@ -153,7 +152,7 @@ def _number_of_workers(text: str) -> int:
 
 
 def _cores() -> int:
-    """The cores that this process may use: in a container fewer than there are."""
+    """The number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(usable, MOST_WORKERS)
 
@@ -168,7 +167,7 @@ def _rm(options: argparse.Namespace) -> int:
 
 
 def _no_place() -> str | None:
-    """The line that says so where there is no place to look at."""
+    """The line to print where there is no /dev/shm; None where there is one."""
     if backends.backend != "ring":
         return None
     from shmring.shm.segment import DIRECTORY
@@ -212,17 +211,16 @@ def _heading(block: dict[str, Any]) -> str:
 
 
 def _findings(block: dict[str, Any]) -> Iterator[str]:
-    """Who waits, who holds, who died, one a line."""
-    if "trouble" in block:
-        yield _printable(block["trouble"])
+    """The lines on waiters, holders, deaths and processes."""
+    if "error" in block:
+        yield _printable(block["error"])
     for each in block.get("waiters", ()):
-        yield (
-            f"{_who(each)} waits in {each['call']} for {each['waits_for']}, {each['seconds']:.1f} s"
-        )
+        waits = f"waits in {each['call']} for {each['waits_for']}"
+        yield f"{_named(each)} {waits}, {each['seconds']:.1f} s"
     for each in block.get("holders", ()):
-        yield f"{_who(each)} holds {each['holds']}"
+        yield f"{_named(each)} holds {each['holds']}"
     for each in block.get("deaths", ()):
-        yield f"{_who(each)} died holding {each['held']}, {each['seconds']:.1f} s ago"
+        yield f"{_named(each)} died holding {each['held']}, {each['seconds']:.1f} s ago"
     now = time.monotonic_ns()
     for each in block.get("processes", ()):
         doing = each["state"]
@@ -235,10 +233,10 @@ def _findings(block: dict[str, Any]) -> Iterator[str]:
         yield f"{_printable(each['process_id'])} (process {each['pid']}) {doing}"
 
 
-def _who(each: dict[str, Any]) -> str:
-    who = "an unknown process" if each["pid"] is None else f"process {each['pid']}"
+def _named(each: dict[str, Any]) -> str:
+    name = "an unknown process" if each["pid"] is None else f"process {each['pid']}"
     state = each.get("state", "alive")
-    return who if state == "alive" else f"{who} ({state})"
+    return name if state == "alive" else f"{name} ({state})"
 
 
 # -- demo ---------------------------------------------------------------------------------
@@ -305,7 +303,7 @@ def _name_skipped(skipped: list[Skipped], unchecked: list[str]) -> None:
 
 
 def _printable(name: str) -> str:
-    """A name of a file can hold anything, even what moves the cursor."""
+    """The name of a file, without characters that would move the cursor."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
 
 
@@ -328,7 +326,7 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def _bars(console: Console) -> Iterator[Tell]:
-    """One bar a stage."""
+    """Show one progress bar for each stage."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -1,1 +1,1 @@
-"""What goes on in shared memory, for people: nothing depends on it."""
+"""Diagnostics of shared memory; no decision depends on them."""

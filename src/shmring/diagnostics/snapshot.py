@@ -1,8 +1,8 @@
-"""Who waits on a ring for what since when, and who died holding what: in words.
+"""Snapshots of the waiters, holders and deaths of a ring.
 
-What is shown was written by those who wait and by those who cleared up after
-the dead (``cython/shmring/_core/diagnostics.h``); it is true at an instant during the
-call, for those who play by the rules, and nothing is ever decided by it.
+They show what waiters, and processes that recovered from a death, wrote
+(``cython/shmring/_core/diagnostics.h``), at an instant during the call.
+Diagnostics only: a process that writes wrong records is not found out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["deaths", "holders", "waiters"]
 
 
 def waiters(ring: RingHandle) -> list[dict[str, Any]]:
-    """Who sleeps in a call on the ring now, longest first; 32 can be shown.
+    """The threads that sleep in a call on the ring now, longest first; 32 at most.
 
     Args:
         ring: an open handle.
 
     Returns:
-        for each: ``pid``, ``tid``, ``state`` ("alive" or "stopped"), ``call``
+        For each: ``pid``, ``tid``, ``state`` ("alive" or "stopped"), ``call``
         ("get", "put", ...), ``waits_for`` ("a message", "room", "a lock", ...),
         ``since_ns`` (of ``time.monotonic_ns()``) and ``seconds`` (until now).
     """
@@ -46,15 +46,14 @@ def waiters(ring: RingHandle) -> list[dict[str, Any]]:
 
 
 def holders(ring: RingHandle) -> list[dict[str, Any]]:
-    """Who holds something of the ring now: a lock, the reservation in front, a peek.
+    """The threads that hold a lock of the ring, the reservation in front, or a peek.
 
     Args:
         ring: an open handle.
 
     Returns:
-        for each: ``pid`` (None: unknown), ``tid`` (of a lock that is held; else
-        None), ``state`` ("alive", "stopped", or "dead": whoever comes by next
-        clears it away) and ``holds``.
+        For each: ``pid`` (None: unknown), ``tid`` (of a lock; else None), ``state``
+        ("alive", "stopped", or "dead": the next call recovers) and ``holds``.
     """
     return [
         {
@@ -68,15 +67,14 @@ def holders(ring: RingHandle) -> list[dict[str, Any]]:
 
 
 def deaths(ring: RingHandle) -> list[dict[str, Any]]:
-    """Who was found dead last, for each thing that he may have held; oldest first.
+    """The last owner found dead of each lock, reservation and peek; oldest first.
 
     Args:
         ring: an open handle.
 
     Returns:
-        for each: ``pid`` (None: he died before he could show it), ``held``,
-        ``when_ns`` (it was found out, of ``time.monotonic_ns()``) and
-        ``seconds`` (since then).
+        For each: ``pid`` (None: unknown), ``held``, ``when_ns`` (the death was
+        found, of ``time.monotonic_ns()``) and ``seconds`` (since then).
     """
     now = time.monotonic_ns()
     return [

@@ -1,19 +1,17 @@
 """HighPerformanceIPC: message queues, shared memory and heartbeats by name.
 
-One object a process.  Names live in a namespace, and the namespace has one
-board, on which every process that uses it has a slot::
+One object a process.  Names belong to a namespace, which has one registry with
+a slot for each of its processes::
 
     process "a"                         namespace                     process "b"
       send_message("jobs", …)  ------>  queue  jobs    ------>  receive_message("jobs")
       write_shared_data("buf", …) --->  memory buf     ------>  read_shared_data("buf", …)
-      each call: a store   ---------->  board          ------>  check_alive_processes()
+      each call: a store   ---------->  registry       ------>  check_alive_processes()
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import operator
 import os
 import re
 import sys
@@ -22,15 +20,13 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from shmring._backend import SharedMemoryManager
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_maxsize, checked_timeout
 from shmring.errors import (
     Empty,
     InvalidArgument,
-    NameInUse,
-    NameUnknown,
     PeerDied,
     RingExists,
     RingNotFound,
@@ -42,10 +38,17 @@ from shmring.ipc.names import (
     create_queue,
     full_name,
     is_current,
-    open_board,
+    open_registry,
     remove_queue,
 )
-from shmring.ipc.registry import MAX_PROCESS_ID_BYTES, Board, Entry, Role, Sightings, Slot
+from shmring.ipc.registry import (
+    MAX_PROCESS_ID_BYTES,
+    ProcessRole,
+    Registry,
+    RegistryEntry,
+    RegistrySlot,
+    SeenProcesses,
+)
 from shmring.process.leaving import Exit, end_thread_at_exit
 from shmring.queues.statistics import IPCStatistics
 
@@ -58,23 +61,22 @@ _SLICE = 0.25
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-@dataclasses.dataclass(slots=True)
-class _Presence:
-    """The calling process on the board."""
+class _Registration(NamedTuple):
+    """The slot of the calling process, and the registry that has it."""
 
-    board: Board
-    slot: Slot
+    registry: Registry
+    slot: RegistrySlot
 
 
 class HighPerformanceIPC:
-    """What one process needs to talk to the others of its namespace.
+    """Queues, memory and heartbeats shared by the processes of a namespace.
 
     It can be passed to a child under every start method; the child then has a
-    slot of its own on the board and statistics of its own, and its
-    :meth:`cleanup` removes nothing that the parent created.
+    slot and statistics of its own, and its :meth:`cleanup` removes nothing that
+    the parent created.
 
     Args:
-        process_id: the name of this process, 1 to 72 bytes; what others see.
+        process_id: the name of this process for the others, 1 to 72 bytes.
         namespace: letters, digits, ``-`` and ``_``; None is the environment's
             ``SHMRING_NAMESPACE``, or "default".
 
@@ -85,18 +87,18 @@ class HighPerformanceIPC:
         shared_memories: the blocks created or connected, by name.
         stats: counts of this process: messages_sent, messages_received,
             bytes_transferred, errors.
-        heartbeat_interval: how often a loop should call :meth:`send_heartbeat`,
-            in seconds; nothing here calls it by itself.
+        heartbeat_interval: how often the program's loop should call
+            :meth:`send_heartbeat`, in seconds; this class does not use it.
         last_heartbeat: when :meth:`send_heartbeat` was last called, in seconds
             since the epoch; 0.0 is never.
-        alive_processes: others seen so far, and when last, in seconds of
+        alive_processes: when each other process was last seen, in seconds of
             ``time.monotonic()``.
 
     Raises:
         InvalidArgument: an impossible process_id or namespace.
     """
 
-    _presence: _Presence | None
+    _registration: _Registration | None
     alive_processes: dict[str, float]
 
     def __init__(self, process_id: str, *, namespace: str | None = None) -> None:
@@ -129,40 +131,36 @@ class HighPerformanceIPC:
             maxsize: how many messages it holds at most; 0 is without a bound.
 
         Raises:
-            NameInUse: (a RuntimeError) it exists; what a crash left is reclaimed.
+            RingExists: it exists; the queue of a crashed program is reclaimed.
             InvalidArgument: an impossible name or maxsize.
         """
         full_name = self._full_name("q", queue_name)
-        try:
-            bound = operator.index(maxsize)
-        except TypeError:
-            raise TypeError(f"maxsize={maxsize!r}: an int is needed") from None
+        bound = checked_maxsize(maxsize)
         self._beat()
         try:
             queue = create_queue(full_name, bound)
         except RingExists as error:
-            raise NameInUse(
+            raise RingExists(
                 f"message queue {queue_name!r} exists in namespace {self.namespace!r}: "
                 "connect_message_queue() it, or use another name or namespace"
             ) from error
         self._created.add(full_name)
         replaced = self.message_queues.get(queue_name)
         self.message_queues[queue_name] = queue
-        if replaced is not None:  # of a queue whose name was given back, or the create had failed
+        if replaced is not None:  # its name was given back, or the create had failed
             replaced.close()
 
     def connect_message_queue(self, queue_name: str, timeout: float | None = 5.0) -> None:
-        """Open a queue that another process creates; nothing happens if it is open here.
+        """Open a queue that another process creates, unless it is open here.
 
-        A queue that is open here and has gone, or was created anew since, is
-        closed, and the one of today is opened.
+        A handle on a queue that was removed or created anew is replaced.
 
         Args:
             queue_name: its name.
-            timeout: how long to wait for its creator, in seconds; None is without end.
+            timeout: seconds to wait for its creator; None for ever.
 
         Raises:
-            NameUnknown: (a RuntimeError) nobody created it until the deadline.
+            RingNotFound: no process created it until the deadline.
             InvalidArgument: an impossible name or timeout.
         """
         full_name = self._full_name("q", queue_name)
@@ -180,8 +178,8 @@ class HighPerformanceIPC:
                 return
             except RingNotFound as error:
                 if timeout is not None and left <= _SLICE:
-                    raise NameUnknown(
-                        f"nobody created message queue {queue_name!r} in namespace "
+                    raise RingNotFound(
+                        f"message queue {queue_name!r} was not created in namespace "
                         f"{self.namespace!r} within timeout={timeout:g} s"
                     ) from error
             self._beat()
@@ -195,39 +193,29 @@ class HighPerformanceIPC:
             queue_name: a queue created or connected here.
             msg_type: what the message is for.
             data: any object that can be pickled; None costs nothing.
-            timeout: how long to wait while the queue is full, in seconds; None
-                is without end.
+            timeout: seconds to wait while the queue is full; None for ever.
 
         Raises:
-            InvalidArgument: (a ValueError) an unknown queue, or an impossible timeout.
-            Full: no room until the deadline.
+            InvalidArgument: an unknown queue, or an impossible timeout.
+            Full: no space until the deadline.
             EncodeError: the data cannot be pickled; nothing was sent.
         """
-        self.send_by(
-            lambda message: self._queue(queue_name).put(message, True, timeout), msg_type, data
-        )
+
+        def put(message: Message) -> None:
+            queue = self._known("queue_name", queue_name, self.message_queues)
+            queue.put(message, True, timeout)
+
+        self.send_by(put, msg_type, data)
 
     def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
-        """Send one message by a way of one's own: a queue has more than ``put``.
-
-        Args:
-            put: puts the message that it is given.
-            msg_type: what the message is for.
-            data: as for :meth:`send_message`.
-
-        Returns:
-            what ``put`` returned; what it raises counts as an error.
-        """
+        """Send one message by another method of a queue than ``put``; return its result."""
         with self._counted_errors():
             if not isinstance(msg_type, MessageType):
                 raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
-            slot = self._beat()
+            slot = self._beat().slot
             message = Message(msg_type, self.process_id, time.time(), data)
             result = put(message)
-        with self._guard:
-            self.stats["messages_sent"] += 1
-            self.stats["bytes_transferred"] += message.nbytes
-        slot.count(nbytes=message.nbytes, messages=1)
+        self._count(slot, message.nbytes, "messages_sent")
         return result
 
     def receive_message(
@@ -241,22 +229,22 @@ class HighPerformanceIPC:
 
         Args:
             queue_name: a queue created or connected here.
-            timeout: how long to wait, in seconds; 0 does not, None waits without end.
-            peers: a list of processes without which waiting is in vain.
+            timeout: seconds to wait; None for ever.
+            peers: processes without which waiting is in vain.
 
         Returns:
-            the message; None if there was none until the deadline, and only then.
+            The message; None if there was none until the deadline, and only then.
 
         Raises:
-            InvalidArgument: (a ValueError) an unknown queue, or an impossible timeout.
+            InvalidArgument: an unknown queue, or an impossible timeout.
             PeerDied: every one of ``peers`` is dead, and nothing is left to take.
             DecodeError: a message was taken whose data cannot be unpickled.
-            RingClosed: the queue has gone.
+            RingClosed: the queue was closed or removed.
         """
         with self._counted_errors():
-            queue = self._queue(queue_name)
+            queue = self._known("queue_name", queue_name, self.message_queues)
             timeout = checked_timeout(timeout)
-            slot = self._beat()
+            slot = self._beat().slot
             message: Message | None
             try:
                 message = queue.get(False)
@@ -264,28 +252,23 @@ class HighPerformanceIPC:
                 message = self._wait_for_message(queue, queue_name, timeout, peers)
             if message is None:
                 return None
-            with self._guard:
-                self.stats["messages_received"] += 1
-                self.stats["bytes_transferred"] += message.nbytes
-                if (
-                    message.msg_type is MessageType.HEARTBEAT
-                    and message.sender_id != self.process_id
-                ):
-                    now = time.monotonic()
-                    # It may have stood in the queue for longer than its sender lived.
-                    sent = now - max(0.0, time.time() - message.timestamp)
-                    self._sightings.saw(message.sender_id, now, sent)
-            slot.count(nbytes=message.nbytes, messages=1)
+            self._count(slot, message.nbytes, "messages_received")
+            if message.msg_type is MessageType.HEARTBEAT and message.sender_id != self.process_id:
+                now = time.monotonic()
+                # The message may be older than the death of its sender.
+                sent = now - max(0.0, time.time() - message.timestamp)
+                with self._guard:
+                    self._seen.saw(message.sender_id, now, sent)
             return message
 
     def send_heartbeat(self, queue_name: str) -> None:
-        """Send a HEARTBEAT message, for those who watch messages and not the board.
+        """Send a HEARTBEAT message, for receivers that do not read the registry.
 
         Args:
             queue_name: a queue created or connected here.
 
         Raises:
-            InvalidArgument: (a ValueError) an unknown queue.
+            InvalidArgument: an unknown queue.
         """
         self.send_message(queue_name, MessageType.HEARTBEAT, None)
         self.last_heartbeat = time.time()
@@ -300,28 +283,29 @@ class HighPerformanceIPC:
             size: in bytes.
 
         Raises:
-            NameInUse: (a RuntimeError) it exists.
+            RingExists: it exists.
             InvalidArgument: an impossible name or size.
         """
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
         self._beat()
         if not memory.create():
-            raise NameInUse(f"shared memory {memory_name!r} exists in namespace {self.namespace!r}")
+            raise RingExists(
+                f"shared memory {memory_name!r} exists in namespace {self.namespace!r}"
+            )
         self.close_shared_memory(memory_name)  # one whose name was given back
         self.shared_memories[memory_name] = memory
 
     def connect_shared_memory(self, memory_name: str, size: int) -> None:
-        """Open a block of memory that another process created; nothing happens if it is open.
+        """Open a block of memory that another process created, unless it is open here.
 
-        A block that is open here and has gone, or was created anew since, is
-        closed, and the one of today is opened.
+        A handle on a block that was removed or created anew is replaced.
 
         Args:
             memory_name: its name.
             size: in bytes, as its creator's.
 
         Raises:
-            NameUnknown: (a RuntimeError) there is none.
+            RingNotFound: there is none.
             InvalidArgument: an impossible name or size.
         """
         memory = SharedMemoryManager(self._full_name("m", memory_name), size)
@@ -331,7 +315,7 @@ class HighPerformanceIPC:
                 return
             self.close_shared_memory(memory_name)
         if not memory.connect():
-            raise NameUnknown(
+            raise RingNotFound(
                 f"shared memory {memory_name!r} does not exist in namespace {self.namespace!r}"
             )
         self.shared_memories[memory_name] = memory
@@ -344,68 +328,68 @@ class HighPerformanceIPC:
         Args:
             memory_name: a block created or connected here.
             data: any contiguous buffer.
-            offset: where, in bytes.
+            offset: in bytes.
 
         Raises:
-            InvalidArgument: (a ValueError) an unknown block, a negative offset, or past the end.
+            InvalidArgument: an unknown block, a negative offset, or past the end.
         """
         with self._counted_errors():
-            memory = self._memory(memory_name)
-            slot = self._beat()
+            memory = self._known("memory_name", memory_name, self.shared_memories)
+            slot = self._beat().slot
             memory.write_data(data, offset)
-            self._transferred(slot, memoryview(data).nbytes)
+            self._count(slot, memoryview(data).nbytes)
 
     def read_shared_data(self, memory_name: str, length: int, offset: int = 0) -> bytes:
         """Copy bytes out of a block, under its lock.
 
         Args:
             memory_name: a block created or connected here.
-            length: how many bytes.
-            offset: from where, in bytes.
+            length: in bytes.
+            offset: in bytes.
 
         Returns:
-            a copy.
+            A copy.
 
         Raises:
-            InvalidArgument: (a ValueError) an unknown block, negative, or past the end.
+            InvalidArgument: an unknown block, a negative number, or past the end.
         """
         with self._counted_errors():
-            memory = self._memory(memory_name)
-            slot = self._beat()
+            memory = self._known("memory_name", memory_name, self.shared_memories)
+            slot = self._beat().slot
             data: bytes = memory.read_data(length, offset)
-            self._transferred(slot, len(data))
+            self._count(slot, len(data))
             return data
 
-    # -- who is there ---------------------------------------------------------------------
+    # -- processes ------------------------------------------------------------------------
 
     def check_alive_processes(self, timeout: float = 10.0) -> list[str]:
         """Name the other processes that are alive, as far as can be seen.
 
         Args:
-            timeout: how old the last sign of life may be, in seconds: a store on
-                the board, or a HEARTBEAT message received here.
+            timeout: how old the last sign of life may be, in seconds: a heartbeat in
+                the registry, or a HEARTBEAT message received here.
 
         Returns:
-            the ids, sorted, of those seen within it and not proven dead.
+            The ids, sorted, of those seen within it and not proven dead.
 
         Raises:
             InvalidArgument: an impossible timeout.
         """
         timeout = checked_timeout(timeout)
-        self._look_at_board()
+        self._look_at_registry()
         now = time.monotonic()
         with self._guard:
-            return self._sightings.alive(now - timeout)
+            return self._seen.alive(now - timeout)
 
     def get_stats(self) -> IPCStatistics:
-        """What this process has done so far.
+        """Count what this process has done so far.
 
         Returns:
-            the counts of ``stats``, and process_id, alive_processes (how many
+            The counts of ``stats``, and process_id, alive_processes (how many
             others were seen so far) and last_heartbeat.
         """
-        if self._presence is not None:  # after cleanup() nothing is opened again
-            self._look_at_board()
+        if self._registration is not None:  # after cleanup() nothing is opened again
+            self._look_at_registry()
         with self._guard:
             return IPCStatistics(
                 messages_sent=self.stats["messages_sent"],
@@ -417,49 +401,27 @@ class HighPerformanceIPC:
                 last_heartbeat=self.last_heartbeat,
             )
 
-    def board_entries(self) -> list[Entry]:
-        """What every process of the namespace is doing, the dead ones included."""
-        self._beat()
-        assert self._presence is not None
-        return self._presence.board.entries()
+    def registry_entries(self) -> list[RegistryEntry]:
+        """The entries of all processes of the namespace, dead ones included."""
+        return self._beat().registry.entries()
 
-    def board_entry(self, index: int) -> Entry | None:
-        """What stands in one slot of the board.
-
-        Args:
-            index: the number of the slot.
-
-        Returns:
-            the entry, or None if the slot is free.
-        """
-        self._beat()
-        assert self._presence is not None
-        return self._presence.board.entry(index)
+    def registry_entry(self, index: int) -> RegistryEntry | None:
+        """The entry of one slot of the registry; None if the slot is free."""
+        return self._beat().registry.entry(index)
 
     @property
-    def on_board(self) -> bool:
-        """Whether this process has a slot on the board; the first call of anything takes one."""
-        return self._presence is not None and self._pid == os.getpid()
+    def is_registered(self) -> bool:
+        """Whether this process has a slot in the registry; its first call takes one."""
+        return self._registration is not None and self._pid == os.getpid()
 
-    def join_board(self, role: Role) -> Slot:
-        """Take part in the namespace as something other than a peer.
-
-        Args:
-            role: what this process is to the others.
-
-        Returns:
-            its slot on the board.
-        """
-        slot = self._beat()
+    def register(self, role: ProcessRole) -> RegistrySlot:
+        """Take part in the namespace in a role; return the slot in the registry."""
+        slot = self._beat().slot
         slot.set_role(role)
         return slot
 
     def close_message_queue(self, queue_name: str) -> None:
-        """Close one queue; its creator removes it. An unknown name is no error.
-
-        Args:
-            queue_name: a queue created or connected here.
-        """
+        """Close one queue; its creator removes it. An unknown name is no error."""
         queue = self.message_queues.pop(queue_name, None)
         if queue is None:
             return
@@ -472,28 +434,24 @@ class HighPerformanceIPC:
             queue.close()
 
     def close_shared_memory(self, memory_name: str) -> None:
-        """Close one block; its creator removes it. An unknown name is no error.
-
-        Args:
-            memory_name: a block created or connected here.
-        """
+        """Close one block; its creator removes it. An unknown name is no error."""
         memory = self.shared_memories.pop(memory_name, None)
         if memory is not None:
             memory.cleanup()
 
-    def leave_board(self) -> None:
-        """Say that this process leaves; the next call of anything joins again."""
+    def unregister(self) -> None:
+        """Give the slot in the registry back; the next call takes one again."""
         with self._joining:
-            presence, self._presence = self._presence, None
-        if presence is not None:
-            presence.slot.release()  # does nothing in a forked child: the slot is its parent's
-            presence.board.close()
+            registration, self._registration = self._registration, None
+        if registration is not None:
+            registration.slot.release()  # does nothing in a forked child: the slot is its parent's
+            registration.registry.close()
 
     def cleanup(self) -> None:
         """Close everything, and remove what this process created. Twice is allowed."""
         with contextlib.ExitStack() as stack:  # goes on after an error, raises it at the end
             stack.callback(self._forget_exit)
-            stack.callback(self.leave_board)
+            stack.callback(self.unregister)
             for queue_name in list(self.message_queues):
                 stack.callback(self.close_message_queue, queue_name)
             for memory_name in list(self.shared_memories):
@@ -513,12 +471,14 @@ class HighPerformanceIPC:
         if is_finalizing() or not getattr(self, "_enrolled", False):
             return
         mine = self._pid == os.getpid()
-        if self._presence is None and not (mine and (self.message_queues or self.shared_memories)):
+        if self._registration is None and not (
+            mine and (self.message_queues or self.shared_memories)
+        ):
             return
         dropped = repr(self)
-        with contextlib.suppress(BufferError, OSError, ShmringError):  # views may live on
+        with contextlib.suppress(BufferError, OSError, ShmringError):  # a view may still exist
             self.cleanup()
-        if mine:  # a forked child merely lets go; last, since it raises where warnings are errors
+        if mine:  # not in a forked child; last, since it raises where warnings are errors
             warnings.warn(
                 f"{dropped} was dropped open: call cleanup()",
                 ResourceWarning,
@@ -552,16 +512,16 @@ class HighPerformanceIPC:
         self._enrolled = True
 
     def _start_afresh(self) -> None:
-        """In a new process: nothing created, nothing counted, not on the board yet."""
+        """Reset the state in a new process: nothing created, counted or registered."""
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._created: set[str] = set()
-        self._presence = None
+        self._registration = None
         self.stats = dict.fromkeys(
             ("messages_sent", "messages_received", "bytes_transferred", "errors"), 0
         )
-        self._sightings = Sightings()
-        self.alive_processes = self._sightings.last_seen
+        self._seen = SeenProcesses()
+        self.alive_processes = self._seen.last_seen
         self.last_heartbeat = 0.0
         self._forget_exit()
 
@@ -570,34 +530,36 @@ class HighPerformanceIPC:
         if leaving is not None:
             leaving.cancel()
 
-    def _beat(self) -> Slot:
-        """Store a heartbeat; before the first one, take a slot on the board."""
-        presence = self._presence
-        if presence is None or self._pid != os.getpid():
-            presence = self._join()
-        presence.slot.beat()
-        return presence.slot
+    def _beat(self) -> _Registration:
+        """Store a heartbeat; before the first one, take a slot in the registry."""
+        registration = self._registration
+        if registration is None or self._pid != os.getpid():
+            registration = self._join()
+        registration.slot.beat()
+        return registration
 
-    def _join(self) -> _Presence:
-        with self._joining:  # threads come here together, and are one process on the board
-            presence = self._presence
+    def _join(self) -> _Registration:
+        with self._joining:  # threads of one process share a slot
+            registration = self._registration
             if self._pid != os.getpid():
-                # Forked: the slot is the parent's, the mapping of the board is good.
+                # Forked: the slot is the parent's, the mapping of the registry can be used.
                 self._start_afresh()
-                if presence is not None:
-                    presence = _Presence(presence.board, presence.board.register(self.process_id))
-            if presence is None:
-                board = Board(open_board(f"shmring.{self.namespace}.board"))
+                if registration is not None:
+                    registration = _Registration(
+                        registration.registry, registration.registry.register(self.process_id)
+                    )
+            if registration is None:
+                registry = Registry(open_registry(f"shmring.{self.namespace}.registry"))
                 try:
-                    presence = _Presence(board, board.register(self.process_id))
+                    registration = _Registration(registry, registry.register(self.process_id))
                 except BaseException:
-                    board.close()
+                    registry.close()
                     raise
             if self._exit is None:
                 # Unlike atexit, this also runs where multiprocessing ends a child.
                 self._exit = Exit(self, priority=20)
-            self._presence = presence
-            return presence
+            self._registration = registration
+            return registration
 
     def _wait_for_message(
         self, queue: Any, queue_name: str, timeout: float | None, peers: Sequence[Any] | None
@@ -605,7 +567,7 @@ class HighPerformanceIPC:
         if timeout == 0:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
-        slot = self._beat()
+        slot = self._beat().slot
         slot.waiting(queue_name)
         try:
             while True:
@@ -617,56 +579,49 @@ class HighPerformanceIPC:
                     return message
                 slot.beat()
         finally:
-            with contextlib.suppress(ValueError):  # cleanup() has released the board meanwhile
+            with contextlib.suppress(ValueError):  # cleanup() has released the registry meanwhile
                 slot.idle()
 
-    def _look_at_board(self) -> None:
-        """Note who is there, and who is proven dead."""
+    def _look_at_registry(self) -> None:
+        """Note the other processes, and which of them are proven dead."""
         started = time.monotonic()
-        own = self._beat()
+        registry, own = self._beat()
         others = [
             each
-            for each in self.board_entries()
+            for each in registry.entries()
             if each.process_id != self.process_id and each.index != own.index
         ]
         dead = {(each.index, each.incarnation) for each in others if each.is_dead()}
         with self._guard:
-            self._sightings.look(others, dead, started)
+            self._seen.look(others, dead, started)
 
-    def _transferred(self, slot: Slot, nbytes: int) -> None:
+    def _count(self, slot: RegistrySlot, nbytes: int, messages: str | None = None) -> None:
+        """Count bytes, and a message in the statistic of that name."""
         with self._guard:
             self.stats["bytes_transferred"] += nbytes
-        slot.count(nbytes=nbytes)
+            if messages is not None:
+                self.stats[messages] += 1
+        slot.count(nbytes=nbytes, messages=messages is not None)
 
     @contextlib.contextmanager
     def _counted_errors(self) -> Iterator[None]:
         try:
             yield
-        except PeerDied:  # asked for, like a time-out
+        except PeerDied:  # the caller asked for it, as for a time-out
             raise
         except Exception:
             with self._guard:
                 self.stats["errors"] += 1
             raise
 
-    def _queue(self, queue_name: str) -> Any:
+    def _known(self, argument: str, name: str, known: dict[str, Any]) -> Any:
+        """The queue or block of that name; `argument` is for the error."""
         try:
-            return self.message_queues[queue_name]
+            return known[name]
         except KeyError:
             end_thread_at_exit()
             raise InvalidArgument(
-                f"queue_name={queue_name!r}: create or connect it first; "
-                f"known here: {sorted(self.message_queues)}"
-            ) from None
-
-    def _memory(self, memory_name: str) -> Any:
-        try:
-            return self.shared_memories[memory_name]
-        except KeyError:
-            end_thread_at_exit()
-            raise InvalidArgument(
-                f"memory_name={memory_name!r}: create or connect it first; "
-                f"known here: {sorted(self.shared_memories)}"
+                f"{argument}={name!r}: create or connect it first; known here: {sorted(known)}"
             ) from None
 
     def _full_name(self, kind: str, name: str) -> str:

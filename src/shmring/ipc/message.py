@@ -1,8 +1,8 @@
-"""Messages: who sends what kind of thing, and when.
+"""Messages and their frames.
 
-The three small fields stand in front of the data in the frame, packed, and
+Type, sender and timestamp stand in front of the data in the frame, packed, and
 never go through pickle; a message without data (the usual HEARTBEAT and
-SHUTDOWN) does not touch pickle at all.
+SHUTDOWN) does not use pickle at all.
 
 Head of a frame, little-endian::
 
@@ -71,8 +71,8 @@ class Message:
         data: any object that the codec of the data carries; None costs nothing.
 
     Attributes:
-        nbytes: how many bytes travelled for this message: 0 until it has been
-            encoded or decoded. It takes no part in comparisons.
+        nbytes: the size of its frame, 0 until it has been encoded or decoded;
+            not compared.
     """
 
     msg_type: MessageType
@@ -83,14 +83,14 @@ class Message:
 
 
 class DataCodec(Protocol):
-    """What carries the data of a message: :class:`shmring.queues.codec.PickleCodec`, or alike."""
+    """The codec of a message's data, such as :class:`shmring.queues.codec.PickleCodec`."""
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
         """Turn ``obj`` into a kind (1 to 254) and segments: the head, then large buffers."""
         ...
 
     def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
-        """Turn what :meth:`encode` returned back into an object."""
+        """Turn the result of :meth:`encode` back into an object."""
         ...
 
 
@@ -101,8 +101,8 @@ _PICKLE: DataCodec = PickleCodec()
 class Envelope:
     """Data that is encoded before it is sent, and decoded only when it is opened.
 
-    What cannot be decoded at the other end costs the task whose number stands
-    on the envelope, and nothing else. Made by :meth:`seal`.
+    Data that cannot be decoded fails the task whose number stands on the
+    envelope, and nothing else. Made by :meth:`seal`.
     """
 
     number: int
@@ -113,31 +113,18 @@ class Envelope:
 
     @classmethod
     def seal(cls, number: int, attempt: int, good: bool, content: object) -> Envelope:
-        """Encode the content.
+        """Encode the content for the ``data`` of a message.
 
         Args:
             number: of the task, from 0.
             attempt: how often the task was tried before.
-            good: for an answer: whether it is a result, not a failure.
+            good: of an answer: True for a result, False for a failure.
             content: anything that can be pickled.
-
-        Returns:
-            the envelope, for the ``data`` of a message.
-
-        Raises:
-            EncodeError: the content cannot be pickled.
         """
         return cls(number, attempt, good, *_PICKLE.encode(content))
 
     def open(self) -> object:
-        """Decode the content of an envelope that arrived.
-
-        Returns:
-            the content.
-
-        Raises:
-            DecodeError: it cannot be unpickled here.
-        """
+        """Decode the content of an envelope that arrived; DecodeError if that fails."""
         head, *buffers = self.segments
         return _PICKLE.decode(
             self.kind,
@@ -150,7 +137,7 @@ class MessageCodec:
     """Messages to frames and back, for the ``codec=`` of a queue.
 
     Args:
-        data_codec: what carries the data of each message; None is pickle.
+        data_codec: the codec of each message's data; None is pickle.
     """
 
     KIND = 16
@@ -159,13 +146,7 @@ class MessageCodec:
         self._data: DataCodec = PickleCodec() if data_codec is None else data_codec
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
-        """Turn a message into a kind and segments.
-
-        Args:
-            obj: a :class:`Message`; its ``nbytes`` is set.
-
-        Returns:
-            the kind of the frame and its segments: the head, then large buffers.
+        """Turn a message into a kind and segments, the head first; set its ``nbytes``.
 
         Raises:
             EncodeError: it is not a message, or its data cannot be encoded.
@@ -187,7 +168,7 @@ class MessageCodec:
             finite = math.isfinite(obj.timestamp)
         except (TypeError, OverflowError):
             finite = False
-        if not finite:  # the receiver would refuse the frame, when nobody can put it right
+        if not finite:  # else the receiver would refuse the frame
             raise EncodeError(f"timestamp={obj.timestamp!r}: a finite number is needed")
         code = _CODE_OF[obj.msg_type]
         if obj.data is None:
@@ -210,14 +191,6 @@ class MessageCodec:
 
     def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> Message:
         """Turn a frame back into a message; every length in it is checked first.
-
-        Args:
-            kind: the kind of the frame.
-            head: its first segment.
-            buffers: its other segments.
-
-        Returns:
-            the message, its ``nbytes`` set.
 
         Raises:
             DecodeError: the frame is not a message, or its data cannot be decoded.
@@ -264,53 +237,3 @@ class MessageCodec:
             raise DecodeError(f"envelope of length={len(head) - start}: {_ENVELOPE.size} expected")
         number, attempt, good, kind = _ENVELOPE.unpack_from(head, start)
         return Envelope(number, attempt, bool(good), kind, [head[end:], *buffers])
-
-    def dumps(self, obj: object) -> bytes:
-        """Turn a message into one block of bytes, its buffers behind a table of lengths.
-
-        Args:
-            obj: a :class:`Message`.
-
-        Returns:
-            the block, which :meth:`loads` reads.
-
-        Raises:
-            EncodeError: as :meth:`encode`.
-        """
-        _, segments = self.encode(obj)
-        lengths = [memoryview(segment).nbytes for segment in segments]
-        table = struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths)
-        return b"".join((table, *segments))
-
-    def loads(self, data: bytes | bytearray | memoryview) -> Message:
-        """Turn a block of :meth:`dumps` back into a message.
-
-        Args:
-            data: the block.
-
-        Returns:
-            the message.
-
-        Raises:
-            DecodeError: the block does not hold exactly one message.
-        """
-        view = memoryview(data)
-        if view.nbytes < 4:
-            raise DecodeError(f"block of length={view.nbytes}: at least 4 bytes expected")
-        (count,) = struct.unpack_from("<I", view)
-        end_of_table = 4 + 8 * count
-        if count == 0 or end_of_table > view.nbytes:
-            raise DecodeError(f"block of length={view.nbytes} cannot hold {count} segments")
-        lengths = struct.unpack_from(f"<{count}Q", view, 4)
-        if end_of_table + sum(lengths) != view.nbytes:
-            raise DecodeError(
-                f"block of length={view.nbytes} does not match its segments of {lengths} bytes"
-            )
-        segments = []
-        at = end_of_table
-        for length in lengths:
-            segments.append(view[at : at + length])
-            at += length
-        return self.decode(
-            self.KIND, bytes(segments[0]), [bytearray(segment) for segment in segments[1:]]
-        )

@@ -1,27 +1,27 @@
-"""What HighPerformanceIPC finds by name: queues and the board, on either back end."""
+"""Queues and registry of a namespace, by name, on either back end."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from typing import Any
 
 from shmring._backend import Queue, backend
-from shmring.errors import InvalidArgument, RingClosed, RingNotFound
+from shmring.arguments import checked_name
+from shmring.errors import RingClosed, RingNotFound
 from shmring.ipc.message import MessageCodec
-from shmring.ipc.registry import BOARD_BYTES, BoardStorage, open_segment
+from shmring.ipc.registry import REGISTRY_BYTES, RegistryStorage, open_segment
 
 __all__ = [
     "attach_queue",
     "create_queue",
     "full_name",
     "is_current",
-    "open_board",
+    "open_registry",
     "remove_queue",
 ]
 
-_NAME = re.compile(r"[^/\\\0]+")
 _MAX_NAME_BYTES = 100
+_FORBIDDEN = "/\\\0"  # on Windows too
 
 
 if backend == "ring":
@@ -32,35 +32,36 @@ if backend == "ring":
         return Queue(maxsize, codec=MessageCodec(), name=name)
 
     def attach_queue(name: str, timeout: float) -> Any:
-        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        """Open a queue of messages; RingNotFound if there is none in time."""
         return Queue.attach(name, timeout, codec=MessageCodec())
 
     def is_current(queue: Any, name: str) -> bool:
-        """Whether who asks for the name now gets the queue behind this handle."""
+        """Whether a process that opens the name now gets the queue of this handle."""
         return not queue.closed and segment.is_named(queue._fileno(), name)
 
     def remove_queue(queue: Any) -> None:
-        """Close a queue of one's own, and give its name back."""
-        # Somebody removed the file, or closed the handle and the last one out did: all the same.
+        """Close a queue of this process, and give its name back."""
+        # The file may be removed, and the handle closed, already.
         try:
             with contextlib.suppress(RingNotFound, RingClosed):
                 queue.unlink()
         finally:
             queue.close()
 
-    def open_board(name: str) -> BoardStorage:
-        """Open the storage of a board, whoever comes first makes it."""
+    def open_registry(name: str) -> RegistryStorage:
+        """Open the storage of a registry; make it if there is none."""
         return open_segment(name)
 
 else:
-    from shmring.fallback.queues import ServedQueue, SharedFile
+    from shmring.fallback.files import SharedFile
+    from shmring.fallback.server import ServedQueue
 
     def create_queue(name: str, maxsize: int) -> Any:
         """Make a queue of messages; RingExists if the name is in use."""
         return ServedQueue.create(name, maxsize, MessageCodec())
 
     def attach_queue(name: str, timeout: float) -> Any:
-        """Open a queue of messages; RingNotFound if nobody makes it in time."""
+        """Open a queue of messages; RingNotFound if there is none in time."""
         return ServedQueue.attach(name, timeout, MessageCodec())
 
     def is_current(queue: Any, name: str) -> bool:
@@ -72,32 +73,14 @@ else:
         return True
 
     def remove_queue(queue: Any) -> None:
-        """Close a queue of one's own: it goes with its creator's handle."""
+        """Close a queue of this process: it ends with its creator's handle."""
         queue.close()
 
-    def open_board(name: str) -> BoardStorage:
-        """Open the storage of a board, whoever comes first makes it."""
-        return SharedFile.create_or_attach(name, BOARD_BYTES)
+    def open_registry(name: str) -> RegistryStorage:
+        """Open the storage of a registry; make it if there is none."""
+        return SharedFile.create_or_attach(name, REGISTRY_BYTES)
 
 
 def full_name(namespace: str, kind: str, name: str) -> str:
-    """The file behind a name.
-
-    Args:
-        namespace: a valid one.
-        kind: "q" is a queue, "m" is memory.
-        name: the user's.
-
-    Returns:
-        a name in which neither namespaces nor kinds meet.
-
-    Raises:
-        InvalidArgument: an impossible name.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name={name!r}: a str is needed, not {type(name).__name__}")
-    if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
-        raise InvalidArgument(
-            f"name={name!r}: 1 to {_MAX_NAME_BYTES} bytes without slash and NUL are possible"
-        )
-    return f"shmring.{namespace}.{kind}.{name}"
+    """The file of a queue (kind "q") or memory ("m"); InvalidArgument for an impossible name."""
+    return f"shmring.{namespace}.{kind}.{checked_name(name, _MAX_NAME_BYTES, _FORBIDDEN)}"

@@ -1,12 +1,12 @@
-"""The board: one slot a process, written by its owner alone, read by everybody.
+"""Registry of processes: one slot each, written by its owner alone, read by all.
 
-Two facts are never mixed.  *Dead* is proved by the kernel: nothing has that
-PID any more, what has it started at another time, or its pidfd says that it
-has ended (a zombie has).  *Silent* is a heartbeat older than a limit: hung,
-stopped or starved, perhaps well again in a moment.
+*Dead* is proved by the kernel: no process has that pid any more, the one that
+has it started at another time, or its pidfd shows that it has ended (a zombie
+has).  *Silent* is a heartbeat older than a limit: hung, stopped or starved.  The
+two are never mixed.
 
-A heartbeat is one store of eight bytes, made by the process's own loop; there
-is no heartbeat thread, which would beat for a hung handler too.
+A heartbeat is one store of eight bytes by the process's own loop.  There is no
+heartbeat thread, which would beat for a hung handler too.
 
 Layout, little-endian words of eight bytes::
 
@@ -22,13 +22,13 @@ Layout, little-endian words of eight bytes::
      15 .. 23 process id, UTF-8, 72 bytes
      24 .. 31 what it waits on, UTF-8, 64 bytes, cut to fit
 
-All-zero is a valid empty board, so nobody ever waits for its creator.  A slot
+All-zero is a valid empty registry, so no process waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
-killed; the PID is cleared first and stored last, so that a half-made slot is
-free.  Words are stored with release and loaded with acquire (``_core.locked_memory.Words``):
-whoever reads a PID reads the start time that belongs to it.
-Nothing is wiped when a process ends or dies: its slot stays readable until
-another process takes it, which for ten seconds none does while there is room.
+killed; the pid is cleared first and stored last, so that a half-made slot is
+free.  Words are stored with release and loaded with acquire
+(``_core.locked_memory.Words``): a pid is read with the start time that belongs
+to it.  A slot stays readable after its process has ended until another process
+takes it, which happens only after ten seconds while there is room.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ from shmring.process.liveness import is_process_dead, process_start_ticks
 from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 
 __all__ = [
-    "BOARD_BYTES",
-    "BOARD_MAGIC",
     "MAX_PROCESS_ID_BYTES",
+    "REGISTRY_BYTES",
+    "REGISTRY_MAGIC",
     "SLOTS",
-    "Board",
-    "BoardStorage",
-    "Entry",
-    "Role",
-    "Sightings",
-    "Slot",
-    "State",
+    "ProcessRole",
+    "ProcessState",
+    "Registry",
+    "RegistryEntry",
+    "RegistrySlot",
+    "RegistryStorage",
+    "SeenProcesses",
     "open_segment",
 ]
 
-BOARD_MAGIC = int.from_bytes(b"SHMBOARD", "little")
+REGISTRY_MAGIC = int.from_bytes(b"SHMREGST", "little")
 _VERSION = 1
 _SLOT_WORDS = 32
 SLOTS = 255
-BOARD_BYTES = (SLOTS + 1) * _SLOT_WORDS * 8
+REGISTRY_BYTES = (SLOTS + 1) * _SLOT_WORDS * 8
 
 _H_MAGIC, _H_VERSION, _H_USED = 1, 2, 3
 
@@ -86,12 +86,12 @@ _ON_OFFSET, _ON_BYTES = 24 * 8, 64
 
 _U64 = (1 << 64) - 1
 
-# For so long the slot of a dead process is not taken while there are others.
+# The slot of a dead process is not taken for this long while there are others.
 _KEPT_NS = 10_000_000_000
 
 
-class State(enum.IntEnum):
-    """What a process says that it is doing."""
+class ProcessState(enum.IntEnum):
+    """What a process is doing, by its own account."""
 
     STARTING = 0
     IDLE = 1
@@ -100,7 +100,7 @@ class State(enum.IntEnum):
     EXITED = 4
 
 
-class Role(enum.IntEnum):
+class ProcessRole(enum.IntEnum):
     """What a process is to the others of its namespace."""
 
     PEER = 0
@@ -108,31 +108,31 @@ class Role(enum.IntEnum):
     WORKER = 2
 
 
-# Whatever else stands in a slot was not written by us.
-_STATES = {int(state): state for state in State}
-_ROLES = {int(role): role for role in Role}
+# Other numbers in a slot were not written by shmring.
+_STATES = {int(state): state for state in ProcessState}
+_ROLES = {int(role): role for role in ProcessRole}
 
 
-class BoardStorage(Protocol):
-    """Where a board lives."""
+class RegistryStorage(Protocol):
+    """The memory of a registry, and its lock."""
 
     @property
     def buffer(self) -> memoryview:
-        """A writable view of at least ``BOARD_BYTES`` bytes, zero when new."""
+        """A writable view of at least ``REGISTRY_BYTES`` bytes, zero when new."""
         ...
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """A lock among all processes that the kernel releases when its holder dies."""
+        """Exclude all other processes; the kernel releases the lock when its holder dies."""
         ...
 
     def close(self) -> None:
-        """Let go; the last one to do so leaves nothing behind."""
+        """Close it; the last one to do so leaves nothing behind."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """What stood in one slot at one instant.
+class RegistryEntry:
+    """The content of one slot at one instant.
 
     Times are of ``time.monotonic_ns()``, which all processes share; 0 is never.
     """
@@ -142,8 +142,8 @@ class Entry:
     start_ticks: int
     incarnation: int
     process_id: str
-    role: Role
-    state: State
+    role: ProcessRole
+    state: ProcessState
     heartbeat_ns: int
     heartbeats: int
     waiting_on: str
@@ -156,30 +156,26 @@ class Entry:
 
     @property
     def key(self) -> int:
-        """Tells this registration from every other on the board; never 0."""
+        """The number of this registration, unique in the registry; never 0."""
         return _key_of(self.index, self.incarnation)
 
     def is_dead(self) -> bool:
         """Whether the process has ended: it said so, or the kernel proves it."""
-        return self.state is State.EXITED or is_process_dead(self.pid, self.start_ticks)
+        return self.state is ProcessState.EXITED or is_process_dead(self.pid, self.start_ticks)
 
     def silent_for(self) -> float:
         """How long ago the last heartbeat was, in seconds."""
         return max(0.0, (time.monotonic_ns() - self.heartbeat_ns) / 1e9)
 
     def is_silent(self, limit: float) -> bool:
-        """Whether no heartbeat came within the limit, which proves nothing.
-
-        Args:
-            limit: in seconds.
-        """
+        """Whether no heartbeat came within `limit` seconds, which proves nothing."""
         return self.silent_for() > limit
 
 
 class _PlainWords:
     """Words in a buffer without the extension: whole, and in no certain order.
 
-    Only the lock of the storage orders them: whoever needs more than one word reads under it.
+    Only the lock of the storage orders them: several words are read under it.
     """
 
     def __init__(self, buffer: memoryview) -> None:
@@ -212,11 +208,11 @@ else:
         _in_order = False
 
 
-class Slot:
-    """The calling process's own slot; get one from :meth:`Board.register`.
+class RegistrySlot:
+    """The calling process's own slot; get one from :meth:`Registry.register`.
 
     Attributes:
-        key: tells this registration from every other on the board; never 0.
+        key: the number of this registration, unique in the registry; never 0.
     """
 
     def __init__(self, words: Words, base: int) -> None:
@@ -228,42 +224,34 @@ class Slot:
         self.pid = os.getpid()
 
     def beat(self) -> None:
-        """Say that the process is alive: to be called on every turn of its loop."""
+        """Store a heartbeat: to be called on every turn of the process's loop."""
         words, base = self._words, self._base
         words[base + _HEARTBEAT] = time.monotonic_ns()
         words[base + _HEARTBEATS] = (words[base + _HEARTBEATS] + 1) & _U64
 
-    def set_role(self, role: Role) -> None:
-        """Say what the process is to the others.
-
-        Args:
-            role: the new role.
-        """
+    def set_role(self, role: ProcessRole) -> None:
+        """Store what the process is to the others."""
         self._words[self._base + _ROLE] = role
 
     def idle(self) -> None:
-        """Say that nothing is being done or waited for."""
+        """Store that the process neither works nor waits."""
         words, base = self._words, self._base
         words[base + _WAITING_SINCE] = 0
         words[base + _TASK] = 0
-        words[base + _STATE] = State.IDLE
+        words[base + _STATE] = ProcessState.IDLE
         self.beat()
 
     def waiting(self, on: str) -> None:
-        """Say that the process starts to wait; :meth:`beat` on while it does.
-
-        Args:
-            on: what for: the name of a queue; cut to 64 bytes.
-        """
+        """Store that the process begins to wait on a queue; call :meth:`beat` while it does."""
         words, base = self._words, self._base
         _write_text(words, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
         words[base + _ON_LENGTH] = min(len(on.encode()), _ON_BYTES)
         words[base + _WAITING_SINCE] = time.monotonic_ns()
-        words[base + _STATE] = State.WAITING
+        words[base + _STATE] = ProcessState.WAITING
         self.beat()
 
     def working(self, task: int) -> None:
-        """Say that a task begins.
+        """Store that a task begins.
 
         Args:
             task: its number, from 0.
@@ -272,66 +260,60 @@ class Slot:
         words[base + _WAITING_SINCE] = 0
         words[base + _TASK_STARTED] = time.monotonic_ns()
         words[base + _TASK] = task + 1
-        words[base + _STATE] = State.WORKING
+        words[base + _STATE] = ProcessState.WORKING
         self.beat()
 
     def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
-        """Add to the counters.
-
-        Args:
-            tasks: tasks answered.
-            nbytes: bytes sent or received.
-            messages: messages sent or received.
-        """
+        """Add tasks answered, and bytes and messages sent or received."""
         words, base = self._words, self._base
         for word, more in ((_TASKS, tasks), (_BYTES, nbytes), (_MESSAGES, messages)):
             if more:
                 words[base + word] = (words[base + word] + more) & _U64
 
     def release(self) -> None:
-        """Say that the process leaves. The slot stays readable until it is taken again."""
+        """Store that the process leaves. The slot stays readable until it is taken again."""
         words, base = self._words, self._base
-        # A forked child holds this object too, and it is not the child that leaves.
+        # Not in a forked child, which holds this object too.
         if self.pid == os.getpid() and words[base + _INCARNATION] == self.incarnation:
             words[base + _TASK] = 0
             words[base + _WAITING_SINCE] = 0
-            words[base + _STATE] = State.EXITED
+            words[base + _STATE] = ProcessState.EXITED
 
 
-class Board:
-    """All processes of a namespace.
+class Registry:
+    """The processes of a namespace.
 
     Args:
-        storage: where the board lives; :meth:`close` closes it too.
+        storage: the memory of the registry; :meth:`close` closes it too.
 
     Raises:
         LayoutMismatch: the storage holds something else, or another version.
         InvalidArgument: the storage is too small.
     """
 
-    def __init__(self, storage: BoardStorage) -> None:
+    def __init__(self, storage: RegistryStorage) -> None:
         self._storage = storage
         octets = storage.buffer
-        if octets.nbytes < BOARD_BYTES:
-            raise InvalidArgument(f"board of {octets.nbytes} bytes: {BOARD_BYTES} are needed")
-        self._words = Words(octets[:BOARD_BYTES])
+        if octets.nbytes < REGISTRY_BYTES:
+            raise InvalidArgument(f"registry of {octets.nbytes} bytes: {REGISTRY_BYTES} are needed")
+        self._words = Words(octets[:REGISTRY_BYTES])
         self._closed = False
         try:
             with storage.exclusive():
                 if self._words[_H_MAGIC] == 0:
                     self._words[_H_VERSION] = _VERSION
-                    self._words[_H_MAGIC] = BOARD_MAGIC
+                    self._words[_H_MAGIC] = REGISTRY_MAGIC
             magic, version = self._words[_H_MAGIC], self._words[_H_VERSION]
-            if (magic, version) != (BOARD_MAGIC, _VERSION):
+            if (magic, version) != (REGISTRY_MAGIC, _VERSION):
                 raise LayoutMismatch(
-                    f"board with magic={magic:#x} version={version}: "
-                    f"magic={BOARD_MAGIC:#x} version={_VERSION} expected"
+                    f"registry with magic={magic:#x} version={version}: "
+                    f"magic={REGISTRY_MAGIC:#x} version={_VERSION} expected"
                 )
         except BaseException:
             self._words.release()
             raise
 
-    def register(self, process_id: str, role: Role = Role.PEER) -> Slot:
+    def register(self, process_id: str, role: ProcessRole = ProcessRole.PEER) -> RegistrySlot:
         """Take a slot for the calling process: a free one, or one whose owner is dead.
 
         Args:
@@ -365,44 +347,33 @@ class Board:
             words[base + _START] = process_start_ticks(pid)
             words[base + _HEARTBEAT] = time.monotonic_ns()
             words[base + _PID] = pid
-        return Slot(words, base)
+        return RegistrySlot(words, base)
 
-    def entries(self) -> list[Entry]:
-        """Every process that ever had a slot which nobody took since, dead ones included."""
-        entries = []
-        for index in range(self._used()):
-            entry = self.entry(index)
-            if entry is not None:
-                entries.append(entry)
-        return entries
+    def entries(self) -> list[RegistryEntry]:
+        """Every process whose slot was not taken again, dead ones included."""
+        found = (self.entry(index) for index in range(self._used()))
+        return [entry for entry in found if entry is not None]
 
-    def entry(self, index: int) -> Entry | None:
-        """What stands in one slot.
-
-        Args:
-            index: the number of the slot.
-
-        Returns:
-            the entry, or None if the slot is free or is being taken just now.
-        """
+    def entry(self, index: int) -> RegistryEntry | None:
+        """The process of one slot; None if the slot is free or is being taken just now."""
         if not 0 <= index < SLOTS:
             raise InvalidArgument(f"slot index={index}: 0 to {SLOTS - 1} exist")
         base = (index + 1) * _SLOT_WORDS
-        # One copy, then everything is judged in the copy: another process may write meanwhile.
+        # One copy, which is then checked: another process may write meanwhile.
         with contextlib.nullcontext() if _in_order else self._storage.exclusive():
             copy = self._words.copy(base, _SLOT_WORDS)
             words = memoryview(copy).cast("Q")
             same = self._words[base + _INCARNATION] == words[_INCARNATION]
             if not words[_PID] or not same or words[_PID] != self._words[base + _PID]:
                 return None
-        return Entry(
+        return RegistryEntry(
             index=index,
             pid=words[_PID],
             start_ticks=words[_START],
             incarnation=words[_INCARNATION],
             process_id=_read_text(copy, _ID_OFFSET, words[_ID_LENGTH], MAX_PROCESS_ID_BYTES),
-            role=_ROLES.get(words[_ROLE], Role.PEER),
-            state=_STATES.get(words[_STATE], State.STARTING),
+            role=_ROLES.get(words[_ROLE], ProcessRole.PEER),
+            state=_STATES.get(words[_STATE], ProcessState.STARTING),
             heartbeat_ns=words[_HEARTBEAT],
             heartbeats=words[_HEARTBEATS],
             waiting_on=_read_text(copy, _ON_OFFSET, words[_ON_LENGTH], _ON_BYTES),
@@ -415,13 +386,13 @@ class Board:
         )
 
     def close(self) -> None:
-        """Close this handle; closing twice is allowed. Slots are released by their owners."""
+        """Close this handle; twice is allowed. Slots are released by their owners."""
         if not self._closed:
             self._closed = True
             self._words.release()
             self._storage.close()
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> Registry:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -441,41 +412,36 @@ class Board:
                 return base
             if oldest is not None and heartbeat >= oldest[0]:
                 continue
-            if words[base + _STATE] == State.EXITED or is_process_dead(pid, words[base + _START]):
+            if words[base + _STATE] == ProcessState.EXITED or is_process_dead(
+                pid, words[base + _START]
+            ):
                 oldest = heartbeat, base
-        # What the dead did last is kept for those who ask, as long as there is room.
+        # The last words of the dead are kept as long as there is room.
         if oldest is not None and (used == SLOTS or now - oldest[0] > _KEPT_NS):
             return oldest[1]
         if used == SLOTS:
             raise ShmringError(
-                f"all {SLOTS} slots of the board are held by living processes: "
+                f"all {SLOTS} slots of the registry are held by living processes: "
                 "use another namespace for some of them"
             )
         self._words[_H_USED] = used + 1
         return (used + 1) * _SLOT_WORDS
 
 
-class Sightings:
-    """Who was seen alive, and who is proven dead: for longer than a slot tells it.
+class SeenProcesses:
+    """The processes seen alive or proven dead so far, also after their slots were taken again.
 
     Attributes:
-        last_seen: everybody seen so far, and when last, in seconds of
-            ``time.monotonic()``.
+        last_seen: when each process was last seen, in seconds of ``time.monotonic()``.
     """
 
     def __init__(self) -> None:
         self.last_seen: dict[str, float] = {}
         self._proven_dead: dict[str, float] = {}  # when
-        self._stood: dict[str, tuple[int, int, int]] = {}  # where they were seen alive
+        self._stood: dict[str, tuple[int, int, int]] = {}  # the slot in which each was seen alive
 
-    def look(self, entries: list[Entry], dead: set[tuple[int, int]], when: float) -> None:
-        """Note what stands on the board.
-
-        Args:
-            entries: of others.
-            dead: the index and incarnation of those that have ended.
-            when: the board was looked at, at the earliest.
-        """
+    def look(self, entries: list[RegistryEntry], dead: set[tuple[int, int]], when: float) -> None:
+        """Note entries of other processes, read after `when`; `dead`: (index, incarnation)."""
         living = {each.process_id: each for each in entries if _key(each)[:2] not in dead}
         standing = {_key(each) for each in entries}
         ended = {each.process_id for each in entries}
@@ -489,23 +455,13 @@ class Sightings:
             self.saw(process_id, entry.heartbeat_ns / 1e9, when)
 
     def saw(self, process_id: str, when: float, alive_at: float) -> None:
-        """Note a sign of life.
-
-        Args:
-            process_id: whose.
-            when: it came.
-            alive_at: when there was life for certain, which an older proof of death denied.
-        """
+        """Note a sign of life that came at `when`; proofs of death before `alive_at` are void."""
         self.last_seen[process_id] = max(when, self.last_seen.get(process_id, 0.0))
         if alive_at >= self._proven_dead.get(process_id, math.inf):
             del self._proven_dead[process_id]
 
     def alive(self, since: float) -> list[str]:
-        """Those seen since then and not proven dead, sorted.
-
-        Args:
-            since: in seconds of ``time.monotonic()``.
-        """
+        """The processes seen since then and not proven dead, sorted."""
         return sorted(
             process_id
             for process_id, seen in self.last_seen.items()
@@ -513,7 +469,7 @@ class Sightings:
         )
 
 
-def _key(entry: Entry) -> tuple[int, int, int]:
+def _key(entry: RegistryEntry) -> tuple[int, int, int]:
     return entry.index, entry.incarnation, entry.pid
 
 
@@ -531,26 +487,21 @@ def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:
     return slot[offset : offset + min(length, limit)].decode("utf-8", "replace")
 
 
-def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
-    """Open the board of that name in /dev/shm, whoever comes first makes it.
+def open_segment(name: str, timeout: float = 10.0) -> RegistryStorage:
+    """Open the registry of that name in /dev/shm; make it if there is none.
 
-    Args:
-        name: as for a named queue.
-        timeout: bound of the race with those who close it, in seconds.
-
-    Returns:
-        storage for :class:`Board`; the name goes with the last one that closes it.
+    The last process to close it removes the name; `timeout` bounds the race with it.
 
     Raises:
         RingNotFound: the race was lost until the deadline.
-        AccessRefused: it is somebody else's, or of another PID namespace.
+        AccessRefused: it is another user's, or of another PID namespace.
     """
-    from shmring.shm import segment  # the fallback has no such floor
+    from shmring.shm import segment  # not on the fallback
 
     deadline = time.monotonic() + timeout
     while True:
         with contextlib.suppress(RingExists):
-            return _SegmentStorage(name, segment.create_named(name, BOARD_BYTES))
+            return _SegmentStorage(name, segment.create_named(name, REGISTRY_BYTES))
         with contextlib.suppress(RingNotFound):
             return _SegmentStorage(name, segment.open_memory(name))
         if time.monotonic() >= deadline:
@@ -558,7 +509,7 @@ def open_segment(name: str, timeout: float = 10.0) -> BoardStorage:
 
 
 class _SegmentStorage:
-    """A board in a named segment of shared memory."""
+    """A registry in a named segment of shared memory."""
 
     def __init__(self, name: str, fd: int) -> None:
         self._name = name
@@ -566,15 +517,14 @@ class _SegmentStorage:
         self._identity = identity_of(fd)
         from shmring._core.locked_memory import MappedFile
 
-        self.buffer = memoryview(MappedFile(fd, BOARD_BYTES))
+        self.buffer = memoryview(MappedFile(fd, REGISTRY_BYTES))
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         import fcntl
 
-        # A lock of the open file, not of the process (closing any other descriptor of the file
-        # would drop that one), on a description of its own: threads exclude one another too.
-        # flock() is taken: it says how long the name lives.
+        # A lock of the open file description, not of the process: closing another descriptor does
+        # not drop it. A description of its own excludes threads too. flock() guards the name.
         fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             if identity_of(fd) != self._identity:

@@ -12,7 +12,7 @@
                           |                     ^           |  (recovers them), drain the
                           | get, writes a claim | put       |  results, read its claim
                           v                     |           |
-                      worker: claim, handler, answer, release --- board: heartbeats, state
+                      worker: claim, handler, answer, release --- registry: heartbeats, state
 
 Execution is at least once, answers are exactly once: a task whose answer was
 committed never runs again, one whose worker died with a claim on it runs
@@ -30,7 +30,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from shmring._backend import backend
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import (
     EncodeError,
     Full,
@@ -39,12 +39,12 @@ from shmring.errors import (
     NotSupportedByFallback,
     PeerDied,
     RemoteError,
-    RemoteTraceback,
     ShmringError,
+    _RemoteTraceback,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ipc.message import Envelope, Message, MessageType
-from shmring.ipc.registry import Role
+from shmring.ipc.registry import ProcessRole
 from shmring.pool.task_table import Failure, Ledger
 from shmring.pool.worker import DATA_BUFFER, DATA_BUFFER_BYTES, RESULT_QUEUE, echo
 from shmring.pool.workers import (
@@ -159,7 +159,7 @@ def coordinator_process(
 
     Raises:
         InvalidArgument: an impossible argument; a handler that no process can be sent.
-        NameInUse: another coordinator is at work in this namespace.
+        RingExists: another coordinator is at work in this namespace.
         WorkerDied: each worker that ran a task died.
         TaskTimeout: a task ran longer than ``task_timeout``.
         NotSupportedByFallback: a worker died, and this is not the ring: what it
@@ -192,8 +192,8 @@ def coordinator_process(
             f"shared_data of {memoryview(shared_data).nbytes} bytes: "
             f"the data buffer holds {DATA_BUFFER_BYTES}"
         )
-    was_present = ipc.on_board
-    slot = ipc.join_board(Role.COORDINATOR)
+    was_present = ipc.is_registered
+    slot = ipc.register(ProcessRole.COORDINATOR)
     try:
         workers: Workers
         if spawn:
@@ -214,9 +214,9 @@ def coordinator_process(
         )
         return run.run(shared_data, shutdown_timeout)
     finally:
-        slot.set_role(Role.PEER)
+        slot.set_role(ProcessRole.PEER)
         if not was_present:
-            ipc.leave_board()
+            ipc.unregister()
 
 
 @dataclasses.dataclass(slots=True)
@@ -484,7 +484,7 @@ def _opened(sealed: Envelope) -> Any:
         return value
     match value:
         case (BaseException() as raised, str() as text):
-            raised.__cause__ = RemoteTraceback(text)
+            raised.__cause__ = _RemoteTraceback(text)
             return Failure(raised)
     return Failure(RemoteError(f"a worker reported a failure that is none: {value!r}"))
 

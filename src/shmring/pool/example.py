@@ -57,7 +57,7 @@ def multiprocessing_example(
         )
         for number in range(num_workers)
     ]
-    # The IPC outlives the workers: the last one out removes the board.
+    # The IPC outlives the workers: the last one out removes the registry.
     with HighPerformanceIPC("coordinator", namespace=namespace) as ipc:
         try:
             for worker in workers:

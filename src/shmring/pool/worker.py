@@ -12,7 +12,7 @@
         |                          |
         +<------next-------- claim released: answered
 
-While it waits it stores heartbeats on the board, sends a HEARTBEAT message now
+While it waits it stores heartbeats in the registry, sends a HEARTBEAT message now
 and then, and looks whether its coordinator is still there: without one it
 exits by itself.  A worker that dies between claim and release leaves the claim
 behind, and with it the one task that another must do.
@@ -34,14 +34,13 @@ from shmring.errors import (
     DecodeError,
     Full,
     MessageTooLarge,
-    NameUnknown,
     RemoteError,
     RingClosed,
     RingNotFound,
 )
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import Envelope, Message, MessageType
-from shmring.ipc.registry import Role, Slot
+from shmring.ipc.registry import ProcessRole, RegistrySlot
 
 __all__ = [
     "DATA_BUFFER",
@@ -87,7 +86,7 @@ def current_worker() -> Worker | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _CoordinatorWatch:
-    """Whom the worker works for, as that process stood on the board."""
+    """Whom the worker works for, as that process stood in the registry."""
 
     index: int
     incarnation: int
@@ -108,13 +107,13 @@ class Worker:
         self.answered = 0
         self._task_queue = task_queue
         self._handler = handler
-        self._slot: Slot = ipc.join_board(Role.WORKER)
+        self._slot: RegistrySlot = ipc.register(ProcessRole.WORKER)
         self._watched: _CoordinatorWatch | None = None
         self._heartbeat_due = 0.0
         self._look_due = 0.0
 
     def beat(self) -> None:
-        """Say on the board that the worker is alive; a long handler may call this."""
+        """Say in the registry that the worker is alive; a long handler may call this."""
         self._slot.beat()
 
     def run(self, timeout: float) -> None:
@@ -124,13 +123,13 @@ class Worker:
             timeout: how long to wait for the coordinator's queues, in seconds.
 
         Raises:
-            NameUnknown: the coordinator did not make its queues until the deadline.
+            RingNotFound: the coordinator did not make its queues until the deadline.
         """
         self.ipc.connect_message_queue(self._task_queue, timeout)
         try:
             self.ipc.connect_message_queue(RESULT_QUEUE, 0.0)
             self.ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
-        except NameUnknown:
+        except RingNotFound:
             return  # the coordinator made them first and removed them first: it has ended
         self._watched = self._find_coordinator()
         queue = self.ipc.message_queues[self._task_queue]
@@ -200,8 +199,8 @@ class Worker:
             return
 
     def _find_coordinator(self) -> _CoordinatorWatch | None:
-        for entry in self.ipc.board_entries():
-            if entry.role is Role.COORDINATOR and not entry.is_dead():
+        for entry in self.ipc.registry_entries():
+            if entry.role is ProcessRole.COORDINATOR and not entry.is_dead():
                 return _CoordinatorWatch(entry.index, entry.incarnation)
         return None
 
@@ -213,11 +212,11 @@ class Worker:
         if now < self._look_due:  # it costs more than a small task
             return False
         self._look_due = now + _SLICE
-        entry = self.ipc.board_entry(watched.index)
+        entry = self.ipc.registry_entry(watched.index)
         return (
             entry is None
             or entry.incarnation != watched.incarnation
-            or entry.role is not Role.COORDINATOR
+            or entry.role is not ProcessRole.COORDINATOR
             or entry.is_dead()
         )
 
@@ -234,20 +233,20 @@ def worker_process(
     """Work for a coordinator until it says SHUTDOWN, or is gone. Run it in a process of its own.
 
     Args:
-        worker_id: the worker's name on the board; a number N becomes "worker-N".
+        worker_id: the worker's name in the registry; a number N becomes "worker-N".
         coordinator_queue_name: the coordinator's ``queue_name``.
         handler: called with each task, returns its result. What it raises is
             raised by the coordinator; it does not end the worker.
         namespace: as for :class:`~shmring.HighPerformanceIPC`; the coordinator's.
         connect_timeout: how long to wait for the coordinator, in seconds.
         heartbeat_interval: how often to send a HEARTBEAT message while waiting,
-            in seconds. Heartbeats on the board are stored all the while.
+            in seconds. Heartbeats in the registry are stored all the while.
 
     Returns:
         how many tasks this worker answered.
 
     Raises:
-        NameUnknown: no coordinator made its queues until the deadline.
+        RingNotFound: no coordinator made its queues until the deadline.
         InvalidArgument: an impossible worker_id or namespace.
     """
     process_id = f"worker-{worker_id}" if isinstance(worker_id, int) else worker_id

@@ -3,7 +3,7 @@
 Two kinds.  :class:`SpawnedWorkers` are children that the coordinator starts,
 replaces, kills and joins; their end is proved by their sentinels.
 :class:`VisitingWorkers` were started by somebody else; they are known from the
-board, and their end is proved by what stands there.
+registry, and their end is proved by what stands there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.ipc.registry import SLOTS, Entry, Role, State
+from shmring.ipc.registry import SLOTS, ProcessRole, ProcessState, RegistryEntry
 from shmring.pool.worker import run_spawned_worker
 from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
 
@@ -42,7 +42,7 @@ _MOST_STOPPING = 1.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker, as it stood on the board when it was last seen.
+    """One worker, as it stood in the registry when it was last seen.
 
     ``state`` is "exited", "dead" or what the living one was doing; ``exitcode``
     is as in multiprocessing, None where the coordinator is not its parent.
@@ -109,8 +109,8 @@ class Workers(Protocol):
         """Of (pid, start ticks, key) with a claim slot, those that ended and were not seen to."""
         ...
 
-    def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
+    def living(self) -> list[RegistryEntry]:
+        """Those in the registry that have not ended."""
         ...
 
     def to_dismiss(self) -> int:
@@ -126,14 +126,14 @@ class Workers(Protocol):
         ...
 
     def children(self) -> list[BaseProcess] | None:
-        """Those whose end is the end of their process; None if the board tells of it."""
+        """Those whose end is the end of their process; None if the registry tells of it."""
         ...
 
     def all_gone(self) -> bool:
         """Whether nobody is left to be waited for."""
         ...
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Kill one if it still is at the task of this look; False if not, or not ours."""
         ...
 
@@ -197,16 +197,16 @@ def _start_servants(method: str) -> None:
 
 
 class _Roll:
-    """Everybody who ever stood on the board as a worker of this run."""
+    """Everybody who ever stood in the registry as a worker of this run."""
 
     def __init__(self, ipc: HighPerformanceIPC) -> None:
         self._ipc = ipc
         # Those of an earlier run; a visitor may well have come before its coordinator.
         self._earlier = {entry.key for entry in self._entries() if entry.is_dead()}
-        self.last_seen: dict[int, Entry] = {}
+        self.last_seen: dict[int, RegistryEntry] = {}
 
-    def look(self) -> list[Entry]:
-        """Read the board; returns the workers that stand there, also dead ones."""
+    def look(self) -> list[RegistryEntry]:
+        """Read the registry; returns the workers that stand there, also dead ones."""
         found = [each for each in self._entries() if each.key not in self._earlier]
         for entry in found:
             self.last_seen[entry.key] = entry
@@ -229,18 +229,18 @@ class _Roll:
             for entry in self.last_seen.values()
         ]
 
-    def _entries(self) -> list[Entry]:
-        return [each for each in self._ipc.board_entries() if each.role is Role.WORKER]
+    def _entries(self) -> list[RegistryEntry]:
+        return [each for each in self._ipc.registry_entries() if each.role is ProcessRole.WORKER]
 
     def stands(self, key: int) -> bool:
-        """Whether a worker of this key has its slot on the board."""
+        """Whether a worker of this key has its slot in the registry."""
         index = key & 0xFF
-        entry = self._ipc.board_entry(index) if index < SLOTS else None
+        entry = self._ipc.registry_entry(index) if index < SLOTS else None
         return entry is not None and entry.key == key
 
-    def is_at(self, seen: Entry) -> bool:
+    def is_at(self, seen: RegistryEntry) -> bool:
         """Whether a worker is at the task still at which it was seen."""
-        entry = self._ipc.board_entry(seen.index)
+        entry = self._ipc.registry_entry(seen.index)
         return entry is not None and (entry.key, entry.task, entry.task_started_ns) == (
             seen.key,
             seen.task,
@@ -248,8 +248,8 @@ class _Roll:
         )
 
 
-def _state_of(entry: Entry) -> str:
-    if entry.state is State.EXITED:
+def _state_of(entry: RegistryEntry) -> str:
+    if entry.state is ProcessState.EXITED:
         return "exited"
     return "dead" if entry.is_dead() else entry.state.name.lower()
 
@@ -375,8 +375,8 @@ class SpawnedWorkers:
                 return process.exitcode
         return self._exitcodes.get(pid)
 
-    def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
+    def living(self) -> list[RegistryEntry]:
+        """Those in the registry that have not ended."""
         pids = {process.pid for process in self._processes}
         return [each for each in self._roll.look() if each.pid in pids and not each.is_dead()]
 
@@ -398,13 +398,13 @@ class SpawnedWorkers:
             self._processes
         )
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Kill one with SIGKILL if it still is at the task of this look.
 
         It is stopped first, so that what the second look shows is true at the kill.
 
         Args:
-            seen: the worker, as it stood on the board.
+            seen: the worker, as it stood in the registry.
 
         Returns:
             whether it was killed.
@@ -498,7 +498,7 @@ class VisitingWorkers:
                 entry.pid,
                 entry.start_ticks,
                 None,
-                clean=entry.state is State.EXITED,
+                clean=entry.state is ProcessState.EXITED,
                 key=key,
             )
             for key, entry in self._roll.last_seen.items()
@@ -535,12 +535,12 @@ class VisitingWorkers:
         """
         return None
 
-    def living(self) -> list[Entry]:
-        """Those on the board that have not ended."""
+    def living(self) -> list[RegistryEntry]:
+        """Those in the registry that have not ended."""
         return [each for each in self._roll.look() if not each.is_dead()]
 
     def pids(self) -> tuple[int, ...]:
-        """The workers on the board that have not ended."""
+        """The workers in the registry that have not ended."""
         return tuple(entry.pid for entry in self.living())
 
     def to_dismiss(self) -> int:
@@ -549,14 +549,14 @@ class VisitingWorkers:
         return max(self._number - len(self._roll.last_seen), 0) + len(self.living())
 
     def children(self) -> None:
-        """None: a worker may end, and say so on the board, long before its process."""
+        """None: a worker may end, and say so in the registry, long before its process."""
 
     def all_gone(self) -> bool:
         """Whether as many as were expected have come, and all have gone."""
         living = self.living()
         return not living and len(self._roll.last_seen) >= self._number
 
-    def kill(self, seen: Entry) -> bool:
+    def kill(self, seen: RegistryEntry) -> bool:
         """Never: they are not ours."""
         return False
 

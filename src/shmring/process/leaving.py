@@ -1,23 +1,26 @@
-"""What a process does when it ends: everything open is left, in forked children too.
+"""The end of a process: every open handle is left, in forked children too.
 
 multiprocessing's finalizers run in its children as well as at the end of a
-program, but only in the process that registered them.  So they are registered
+program, but only in the process that registered them.  They are registered
 again in each forked child, whether multiprocessing or ``os.fork`` made it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.util
 import os
 import threading
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Exit", "Leaver", "end_thread_at_exit"]
+__all__ = ["Exit", "Leaver", "close_dropped", "end_thread_at_exit"]
 
 
 class Leaver(Protocol):
-    """What holds a named block, and can leave it without a word."""
+    """An object that holds a named block, and can leave it without a warning."""
 
     def _leave(self) -> None: ...
 
@@ -26,11 +29,10 @@ _exiting = 0  # the process that runs its finalizers
 
 
 class Exit:
-    """Have `holder` leave when this process ends, if it still lives then.
+    """Have `holder` leave when this process ends, if it still exists then.
 
     Args:
-        holder: kept by a weak reference: when it is collected its mapping is
-            still there, so that leaving is its own affair.
+        holder: kept by a weak reference; one that is collected leaves by itself.
         priority: higher ones leave first.
 
     Attributes:
@@ -54,7 +56,7 @@ class Exit:
             )
 
     def cancel(self) -> None:
-        """The holder has left already."""
+        """Forget the holder, which has left already."""
         self._holder = lambda: None  # type: ignore[assignment]
         self._finalize.cancel()
 
@@ -68,12 +70,22 @@ def _leave(reference: weakref.ref[Leaver]) -> None:
 
 
 def end_thread_at_exit() -> None:
-    """Raise SystemExit in a daemon thread that outlives what it waited on; threading is silent.
+    """Raise SystemExit, about which threading is silent, in a thread that outlives the handles.
 
-    To be called where something proves to be closed.
+    To be called where a handle proves to be closed.
     """
     if _exiting == os.getpid() and threading.current_thread() is not threading.main_thread():
         raise SystemExit
+
+
+def close_dropped(handle: object, close: Callable[[], object]) -> None:
+    """Close a handle that was dropped open, for its ``__del__``, and warn."""
+    dropped = repr(handle)
+    with contextlib.suppress(OSError):
+        close()  # first: where warnings are errors the next line raises
+    warnings.warn(
+        f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=3, source=handle
+    )
 
 
 _exits: weakref.WeakSet[Exit] = weakref.WeakSet()

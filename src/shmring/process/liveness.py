@@ -1,7 +1,7 @@
-"""Whether a process has ended: what the kernel proves, and nothing else.
+"""Proof that a process has ended, by the kernel alone.
 
-A stopped, hung or starved process is not dead; a zombie is; and a process that
-got the number of an earlier one is not the earlier one.
+A stopped, hung or starved process is not dead; a zombie is; a process that got
+the pid of an earlier one is not the earlier one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ __all__ = ["is_process_dead", "is_process_stopped", "process_start_ticks"]
 
 
 def process_start_ticks(pid: int) -> int:
-    """When a process started, which together with its PID names it for ever.
+    """When a process started, in clock ticks since boot; 0: no such process, or unknown.
 
-    Args:
-        pid: the process.
-
-    Returns:
-        clock ticks since boot; 0 where the system does not tell or there is no
-        such process.
+    Together with its pid it identifies the process.
     """
     try:
         return int(_stat_fields(pid)[19])
@@ -30,15 +25,10 @@ def process_start_ticks(pid: int) -> int:
 
 
 def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
-    """Whether the kernel proves that a process has ended; a zombie has.
+    """Whether the kernel proves that a process has ended; never on Windows.
 
-    Args:
-        pid: the process.
-        start_ticks: its :func:`process_start_ticks`; 0 if unknown, and then a
-            later process of the same PID is taken for it.
-
-    Returns:
-        True only with proof.  Where the system offers none (Windows), False.
+    Without its :func:`process_start_ticks` a later process of the same pid is
+    taken for it.
     """
     if pid <= 0 or pid > 0x7FFFFFFF:
         return True
@@ -50,10 +40,10 @@ def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
-    except OSError:  # out of descriptors, or a kernel that has no pidfd
+    except OSError:  # out of descriptors, or a kernel without pidfd
         return _is_gone(pid) or _is_another(pid, start_ticks)
     try:
-        # The start time is read after pidfd_open: both then speak of one process, or it is dead.
+        # Read after pidfd_open: start time and pidfd are of one process, or it is dead.
         if _is_another(pid, start_ticks):
             return True
         poll = select.poll()
@@ -64,11 +54,7 @@ def is_process_dead(pid: int, start_ticks: int = 0) -> bool:
 
 
 def is_process_stopped(pid: int) -> bool:
-    """Whether a process is stopped, by SIGSTOP or by a debugger, and may go on one day.
-
-    Args:
-        pid: the process.
-    """
+    """Whether a process is stopped, by SIGSTOP or by a debugger."""
     try:
         return _stat_fields(pid)[0] in (b"T", b"t")
     except (OSError, IndexError):
@@ -76,8 +62,8 @@ def is_process_stopped(pid: int) -> bool:
 
 
 def _stat_fields(pid: int) -> list[bytes]:
-    """What /proc tells of a process, from its state on."""
-    # By its first thread: qemu-user invents /proc/PID/stat for whoever asks about himself.
+    """The fields of /proc/PID/stat, from the state on."""
+    # Of its first thread: qemu-user makes up /proc/PID/stat for the process that reads its own.
     with open(f"/proc/{pid}/task/{pid}/stat", "rb") as stat:
         # The name of the program, in parentheses, may hold spaces and parentheses.
         return stat.read().rpartition(b")")[2].split()
@@ -89,7 +75,7 @@ def _is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False
 
 

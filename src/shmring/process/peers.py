@@ -1,11 +1,11 @@
-"""The processes without which waiting is in vain, and the proof that all of them are dead.
+"""Peer polling: the processes beside which a call waits, and the proof that all are dead.
 
-A process is known by its number and the time it started, so that a later one
-of the same number is not taken for it.  That it is dead is proved as on the
-board (:mod:`shmring.process.liveness`), or its parent knows how it ended: of our own
-child the system tells without reaping it (``waitid`` with ``WNOWAIT``), and of
-one that was reaped the object that was given remembers it (``exitcode`` of a
-multiprocessing.Process, which looks itself, or ``returncode`` of a Popen).
+A process is known by its pid and start time, so that a later process of the
+same pid is not taken for it.  Its death is proved by the kernel
+(:mod:`shmring.process.liveness`), or its exit code is known: of a child of this
+process the system tells it without reaping it (``waitid`` with ``WNOWAIT``);
+that of a reaped one stands in its Process (``exitcode``) or Popen
+(``returncode``).
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 from shmring.errors import InvalidArgument, NotSupportedByFallback, PeerDied
 from shmring.process.liveness import is_process_dead, process_start_ticks
 
-__all__ = ["PeerWatch"]
+__all__ = ["PeerPoll"]
 
-_PARENT_IS_TOLD = hasattr(os, "waitid") and hasattr(os, "WNOWAIT")
+_HAS_WAITID = hasattr(os, "waitid") and hasattr(os, "WNOWAIT")
 
 
-class PeerWatch:
-    """A timeout, and the processes beside which it is waited.
+class PeerPoll:
+    """A timeout, and the processes without which waiting is in vain; one for each call.
 
-    One a call: whoever is found alive is asked again after a slice of the
-    wait, one process a slice, however many there are.
+    A living process is asked again after a slice of the wait, one process a
+    slice, however many there are.
 
     Args:
         peers: objects with a ``pid`` (multiprocessing.Process, subprocess.Popen,
-            entries of the board) or numbers.  A number alone that was given to
-            another process before this call means that one.
-        timeout: what the caller of `get` or `put` gave.
+            entries of the registry) or pids.  A pid alone means the process
+            that has it now.
+        timeout: seconds, as given to `get` or `put`.
 
     Raises:
-        InvalidArgument: no process at all, one that was not started, an impossible number.
-        NotSupportedByFallback: a number alone, on Windows.
+        InvalidArgument: no process at all, one that was not started, an impossible pid.
+        NotSupportedByFallback: a pid alone, on Windows.
     """
 
     SLICE = 0.04  # the longest sleep between two looks, in seconds
@@ -58,31 +58,26 @@ class PeerWatch:
 
     def all_dead(self) -> bool:
         """Whether every one of them is proven dead."""
-        fallen = []
+        found_dead = []
         while self._living and self._living[-1].has_ended():
-            fallen.append(self._living.pop())
-        self._dead += reversed(fallen)  # the first of these was seen alive longest
+            found_dead.append(self._living.pop())
+        self._dead += reversed(found_dead)  # the first of these was seen alive longest
         return not self._living
 
     @property
-    def pivot(self) -> tuple[int, int]:
-        """One that was alive at the last look: its pid, and when it started (0: unknown)."""
+    def living_peer(self) -> tuple[int, int]:
+        """The pid and start time (0: unknown) of a peer that was alive at the last look."""
         peer = self._living[-1]
         return peer.pid, peer.start_ticks or 0
 
     def error(self, outcome: str, count: int = 0) -> PeerDied:
-        """What to raise now.
-
-        Args:
-            outcome: what has not come.
-            count: how many objects were put.
-        """
+        """The exception to raise when all are dead; `outcome` says what has not come."""
         deaths = tuple((each.pid, each.exitcode) for each in self._dead)
         return PeerDied(*deaths[-1], deaths, outcome, count)
 
 
 class _Peer:
-    """One of them."""
+    """One process."""
 
     __slots__ = ("_process", "exitcode", "pid", "start_ticks")
 
@@ -107,30 +102,25 @@ class _Peer:
     def has_ended(self) -> bool:
         if self.start_ticks is None:
             self.start_ticks = process_start_ticks(self.pid)
-        self.exitcode = self._ask()
+        self.exitcode = self._find_exitcode()
         if self.exitcode is None and is_process_dead(self.pid, self.start_ticks):
-            self.exitcode = self._ask()  # of a child that ended between the two questions
+            self.exitcode = self._find_exitcode()  # a child may have ended in between
             return True
         return self.exitcode is not None
 
-    def _ask(self) -> int | None:
-        """How it ended, if it has and we may know."""
-        if _PARENT_IS_TOLD:
+    def _find_exitcode(self) -> int | None:
+        """Its exit code; None while it lives, or where the system does not tell."""
+        if _HAS_WAITID:
             try:
-                told = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:  # another's child, or reaped
-                told = None
-            if told is not None and process_start_ticks(self.pid) == self.start_ticks:
-                return told.si_status if told.si_code == os.CLD_EXITED else -told.si_status
+                found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # no child of this process, or reaped
+                found = None
+            if found is not None and process_start_ticks(self.pid) == self.start_ticks:
+                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         elif hasattr(self._process, "poll"):
             self._process.poll()  # as subprocess itself would
-        return _remembered(self._process)
-
-
-def _remembered(process: Any) -> int | None:
-    """The exit code that an object knows."""
-    for name in ("exitcode", "returncode"):
-        code = getattr(process, name, None)
-        if isinstance(code, int):
-            return code
-    return None
+        for name in ("exitcode", "returncode"):
+            code = getattr(self._process, name, None)
+            if isinstance(code, int):
+                return code
+        return None

@@ -1,4 +1,4 @@
-"""Whether threading starts threads: gevent may have put greenlets in their place."""
+"""A test for greenlets, which gevent may have put in the place of threads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ __all__ = ["are_greenlets"]
 
 
 def are_greenlets() -> bool:
-    """Whether what threading.Thread starts runs only while its starter waits in gevent's way.
+    """Whether threading.Thread starts greenlets.
 
-    A call that sleeps in the kernel would then keep it from running, for ever.
+    One runs only while its starter waits in gevent's way: a call that sleeps in
+    the kernel would keep it from running for ever.
     """
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))

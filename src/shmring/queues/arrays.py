@@ -1,9 +1,8 @@
-"""numpy arrays in pickles: cheap on the way out, writable on arrival.
+"""Reducer for numpy arrays: quick to pickle, writable on arrival.
 
-numpy's own reducer spends most of its time on the dtype, and hands a read-only
-array over as read-only memory, which would then arrive read-only; through
-multiprocessing.Queue every array arrives writable.  This module never imports
-numpy: whoever has an array has done so.
+numpy's own reducer spends most of its time on the dtype, and a read-only array
+would arrive read-only; through multiprocessing.Queue every array arrives
+writable.  This module never imports numpy: a program that has arrays has done so.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from typing import Any
 
 __all__ = ["IN_BAND_BYTES", "array_reducers"]
 
-IN_BAND_BYTES = 512  # a buffer smaller than this costs less inside the pickle
+IN_BAND_BYTES = 512  # a smaller buffer costs less inside the pickle
 
-_BUILT_IN_TYPES = 24  # dtype.num from here on: types that others brought
-_SIMPLE = frozenset("?bBhHiIlLqQefdgFDG")  # one character says it all
+_BUILT_IN_TYPES = 24  # dtype.num of types that other packages added
+_SIMPLE = frozenset("?bBhHiIlLqQefdgFDG")  # dtypes that one character describes
 
 
 def array_reducers() -> dict[type, Callable[[Any], Any]]:
-    """The reducer for exactly `numpy.ndarray`; nothing as long as nobody imported numpy."""
+    """The reducer for exactly `numpy.ndarray`; none while numpy is not imported."""
     numpy = sys.modules.get("numpy")
     kind = getattr(numpy, "ndarray", None)  # None while it is being imported
     return {} if kind is None else {kind: reduce_array}
 
 
 def reduce_array(array: Any) -> Any:
-    """What pickle is to write for an array: `numpy.ndarray` over a buffer."""
+    """Reduce an array to `numpy.ndarray` over a buffer."""
     dtype = array.dtype
     size = array.nbytes
     if dtype.hasobject or dtype.num >= _BUILT_IN_TYPES or dtype.itemsize == 0:
-        # numpy's way; the old one copies, so that read-only memory does not stay read-only
+        # By numpy; its reducer for old protocols copies, so that the array arrives writable.
         return array.__reduce_ex__(5) if array.flags.writeable else array.__reduce__()
     strides: tuple[int, ...] | None = None
     order = "C"
@@ -61,7 +60,7 @@ def reduce_array(array: Any) -> Any:
 
 
 def _by_strides(array: Any) -> Any:
-    """A view with the axes in the order of memory: C-contiguous where they were only swapped."""
+    """A view with the axes in the order of memory: C-contiguous if they were only swapped."""
     axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     return array.transpose(axes)
 
@@ -69,7 +68,7 @@ def _by_strides(array: Any) -> Any:
 def _writable(
     shape: tuple[int, ...], dtype: Any, data: Any, strides: tuple[int, ...] | None, order: Any
 ) -> Any:
-    """An array whose source was read-only: pickle wraps its buffer to say so."""
+    """Rebuild an array whose source was read-only, over a writable buffer."""
     import numpy
 
     inner = data.obj if type(data) is memoryview else data

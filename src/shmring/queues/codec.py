@@ -1,8 +1,8 @@
-"""Objects to frames and back.
+"""Codecs: objects to frames and back.
 
 A codec turns an object into a *kind* and *segments*: the head, and perhaps
-large buffers that travel beside it, so that they are copied once in and once
-out.  Kind 0 is plain bytes; 1 to 255 are the codecs' own.
+large buffers, which are copied once in and once out.  Kind 0 is plain bytes;
+1 to 255 are the codecs' own.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ KIND_BYTES = 0
 KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
-KIND_TREE = 4
+KIND_BUILTINS = 4
 
 Reducer = Callable[[Any], Any]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """What ``codec=`` takes beside the names "pickle", "bytes" and "msgpack"."""
+    """A user's codec, for ``codec=``; the names "pickle", "bytes" and "msgpack" are others."""
 
     def dumps(self, obj: Any) -> Segment:
         """Turn an object into bytes."""
         ...
 
     def loads(self, data: bytes) -> Any:
-        """Turn what :meth:`dumps` returned back into an object."""
+        """Turn the result of :meth:`dumps` back into an object."""
         ...
 
 
@@ -65,20 +65,20 @@ _registered: dict[type, Reducer] = ForkingPickler._extra_reducers  # type: ignor
 
 
 def reducers() -> dict[type, Reducer]:
-    """What multiprocessing and copyreg have registered by now, and ours for arrays."""
+    """The reducers that multiprocessing and copyreg have now, and shmring's for arrays."""
     return {**array_reducers(), **copyreg.dispatch_table, **_registered}
 
 
 class ReusedPickler:
-    """One C pickler, used again and again: a fresh one costs three times as much.
+    """A C pickler that is used again: a fresh one costs three times as much.
 
-    It knows the reducers that multiprocessing had registered (ForkingPickler) when it
-    was made.  Not for two users at a time.
+    It has the reducers that were registered (ForkingPickler, copyreg) when it was
+    made.  Not for two users at a time.
 
     Attributes:
-        watched: tells whether it knows them no longer; None on the fallback.
-        chunks: what `dump` wrote, usually one piece; the caller takes it.
-        buffers: what travels out of band; the caller takes it.
+        watched: tells whether reducers were registered since; None on the fallback.
+        chunks: the pickle, usually one piece; the caller empties it.
+        buffers: the out-of-band buffers; the caller empties it.
     """
 
     __slots__ = ("buffers", "chunks", "clear_memo", "dump", "watched")
@@ -88,7 +88,7 @@ class ReusedPickler:
         buffers: list[memoryview] = []
 
         def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
-            # a closure and not a method: a cycle would keep what was pickled alive
+            # A closure, not a method: a cycle would keep the pickled object alive.
             try:
                 raw = buffer.raw()
             except BufferError:
@@ -112,35 +112,30 @@ class ReusedPickler:
         self.clear_memo: Callable[[], None] = pickler.clear_memo
 
 
-# Taken by one user at a time: a thread, or an object that encodes while it is being pickled.
+# One user takes one: a thread, or an object that encodes while it is being pickled.
 _spare_picklers: list[ReusedPickler] = []
 
 
 class PickleCodec:
     """Pickle protocol 5 with large buffers out of band; the default.
 
-    What is made of exact builtins alone is encoded by ``builtin_codec`` instead, which
-    carries the same in a fraction of the time.
+    Trees of exact builtins have a faster encoding of their own.
     """
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """Encode an object.
-
-        Returns:
-            the kind, and the tree, or the pickle followed by its out-of-band
-            buffers.
+        """Encode builtins as such, other objects as a pickle and its out-of-band buffers.
 
         Raises:
-            EncodeError: naming the type, and the attribute that failed.
+            EncodeError: it cannot be pickled; the text names the part that failed.
         """
-        if core is not None and (tree := core.encode_builtins(obj)) is not None:
-            return KIND_TREE, [tree]
+        if core is not None and (encoded := core.encode_builtins(obj)) is not None:
+            return KIND_BUILTINS, [encoded]
         pickler = _spare_picklers.pop() if _spare_picklers else ReusedPickler()
         if pickler.watched is None or pickler.watched.changed():
             pickler = ReusedPickler()
         try:
             pickler.dump(obj)
-        except Exception as error:  # this one is in an unknown state, and dropped
+        except Exception as error:  # the pickler is in an unknown state, and dropped
             raise encode_error(obj, error) from error
         chunks, buffers = pickler.chunks, pickler.buffers
         segments: list[Segment] = [chunks[0] if len(chunks) == 1 else b"".join(chunks), *buffers]
@@ -151,14 +146,10 @@ class PickleCodec:
         return KIND_PICKLE, segments
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
-        """Unpickle: this runs code of the sender's choosing.
-
-        Raises:
-            DecodeError: whatever went wrong, with the sizes.
-        """
+        """Unpickle, which runs code of the sender's choosing; DecodeError if it fails."""
         if kind == KIND_BYTES and not buffers:
             return head
-        if kind == KIND_TREE and not buffers and core is not None:
+        if kind == KIND_BUILTINS and not buffers and core is not None:
             return core.decode_builtins(bytes(head))
         if kind != KIND_PICKLE:
             raise DecodeError(
@@ -171,7 +162,7 @@ class PickleCodec:
 
 
 class BytesCodec:
-    """Bytes-like objects only; nothing is ever unpickled.  They arrive as bytes."""
+    """Bytes-like objects only, which arrive as bytes; nothing is ever unpickled."""
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
         """Check that `obj` is bytes-like and C-contiguous; EncodeError otherwise."""
@@ -201,7 +192,7 @@ class BytesCodec:
 
 
 class _ByName:
-    """A module on its way to another process: modules do not pickle, their names do."""
+    """A module, pickled by its name."""
 
     def __init__(self, module: ModuleType) -> None:
         self._name = module.__name__
@@ -211,7 +202,7 @@ class _ByName:
 
 
 def portable(codec: Any) -> Any:
-    """What travels in the place of a ``codec=`` argument; it arrives as that argument."""
+    """A ``codec=`` argument in a form that can be pickled; it arrives as the argument."""
     return _ByName(codec) if isinstance(codec, ModuleType) else codec
 
 
@@ -227,7 +218,7 @@ class UserCodec:
         return {"_codec": portable(self._codec)}
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
-        """What ``dumps`` returns; what it raises is wrapped in EncodeError."""
+        """Call ``dumps``; its exceptions become an EncodeError."""
         try:
             encoded = self._codec.dumps(obj)
         except Exception as error:
@@ -245,7 +236,7 @@ class UserCodec:
         return self.kind, [encoded]
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
-        """What ``loads`` returns; what it raises is wrapped in DecodeError."""
+        """Call ``loads``; its exceptions become a DecodeError."""
         if kind != self.kind or buffers:
             raise DecodeError(f"a message of {len(head)} bytes has kind {kind}, not {self.kind}")
         try:
@@ -255,7 +246,7 @@ class UserCodec:
 
 
 class MsgpackCodec(UserCodec):
-    """MessagePack by msgspec: no code is run on arrival, other languages can read it."""
+    """MessagePack by msgspec: runs no code on arrival, readable by other languages."""
 
     kind = KIND_MSGPACK
 
@@ -270,7 +261,7 @@ class MsgpackCodec(UserCodec):
 
 
 def find_codec(codec: Any) -> Any:
-    """The codec behind a ``codec=`` argument.
+    """The codec for a ``codec=`` argument.
 
     Args:
         codec: "pickle", "bytes", "msgpack", or an object or module with ``dumps``
@@ -278,7 +269,7 @@ def find_codec(codec: Any) -> Any:
 
     Raises:
         InvalidArgument: it is none of these.
-        ImportError: "msgpack" without the extra; the text names it.
+        ImportError: "msgpack" without its extra.
     """
     if codec == "pickle":
         return PickleCodec()
@@ -288,7 +279,7 @@ def find_codec(codec: Any) -> Any:
         return MsgpackCodec()
     ours = type(codec).__module__.split(".")[0] == "shmring"
     if isinstance(codec, Codec) and not ours:
-        return UserCodec(codec)  # whatever else it has: json's encoders have an encode as well
+        return UserCodec(codec)  # also with an encode, as json's encoders have
     if hasattr(codec, "encode") and hasattr(codec, "decode") and not isinstance(codec, str):
         return codec
     raise InvalidArgument(
@@ -297,20 +288,19 @@ def find_codec(codec: Any) -> Any:
 
 
 def encode_error(obj: Any, error: BaseException) -> EncodeError:
-    """Say which object could not be pickled and, if it can be found, which part."""
-    culprit = None
+    """The exception for an object that could not be pickled; names the part, if it is found."""
+    part = None
     with contextlib.suppress(Exception):  # the import fails where descriptors have run out
-        from shmring.queues.pickle_errors import (
-            culprit_of,  # not at the top: seldom needed, and it imports much
-        )
+        # Not at the top: seldom needed, and it imports much.
+        from shmring.queues.pickle_errors import unpicklable_part
 
-        culprit = culprit_of(obj, reducers())
-    where = f": {culprit} is the part that cannot travel" if culprit else ""
+        part = unpicklable_part(obj, reducers())
+    where = f": {part} is the part that cannot travel" if part else ""
     return EncodeError(f"{_a(obj)} cannot be put ({_text(error)}){where}")
 
 
 def decode_error(head: bytes, buffers: Sequence[Any], error: BaseException) -> DecodeError:
-    """Say how large the pickle was that could not be decoded, and of what; it is consumed."""
+    """The exception for a pickle that could not be decoded: its size, and its first type."""
     kind = None
     with contextlib.suppress(Exception):
         from shmring.queues.pickle_errors import first_type_in
@@ -331,7 +321,7 @@ def _undecodable(
 
 
 def _text(error: BaseException) -> str:
-    """What an error says; its class where it fails to say it."""
+    """The text of an error; its class where that raises."""
     try:
         return str(error)
     except Exception:

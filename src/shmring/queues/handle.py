@@ -1,8 +1,7 @@
-"""What Ring and Queue have in common beyond bytes: a file, a name, an end.
+"""Base of Ring and Queue: their block, its name, pickling, closing.
 
-:class:`SharedHandle` puts a compiled ring into a block of
-:mod:`shmring.shm.segment`, carries it to other processes (as a descriptor to a
-child that is being started, by name to everybody else), and closes it.
+A handle travels as a descriptor to a child that is being started, and by name to
+every other process.
 """
 
 from __future__ import annotations
@@ -13,20 +12,18 @@ import errno
 import multiprocessing.context
 import multiprocessing.reduction
 import multiprocessing.util
-import operator
 import os
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from shmring._core.handle import RingHandle
 from shmring._core.ring import LAYOUT
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
-from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.process.leaving import Exit, close_dropped, end_thread_at_exit
 from shmring.shm import segment
 
 if TYPE_CHECKING:
@@ -35,18 +32,15 @@ if TYPE_CHECKING:
 __all__ = ["SharedHandle"]
 
 _POLL_S = 0.002
-_CREATION_GRACE_S = 1.0  # what an attacher grants a creator that has begun
+_CREATION_GRACE_S = 1.0  # what an attacher waits for a creator that has begun
 
-# Here and below: past what a subclass may have called closed or name itself.
+# Not `handle.closed`: a subclass may have an attribute of that name, or `name`.
 _closed_of: Callable[[RingHandle], bool] = RingHandle.closed.__get__  # type: ignore[attr-defined]
 
 
 def rounded_capacity(name: str, value: object) -> int:
     """A capacity in bytes, rounded up to a power of two of at least a page."""
-    try:
-        capacity = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    capacity = checked_int(value, name)
     if not 0 < capacity <= LAYOUT["MAX_CAPACITY"]:
         raise InvalidArgument(
             f"{name}={capacity}: a capacity is a number of bytes from 1 to {LAYOUT['MAX_CAPACITY']}"
@@ -62,8 +56,7 @@ class SharedHandle(RingHandle):
     """A compiled ring in a block of shared memory; base of Ring and Queue.
 
     The sender of a pickled handle keeps its own open until the receiver has
-    unpickled it.  Else the receiver gets a closed handle, whose calls raise
-    RingNotFound.
+    unpickled it; otherwise the calls of the receiver's handle raise RingNotFound.
     """
 
     _user_kind = 0  # which class may attach
@@ -84,10 +77,10 @@ class SharedHandle(RingHandle):
         if buffer is not None:
             fd = segment.open_block(buffer)
         else:
-            fd = segment.create_anonymous(segment.HEADER_BYTES + capacity)
+            fd = segment.create_anonymous(LAYOUT["HEADER_BYTES"] + capacity)
         try:
             segment.allocate(fd, 0, LAYOUT["CLAIMS_OFFSET"])
-            segment.allocate(fd, segment.HEADER_BYTES, capacity)
+            segment.allocate(fd, LAYOUT["HEADER_BYTES"], capacity)
         except BaseException:
             os.close(fd)
             raise
@@ -111,7 +104,7 @@ class SharedHandle(RingHandle):
         self._enrol()
 
     def _join(self, name: str | None, timeout: float | None, buffer: object = None) -> None:
-        """Open the ring of that name, or in that block, when it is ready."""
+        """Open the ring of that name, or in that block, as soon as it is ready."""
         limit = float("inf") if timeout is None else checked_timeout(timeout)
         deadline = time.monotonic() + limit
         if buffer is not None:
@@ -139,7 +132,7 @@ class SharedHandle(RingHandle):
         self._enrol()
 
     def _enrol(self) -> None:
-        """Leave when the process ends: only then is a name given back."""
+        """Have the ring left when the process ends, so that its name is given back."""
         self._exit = Exit(self)
         _handles.add(self)
 
@@ -151,7 +144,7 @@ class SharedHandle(RingHandle):
 
     def _leave(self) -> None:
         if not self._ended:
-            # a view may live to the end: the name is then reclaimed by the next who wants it
+            # A view that still exists keeps the name, which its next creator reclaims.
             with contextlib.suppress(BufferError, OSError):
                 self.close()
 
@@ -171,7 +164,7 @@ class SharedHandle(RingHandle):
         named = self._identity()[0]
         name = self._own_name()
         if not named:
-            self._set_named(True)  # before: so that whoever is last looks for it
+            self._set_named(True)  # first, so that the last process to leave looks for it
             try:
                 segment.link(RingHandle._fileno(self), name)
             except BaseException:
@@ -194,14 +187,14 @@ class SharedHandle(RingHandle):
     # ---- to other processes --------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        """What a copy of this handle needs to know beside the ring."""
+        """The state of a copy of this handle, beside the ring."""
         return {}
 
     def _restore(self, state: dict[str, Any]) -> None:
         pass
 
     def __getstate__(self) -> Any:
-        # A child that is being started gets the descriptor; everybody else a name.
+        # A child that is being started gets the descriptor, every other process a name.
         carried: Any
         if multiprocessing.context.get_spawning_popen() is not None:
             carried = multiprocessing.reduction.DupFd(RingHandle._fileno(self))
@@ -227,7 +220,7 @@ class SharedHandle(RingHandle):
             self._enrol()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In these two steps, so that a subclass may extend what travels.
+        # In two steps, so that a subclass may extend the state.
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
     # ---- ended -----------------------------------------------------------------------------
@@ -237,14 +230,13 @@ class SharedHandle(RingHandle):
         return _closed_of(self)
 
     def statistics(self) -> RingStatistics:
-        """What stands in the header now; works from every process."""
+        """A snapshot of the header: counts, waiters, holders, deaths."""
+        # Not at the top: dataclasses cost 10 ms.
         from shmring._core.handle import counters
         from shmring.diagnostics import snapshot
-        from shmring.queues.statistics import (
-            RingStatistics,  # not at the top: dataclasses cost 10 ms
-        )
+        from shmring.queues.statistics import RingStatistics
 
-        facts = counters(self)  # first: to look who holds something recovers what the dead held
+        facts = counters(self)  # first: holders() recovers what the dead held
         return RingStatistics(
             **facts,
             waiters=snapshot.waiters(self),
@@ -266,10 +258,10 @@ class SharedHandle(RingHandle):
         self._close()
 
     def _left(self, named: bool, token: int, given: bytes, identity: tuple[int, int]) -> None:
-        # Where a call could not leave before close() returned, this runs when it does.
+        # Called when the last call has left, which may be after close() has returned.
         leaving = getattr(self, "_exit", None)
         if leaving is None:
-            return  # never opened to the end
+            return  # opening it failed
         leaving.cancel()
         if named:
             segment.release(_name_of(token, given), identity)
@@ -287,11 +279,7 @@ class SharedHandle(RingHandle):
         leaving = getattr(self, "_exit", None)
         if leaving is None or leaving.pid != os.getpid():
             return
-        dropped = repr(self)
-        self._leave()  # first: where warnings are errors the next line raises
-        warnings.warn(
-            f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=2, source=self
-        )
+        close_dropped(self, self._leave)
 
     def __repr__(self) -> str:
         if self._ended:
@@ -301,7 +289,7 @@ class SharedHandle(RingHandle):
         return f"<{type(self).__module__}.{type(self).__name__} {label}>"
 
 
-# All handles of this process: a forked child adopts them before it runs anything else.
+# A forked child adopts all handles before it runs anything else.
 _handles: weakref.WeakSet[SharedHandle] = weakref.WeakSet()
 
 

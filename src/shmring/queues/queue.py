@@ -1,15 +1,12 @@
 """Queue, JoinableQueue and SimpleQueue: drop-ins for multiprocessing's.
 
-The names, arguments and exceptions are those of the standard library, and
-``isinstance`` holds: Queue and JoinableQueue are subclasses of
-``multiprocessing.queues.Queue``, JoinableQueue and SimpleQueue of their
-namesakes.  Only the type is inherited: no method or private name of theirs is
-used, and the private ones are not there (``_reader``, ``_writer``).
+Names, arguments and exceptions are those of the standard library, and each is a
+subclass of its namesake, so that ``isinstance`` holds.  No method or private
+name of the base is used, and the private ones do not exist (``_reader``,
+``_writer``).  A subclass sends its own attributes along as with the standard
+library, by ``__getstate__`` and ``__setstate__``.
 
-A subclass with attributes of its own sends them along as with the standard
-library: through ``__getstate__`` and ``__setstate__``.
-
-What differs on purpose: an object that cannot be pickled raises in ``put``;
+Deliberate differences: an object that cannot be pickled raises in ``put``;
 ``qsize``, ``empty`` and ``full`` are true at an instant during the call;
 ``close`` affects this handle only; there is no feeder thread, so a process can
 always exit.
@@ -19,13 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing.queues
-import operator
 import pickle
 from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeVar
 
 from shmring._core.handle import RingHandle
-from shmring.errors import InvalidArgument, RingClosed
+from shmring._core.ring import LAYOUT
+from shmring.arguments import checked_maxsize
+from shmring.errors import RingClosed
 from shmring.queues.aio import AwaitableRing
 from shmring.queues.codec import (
     BytesCodec,
@@ -47,17 +45,12 @@ _FIRST_CAPACITY = 1 << 16  # small: two hundred idle queues fit into a container
 
 
 class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
-    """What the three have in common."""
+    """Common part of the three."""
 
     _user_kind = 2
 
     def _lay(self, maxsize: int, codec: Any, max_capacity: int | None, name: str | None) -> None:
-        try:
-            bound = max(0, operator.index(maxsize))
-        except TypeError:
-            raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}") from None
-        if bound >= 1 << 63:
-            raise InvalidArgument(f"maxsize={maxsize}: more messages than memory can ever hold")
+        bound = checked_maxsize(maxsize)
         if max_capacity is None:
             limit = max(segment.default_max_capacity(), _FIRST_CAPACITY)
         else:
@@ -77,7 +70,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
         Raises:
             RingNotFound: nothing of that name became ready in time.
             LayoutMismatch: it is not a queue, or of another version.
-            AccessRefused: it is somebody else's, or of another PID namespace.
+            AccessRefused: it is another user's, or of another PID namespace.
         """
         queue = cls.__new__(cls)
         queue._choose(codec)
@@ -108,7 +101,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
     def _restore(self, state: dict[str, Any]) -> None:
         self._choose(state["codec"])
 
-    # ---- asked -----------------------------------------------------------------------------
+    # ---- queries ---------------------------------------------------------------------------
 
     def qsize(self) -> int:
         """Objects in the queue, true at an instant during the call."""
@@ -123,7 +116,7 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
         bound = self._max_messages()
         return bool(bound) and self._qsize() >= bound
 
-    # ---- ended -----------------------------------------------------------------------------
+    # ---- shutdown --------------------------------------------------------------------------
 
     def shutdown(self, immediate: bool = False) -> None:
         """Refuse further puts in every process; gets when empty, or at once.
@@ -138,16 +131,17 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
     # ---- claims, for the coordinator ----------------------------------------------------------
 
     def _claim_open(self, key: int = 0) -> int:
-        # the page is backed only when the first worker asks for it
-        segment.allocate(RingHandle._fileno(self), 4096, 4096)
+        # This page gets memory only when the first worker needs it.
+        at = LAYOUT["CLAIMS_OFFSET"]
+        segment.allocate(RingHandle._fileno(self), at, LAYOUT["HEADER_BYTES"] - at)
         return super()._claim_open(key)
 
 
 class _Shadowable:
     """A property that gives way to an attribute of the same name, set on a queue.
 
-    Programs subclass queues and keep a ``name`` or a ``capacity`` in them, of
-    which the standard library's queues know nothing.
+    A plain property would make ``self.name = ...`` raise in subclasses that ran
+    on the standard library's queues, which have no such names.
     """
 
     def __init__(self, shown: Any) -> None:
@@ -167,14 +161,13 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
 
     Args:
         maxsize: how many objects it holds at most; 0 or less for no limit.
-        ctx: accepted for the sake of the standard library's signature; a queue
-            works under every start method at once.
+        ctx: not used: a queue works under every start method.
         codec: "pickle", "bytes" (nothing is ever unpickled), "msgpack" (extra),
             or an object or module with ``dumps`` and ``loads``.
         max_capacity: bytes to which it may grow; None is half of what /dev/shm,
             memory and cgroup allow.
-        name: a file in /dev/shm by which others attach; None makes an anonymous
-            queue that leaves nothing behind.
+        name: a file in /dev/shm, by which other processes attach; None makes an
+            anonymous queue that leaves nothing behind.
 
     Raises:
         RingExists: the name is in use.
@@ -198,15 +191,15 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
     def empty(self) -> bool:
         """Whether there was nothing in the queue at an instant during the call.
 
-        As in the standard library, a handle that was closed before anything was
-        put can still be asked.
+        As in the standard library, it can be called on a handle that was closed
+        before anything was put.
         """
         return (self._ended and self._closed_unused) or super().empty()
 
     def close(self) -> None:
         """Leave the queue: this handle only, others go on.  Twice is allowed.
 
-        What was put stays for them.  The last process to leave a named queue
+        Objects that were put stay.  The last process to leave a named queue
         removes its name.  Threads that wait in this handle get RingClosed.
         """
         if not self._ended:
@@ -215,17 +208,17 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
         super().close()
 
     def join_thread(self) -> None:
-        """Nothing to do: what was put is in the queue already."""
+        """Do nothing: objects that were put are in the queue already."""
 
     def cancel_join_thread(self) -> None:
-        """Nothing to do: a process never waits for its messages to be read."""
+        """Do nothing: a process never waits for its messages to be read."""
 
 
 class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ignore[type-arg]
-    """A Queue that counts which objects were worked off."""
+    """A Queue that counts the objects that were taken and not yet processed."""
 
     def task_done(self) -> None:
-        """An object that was taken is worked off.
+        """Report that an object that was taken has been processed.
 
         Raises:
             ValueError: called more often than there were objects.
@@ -236,13 +229,13 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
     def join(  # type: ignore[override]
         self, timeout: float | None = None, *, peers: Iterable[Any] | None = None
     ) -> bool:
-        """Wait until every object was worked off.
+        """Wait until every object was processed.
 
         Args:
-            timeout: seconds to wait, None for ever.
+            timeout: seconds to wait; None for ever.
             peers: processes (anything with a pid, or pids) without which waiting
-                is in vain.  Without it, a consumer that dies before ``task_done``
-                is waited for, as in the standard library.
+                is in vain.  Without them, join waits for a consumer that died before
+                ``task_done``, as in the standard library.
 
         Returns:
             False if time ran out.
@@ -254,10 +247,10 @@ class JoinableQueue(Queue[T], multiprocessing.queues.JoinableQueue):  # type: ig
 
 
 class SimpleQueue(_ObjectQueue[T], multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]
-    """The small interface: empty, get, put and close; the rest is extra.
+    """A queue of which the standard library has only empty, get, put and close.
 
     Args:
-        ctx: accepted for the sake of the standard library's signature.
+        ctx: not used.
         codec: as for :class:`Queue`.
     """
 

@@ -1,14 +1,14 @@
-"""Ring: messages of bytes in shared memory, the layer under Queue."""
+"""Ring: messages of bytes in shared memory."""
 
 from __future__ import annotations
 
 from typing import Any, Self
 
 from shmring._core.bytes_ring import BytesRing
+from shmring._core.ring import LAYOUT
 from shmring.errors import InvalidArgument
 from shmring.queues.handle import SharedHandle, rounded_capacity
 from shmring.queues.statistics import RingStatistics
-from shmring.shm import segment
 
 __all__ = ["Ring", "RingStatistics"]
 
@@ -16,10 +16,10 @@ __all__ = ["Ring", "RingStatistics"]
 class Ring(SharedHandle, BytesRing):
     """A ring of length-prefixed messages in one block of shared memory.
 
-    Any number of producers and consumers, processes and threads alike; first
-    in, first out for each producer; each message goes to exactly one consumer.
-    A process that is killed at any instruction leaves each message either
-    wholly there or not at all, and the others go on.
+    For any number of producers and consumers, processes and threads; first in,
+    first out for each producer; each message goes to exactly one consumer.  A
+    process that is killed at any instruction leaves each message either wholly
+    there or not at all, and the others go on.
 
     Use it where messages are bytes already; :class:`shmring.Queue` carries
     objects.  Make one with :meth:`create` or :meth:`attach`.
@@ -41,13 +41,12 @@ class Ring(SharedHandle, BytesRing):
         Args:
             capacity: bytes for messages, each of which takes 32 more than its
                 length; rounded up to a power of two of at least a page.
-            max_capacity: bytes to which it may grow; None is `capacity`: it
-                never grows.
+            max_capacity: bytes to which it may grow; None: it never grows.
             name: a file in /dev/shm, by which other processes attach; None
                 makes an anonymous ring that leaves nothing behind.
-            buffer: a SharedMemory block to lay the ring into, instead of a
-                block of its own.  The capacity is then the largest power of two
-                that fits behind a header of 8192 bytes; `capacity` is not used.
+            buffer: a SharedMemory block to lay the ring into.  The capacity is
+                then the largest power of two that fits behind a header of 8192
+                bytes; `capacity` is not used.
 
         Raises:
             InvalidArgument: an impossible capacity or name.
@@ -82,7 +81,7 @@ class Ring(SharedHandle, BytesRing):
         Raises:
             RingNotFound: nothing of that name became ready in time.
             LayoutMismatch: it is not a ring, or of another version.
-            AccessRefused: it is somebody else's, or of another PID namespace.
+            AccessRefused: it is another user's, or of another PID namespace.
         """
         ring = cls.__new__(cls)
         ring._join(name, timeout, buffer)
@@ -94,8 +93,7 @@ class Ring(SharedHandle, BytesRing):
     def qsize(self) -> int:
         """Messages in the ring, true at an instant during the call.
 
-        A reservation counts from its beginning; an aborted one until a consumer
-        has passed it.
+        A reservation counts too; an aborted one until a consumer has passed it.
         """
         return self._qsize()
 
@@ -108,9 +106,8 @@ def _capacity_in(block: Any) -> int:
     size = getattr(block, "size", None)
     if not isinstance(size, int):
         raise TypeError(f"buffer must be a SharedMemory block, not {type(block).__name__}")
-    room = size - segment.HEADER_BYTES
-    if room < 4096:
-        raise InvalidArgument(
-            f"the block has {size} bytes; a ring needs at least {segment.HEADER_BYTES + 4096}"
-        )
+    room = size - LAYOUT["HEADER_BYTES"]
+    if room < LAYOUT["MIN_CAPACITY"]:
+        least = LAYOUT["HEADER_BYTES"] + LAYOUT["MIN_CAPACITY"]
+        raise InvalidArgument(f"the block has {size} bytes; a ring needs at least {least}")
     return 1 << (room.bit_length() - 1)

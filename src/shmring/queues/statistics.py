@@ -1,4 +1,4 @@
-"""What ``statistics()`` of a ring or a queue, and ``get_stats()``, return."""
+"""Results of ``statistics()`` and ``get_stats()``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ __all__ = ["IPCStatistics", "RingStatistics"]
 
 @dataclass(frozen=True, slots=True)
 class RingStatistics:
-    """What stands in a ring's header: a snapshot, readable by every process.
+    """A snapshot of a ring's header, the same for every process.
 
     Attributes:
-        capacity, max_capacity: bytes, of the area producers write to and of all.
-        used_bytes: frames that were put and not yet taken, headers included.
-        messages: in the ring now; reservations count from their beginning.  After an
-            immediate shutdown both are 0: nobody takes what is left.
+        capacity, max_capacity: bytes of the area that producers write to; of all areas.
+        used_bytes: of frames that were put and not yet taken, headers included.
+        messages: in the ring now, reservations included.  After an immediate
+            shutdown this and `used_bytes` are 0: what is left is never taken.
         messages_put, messages_taken, bytes_put: since the ring was made.
         growths: how often the ring grew or shrank.
-        recoveries: lock owners that were found dead.
-        consumers_waiting, producers_waiting: somebody sleeps (or did last).
-        shut_down, poisoned: no more puts; no more anything.
-        waiters: who waits for what since when, see :func:`shmring.diagnostics.snapshot.waiters`.
-        holders: who holds a lock, the reservation in front, or the message in
-            front by a peek, see :func:`shmring.diagnostics.snapshot.holders`.
-        deaths: who died last holding what, see :func:`shmring.diagnostics.snapshot.deaths`.
+        recoveries: how many lock owners were found dead.
+        consumers_waiting, producers_waiting: whether one sleeps, or did last.
+        shut_down: puts are refused.
+        poisoned: every call is refused.
+        waiters: see :func:`shmring.diagnostics.snapshot.waiters`.
+        holders: see :func:`shmring.diagnostics.snapshot.holders`.
+        deaths: see :func:`shmring.diagnostics.snapshot.deaths`.
     """
 
     capacity: int
@@ -47,7 +47,7 @@ class RingStatistics:
 
 
 class IPCStatistics(TypedDict):
-    """What :meth:`HighPerformanceIPC.get_stats` returns."""
+    """The result of :meth:`HighPerformanceIPC.get_stats`."""
 
     messages_sent: int
     messages_received: int

@@ -1,9 +1,9 @@
-"""``wait``: on queues, processes, connections and sockets at once.
+"""``wait`` on queues, processes, connections and sockets at once.
 
 On queues alone the caller sleeps in the kernel on all of them
-(``futex_waitv``; where there is none, in slices of 2 ms).  Beside files it does
-so too, and looks at the files in slices that grow to 8 ms; who waits longer
-than that gets a thread that sleeps on the files and rings, until `wait` returns.
+(``futex_waitv``; where there is none, in slices of 2 ms).  Beside files it looks
+at the files in slices that grow to 8 ms; after that, a thread sleeps on the files
+and rings a bell, until `wait` returns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from shmring._core.handle import RingHandle
 from shmring._core.wait import Bell, wait_rings
-from shmring.deadline import checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import InvalidArgument
 from shmring.process.threads import are_greenlets
 
@@ -31,18 +31,18 @@ _LONGEST_PAUSE = 0.008
 def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """Wait until at least one of several objects is ready.
 
-    Like ``multiprocessing.connection.wait``, which see, with queues and rings:
-    one is ready when a ``get`` would return at once, because a message can be
-    taken or because it was shut down.  Another consumer may be faster: take
-    with ``get_nowait``.
+    As ``multiprocessing.connection.wait``, and on queues and rings too: one is
+    ready when a ``get`` would return at once, because a message can be taken or
+    because it was shut down.  Another consumer may be faster: take with
+    ``get_nowait``.
 
     Args:
         object_list: queues, rings, processes (ready when ended), connections,
-            sockets, sentinels: whatever has ``fileno()`` or is a descriptor.
-        timeout: seconds; None for ever, 0 or less to look only.
+            sockets, sentinels: anything with ``fileno()``, or a descriptor.
+        timeout: seconds to wait; None for ever.
 
     Returns:
-        Those that are ready, in the order given; empty when time ran out.
+        The objects that are ready, in the order given; empty when time ran out.
 
     Raises:
         RingClosed: a queue is closed, or is being closed by another thread.
@@ -102,7 +102,7 @@ def _wait_mixed(
             ready = wait_rings(rings, None if limit == float("inf") else limit, bell)
             if ready:
                 return ready, {fd for fd, _ in poller.poll(0)}
-            if watcher is not None:  # it rang; if for nothing, we start anew
+            if watcher is not None:  # it rang; if no file is ready, start anew
                 watcher.stop()
                 watcher, pause = None, _FIRST_PAUSE
             elif pause >= _LONGEST_PAUSE:
@@ -122,11 +122,11 @@ def _poller(fds: Iterable[int]) -> select.poll:
 
 
 class _FileWatcher:
-    """A thread that sleeps until one of the files is ready, and rings then."""
+    """A thread that sleeps until one of the files is ready, and then rings the bell."""
 
     @classmethod
     def start(cls, fds: set[int], bell: Bell) -> _FileWatcher | None:
-        """None where there are no threads or descriptors to be had: slices serve as well."""
+        """Start one; None where no thread or descriptor is to be had, and slices must do."""
         if are_greenlets():
             return None
         try:

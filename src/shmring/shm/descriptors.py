@@ -1,4 +1,4 @@
-"""File descriptors that are kept for long, and file locks."""
+"""Long-lived file descriptors, and file locks with a deadline."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ __all__ = ["close_own", "identity_of", "wait_for_lock"]
 
 
 def identity_of(fd: int) -> tuple[int, int]:
-    """What tells the file behind a descriptor from others: (st_dev, st_ino)."""
+    """The file behind a descriptor: (st_dev, st_ino)."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
 
 def close_own(fd: int, identity: tuple[int, int]) -> None:
-    """Close a descriptor, unless its number belongs to another file by now.
+    """Close a descriptor, unless its number belongs to another file than `identity` by now.
 
     A program may have closed it behind the handle: daemons close everything.
-
-    Args:
-        fd: the descriptor.
-        identity: of the file that it was opened for.
     """
     with contextlib.suppress(OSError):
         if identity_of(fd) == identity:
@@ -33,16 +29,10 @@ def close_own(fd: int, identity: tuple[int, int]) -> None:
 
 
 def wait_for_lock(try_lock: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    """Try for a file lock until it is there: a blocking one could not be given up.
-
-    Args:
-        try_lock: tries once, without waiting, and says whether it was granted.
-        what: the name of what is locked, for the error.
-        timeout: in seconds.
+    """Call `try_lock` until it grants the lock of `what`; a blocking lock has no deadline.
 
     Raises:
-        ShmringError: the holder, which is alive or the kernel would have
-            released its lock, did not let go in time.
+        ShmringError: its holder, which is alive, kept it for `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     pause = 0.0002

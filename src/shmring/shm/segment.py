@@ -1,14 +1,12 @@
-"""A block of shared memory: anonymous, named, or the user's own; who may open
-it; when it goes.
+"""Blocks of shared memory: anonymous, named, or the user's own; access and removal.
 
-Anonymous blocks have no name in the file system (``O_TMPFILE``), so nothing
-is left behind when every process is killed.  A named block is a file in
-/dev/shm.  Every process that maps one holds ``flock(LOCK_SH)`` on its open
-file description, which the kernel drops when the last descriptor *and* the
-last mapping of that description are gone.  So an exclusive lock that is
-granted proves that nobody is left, whoever was killed: that one test serves
-the last one out, the reclaiming of a crashed run's name, and
-:func:`cleanup_stale`.
+An anonymous block has no name in the file system (``O_TMPFILE``), so nothing is
+left when every process is killed.  A named block is a file in /dev/shm.  Every
+process that maps one holds ``flock(LOCK_SH)`` on its open file description,
+which the kernel drops with the last descriptor *and* the last mapping of that
+description.  So an exclusive lock that is granted proves that no process is
+left.  The last one out, the reclaiming of a crashed run's name, and
+:func:`cleanup_stale` all use this test.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ import struct
 import time
 
 from shmring._core.ring import LAYOUT
+from shmring.arguments import checked_name
 from shmring.errors import (
     AccessRefused,
-    InvalidArgument,
     RingExists,
     RingNotFound,
     SharedMemoryFull,
@@ -33,9 +31,6 @@ from shmring.errors import (
 
 __all__ = [
     "DIRECTORY",
-    "HEADER_BYTES",
-    "LAYOUT_VERSION",
-    "MAGIC",
     "MEMORY_MAGIC",
     "allocate",
     "check_name",
@@ -57,21 +52,18 @@ __all__ = [
 ]
 
 DIRECTORY = "/dev/shm"
-MAGIC = LAYOUT["MAGIC"]
-MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the board
-LAYOUT_VERSION = LAYOUT["VERSION"]
-HEADER_BYTES = LAYOUT["HEADER_BYTES"]
+MEMORY_MAGIC = 0x4D454D204D485300  # plain memory: SharedMemoryManager and the registry
 
 _NAMESPACE_OFFSET = 56  # in plain memory; a ring has a place of its own
 
-# /dev/shm is missing, is no tmpfs, is read-only, or is closed to this process.
+# /dev/shm is missing, no tmpfs, read-only, or closed to this process.
 _NO_PLACE = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EISDIR),
         *(errno.EROFS, errno.EACCES, errno.EPERM),
     }
 )
-_RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about who may open what
+_RUN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not about access
 
 _POLL_S = 0.002
 _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
@@ -79,19 +71,7 @@ _CLEANER_S = 1.0  # another process may hold the exclusive lock this long
 
 def check_name(name: str) -> str:
     """Return `name`, or raise InvalidArgument if no file in /dev/shm can bear it."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, not {type(name).__name__}")
-    if not name or name in (".", ".."):
-        raise InvalidArgument(f"name={name!r}: give at least one character other than dots")
-    if "/" in name or "\0" in name:
-        raise InvalidArgument(
-            f"name={name!r}: a name has no slash and no NUL; it is a file in {DIRECTORY}"
-        )
-    if len(os.fsencode(name)) > 255:
-        raise InvalidArgument(
-            f"name of {len(os.fsencode(name))} bytes ({name[:20]!r}…): at most 255 are allowed"
-        )
-    return name
+    return checked_name(name, 255)
 
 
 def pid_namespace() -> int:
@@ -103,10 +83,10 @@ def pid_namespace() -> int:
 
 
 def default_max_capacity() -> int:
-    """Bytes to which an unbounded queue may grow: half of what there is.
+    """Bytes to which an unbounded queue may grow.
 
-    A memory cgroup kills instead of failing, so the bound has to be ours: half
-    of the smallest of /dev/shm, physical memory and the cgroup's limit.
+    Half of the smallest of /dev/shm, physical memory and the cgroup's limit: a
+    memory cgroup kills where an allocation should fail.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
@@ -121,8 +101,8 @@ def default_max_capacity() -> int:
 def create_anonymous(size: int) -> int:
     """Make a block of `size` bytes without a name; return its descriptor.
 
-    Nothing is allocated yet, see :func:`allocate`.  Where /dev/shm does not
-    exist, or takes no files, the block is a memfd, which cannot be named later.
+    No memory is allocated yet, see :func:`allocate`.  Where /dev/shm is missing or
+    takes no files, the block is a memfd, which cannot be named later.
     """
     try:
         fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -191,7 +171,7 @@ def _path(name: str) -> str:
 
 
 def _is(fd: int, path: str) -> bool:
-    """Does `path` (still) name the file behind `fd`?"""
+    """Whether `path` names the file behind `fd`."""
     try:
         named = os.lstat(path)
     except OSError:
@@ -211,22 +191,20 @@ def _lock(fd: int, kind: int) -> bool:
 
 
 def link(fd: int, name: str) -> None:
-    """Give an anonymous, complete block a name.
-
-    A name left behind by a crashed run is reclaimed first.
+    """Give an anonymous, complete block a name; one left by a crashed run is reclaimed.
 
     Raises:
-        RingExists: the name is taken.
+        RingExists: the name is in use.
         AccessRefused: no name can be given here: the block is a memfd, /dev/shm
             takes no files, or /proc is missing.
         RingNotFound: the block was unlinked.
     """
     path = _path(check_name(name))
     _lock(fd, fcntl.LOCK_SH)
-    for _ in range(10):  # each round somebody else was faster in between
+    for _ in range(10):  # another process may be faster each time
         try:
-            # src_dir_fd does nothing for an absolute path, but makes Python call linkat(),
-            # which follows the link in /proc where link() does not
+            # With src_dir_fd Python calls linkat(), which follows the link in /proc; link() does
+            # not. The path is absolute, so the descriptor itself is not used.
             os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
             return
         except FileExistsError:
@@ -256,7 +234,7 @@ def link(fd: int, name: str) -> None:
 
 
 def _why_nameless(fd: int, error: OSError) -> str | None:
-    """Why no block can be named here; None if it is for another reason that `error` came."""
+    """Why no block can be named here; None if `error` has another reason."""
     if error.errno == errno.EXDEV:
         return f"the block is outside {DIRECTORY} (a memfd)"
     if not os.path.isdir(DIRECTORY):
@@ -267,10 +245,9 @@ def _why_nameless(fd: int, error: OSError) -> str | None:
 
 
 def create_named(name: str, size: int, header: bytes = b"") -> int:
-    """Make a named block of plain memory, of `size` allocated bytes, that begins with `header`.
+    """Make a named block of `size` bytes that begins with `header`; return its descriptor.
 
-    The name appears when the block is complete.  Returns the descriptor; give
-    it back with :func:`release`.
+    The name appears when the block is complete; see :func:`release`.
     """
     check_name(name)
     fd = create_anonymous(size)
@@ -286,7 +263,7 @@ def create_named(name: str, size: int, header: bytes = b"") -> int:
 
 
 def open_named(name: str, timeout: float = 0.0) -> int:
-    """Open an existing named block, waiting up to `timeout` seconds for it.
+    """Open a named block, waiting up to `timeout` seconds for it; return its descriptor.
 
     Raises:
         RingNotFound: there is none.
@@ -319,7 +296,7 @@ def open_named(name: str, timeout: float = 0.0) -> int:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # removed while we opened it: look again
+            os.close(fd)  # it was removed meanwhile
         time.sleep(_POLL_S)
 
 
@@ -330,10 +307,10 @@ def _not_opened(error: OSError, path: str) -> OSError:
 
 
 def open_memory(name: str) -> int:
-    """Open what :func:`create_named` made.
+    """Open a block of :func:`create_named`, as :func:`open_named`.
 
-    Raises: as :func:`open_named`; AccessRefused also where it was made in another
-        PID namespace, since locks and slots name their owners by pid.
+    Refused where it was made in another PID namespace: its locks and slots name
+    their owners by pid.
     """
     fd = open_named(name)
     try:
@@ -345,7 +322,7 @@ def open_memory(name: str) -> int:
 
 
 def check_namespace(fd: int, path: str) -> None:
-    """Raise AccessRefused if plain memory was made in another PID namespace."""
+    """Raise AccessRefused if a block of plain memory was made in another PID namespace."""
     start = os.pread(fd, _NAMESPACE_OFFSET + 8, 0).ljust(_NAMESPACE_OFFSET + 8, b"\0")
     (magic,), (namespace,) = struct.unpack("<Q", start[:8]), struct.unpack("<Q", start[-8:])
     if magic == MEMORY_MAGIC and namespace != pid_namespace():
@@ -357,7 +334,7 @@ def check_namespace(fd: int, path: str) -> None:
 
 
 def open_block(block: object) -> int:
-    """Open the file behind a user's multiprocessing.shared_memory.SharedMemory."""
+    """Open the file behind a user's multiprocessing.shared_memory.SharedMemory block."""
     name = getattr(block, "name", None)
     size = getattr(block, "size", None)
     if not isinstance(name, str) or not isinstance(size, int):
@@ -391,15 +368,15 @@ def _check_access(fd: int, path: str) -> None:
 
 
 def reclaim(name: str) -> bool:
-    """Remove a block of ours that nobody has open; True if the name is free now."""
+    """Remove a block of ours that no process has open; True if the name is free now."""
     return _remove_if_stale(name) or not os.path.lexists(_path(name))
 
 
 def _remove_if_stale(name: str) -> bool:
-    """Remove a block of ours that nobody has open; True if it was this call that did.
+    """Remove a block of ours that no process has open; True if this call removed it.
 
-    Only regular files of this user that begin with one of our magic numbers
-    are removed, and only when the exclusive lock proves that nobody is left.
+    Only regular files of this user that begin with one of our magic numbers are
+    removed, and only under the exclusive lock.
     """
     path = _path(name)
     try:
@@ -409,9 +386,9 @@ def _remove_if_stale(name: str) -> bool:
     try:
         _check_access(fd, path)
         (magic,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
-        if magic not in (MAGIC, MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
+        if magic not in (LAYOUT["MAGIC"], MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
             return False
-        if not _is(fd, path):  # another was faster, and the name may be somebody's again
+        if not _is(fd, path):  # another cleaner was faster, and the name may be in use again
             return False
         os.unlink(path)
     except (AccessRefused, FileNotFoundError):
@@ -422,26 +399,22 @@ def _remove_if_stale(name: str) -> bool:
 
 
 def is_named(fd: int, name: str) -> bool:
-    """Whether who asks for the name now gets the block behind `fd`."""
+    """Whether a process that opens the name now gets the block behind `fd`."""
     return _is(fd, _path(name))
 
 
-# What this process left while others had it open: {name: identity}.
+# Blocks that this process left while others had them open: {name: identity}.
 _left: dict[str, tuple[int, int]] = {}
-_left_by = 0  # the process to which that applies
+_left_by = 0  # the process that left them
 _MOST_LEFT = 100
 
 
 def release(name: str, identity: tuple[int, int]) -> None:
-    """After unmapping and closing: the last one out removes the name.
+    """After unmapping and closing: remove the name, if no other process has the block open.
 
-    Where others have it open it is tried again when this process ends: they may
-    be its daemons, which are terminated then, and do not leave by themselves.
-
-    Args:
-        name: the name of the block.
-        identity: its (st_dev, st_ino), so that a newer block of the same name
-            is left alone.
+    If one has, this is tried again when this process ends: it may be a daemon of
+    this process, which is terminated then and does not leave by itself.  A newer
+    block of that name, with another (st_dev, st_ino), is left alone.
     """
     global _left_by
     try:
@@ -453,7 +426,7 @@ def release(name: str, identity: tuple[int, int]) -> None:
     if _left_by != os.getpid():
         _left_by = os.getpid()
         _left.clear()
-        # a priority below 0: after the daemons
+        # A priority below 0: after the daemons.
         multiprocessing.util.Finalize(None, _release_again, exitpriority=-100)
     if len(_left) >= _MOST_LEFT:
         del _left[next(iter(_left))]
@@ -467,7 +440,7 @@ def _release_again() -> None:
 
 
 def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
-    """Remove the name at once; those who have the block open go on.
+    """Remove the name at once; processes that have the block open go on.
 
     Raises:
         RingNotFound: it does not exist, or names another block than `identity`.
@@ -483,20 +456,21 @@ def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
 
 
 def cleanup_stale() -> list[str]:
-    """Remove the named blocks of ours that no living process has open.
+    """Remove the named blocks of shmring that no living process has open.
 
-    Returns the names that were removed here: what another cleaner, or the last
-    one out, removes meanwhile is not among them.  Live blocks, other programs'
-    files and other users' files are left alone.
+    Live blocks, and files of other programs and users, are left alone.
+
+    Returns:
+        The names that this call removed; another process may remove some meanwhile.
 
     Raises:
-        AccessRefused: /dev/shm may not be looked into.
+        AccessRefused: /dev/shm cannot be read.
     """
     return [name for name in names() if _remove_if_stale(name)]
 
 
 def names() -> list[str]:
-    """What stands in /dev/shm, sorted; nothing where there is no such place."""
+    """The names of the files in /dev/shm, sorted; none where there is no such folder."""
     try:
         with os.scandir(DIRECTORY) as entries:
             return sorted(each.name for each in entries if each.is_file(follow_symlinks=False))

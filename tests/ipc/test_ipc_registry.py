@@ -1,4 +1,4 @@
-"""HighPerformanceIPC among others: who lives, who is dead, who takes a slot and gives it back."""
+"""HighPerformanceIPC and the registry: living and dead processes, slots taken and given back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.both_backends
 # -- the dead stay dead -----------------------------------------------------------------------
 
 
-def stand_on_board(namespace: str, process_id: str) -> None:
+def stand_in_registry(namespace: str, process_id: str) -> None:
     with HighPerformanceIPC(process_id, namespace=namespace) as ipc:
         ipc.connect_message_queue("quiet", timeout=60)
 
@@ -41,25 +41,25 @@ def slots_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_dead_stay_dead_when_another_has_their_slot(
     ipc: HighPerformanceIPC, namespace: str, seen_dead: bool
 ) -> None:
-    with run_in_process(stand_on_board, namespace, "a") as process:
-        wait_for(lambda: ipc.check_alive_processes(60) == ["a"], what="it on the board")
-        (slot,) = [each.index for each in ipc.board_entries() if each.process_id == "a"]
+    with run_in_process(stand_in_registry, namespace, "a") as process:
+        wait_for(lambda: ipc.check_alive_processes(60) == ["a"], what="it in the registry")
+        (slot,) = [each.index for each in ipc.registry_entries() if each.process_id == "a"]
     assert process.exitcode == -9
     if seen_dead:
         assert ipc.check_alive_processes(60) == []
     with HighPerformanceIPC("b", namespace=namespace) as heir:
-        assert heir.join_board(registry.Role.PEER).index == slot
+        assert heir.register(registry.ProcessRole.PEER).index == slot
         assert ipc.check_alive_processes(60) == ["b"]
         assert ipc.check_alive_processes(60) == ["b"]
         assert ipc.get_stats()["alive_processes"] == 2, "seen so far"
         with HighPerformanceIPC("a", namespace=namespace) as again:
-            again.join_board(registry.Role.PEER)
+            again.register(registry.ProcessRole.PEER)
             assert ipc.check_alive_processes(60) == ["a", "b"], "a newer sign of life"
         assert ipc.check_alive_processes(60) == ["b"]
 
 
 @pytest.mark.usefixtures("slots_go_at_once")
-def test_an_old_heartbeat_revives_nobody(ipc: HighPerformanceIPC, namespace: str) -> None:
+def test_an_old_heartbeat_revives_no_process(ipc: HighPerformanceIPC, namespace: str) -> None:
     ipc.create_message_queue("q")
     queue = ipc.message_queues["q"]
     with HighPerformanceIPC("a", namespace=namespace) as mortal:
@@ -68,7 +68,7 @@ def test_an_old_heartbeat_revives_nobody(ipc: HighPerformanceIPC, namespace: str
         assert ipc.check_alive_processes(60) == ["a"]
     assert ipc.check_alive_processes(60) == []
     with HighPerformanceIPC("b", namespace=namespace) as heir:
-        heir.join_board(registry.Role.PEER)
+        heir.register(registry.ProcessRole.PEER)
         assert ipc.receive_message("q", timeout=5) is not None
         assert ipc.check_alive_processes(60) == ["b"], "it was sent before the death"
         queue.put(Message(MessageType.HEARTBEAT, "a", time.time()))
@@ -83,20 +83,20 @@ def test_threads_that_come_first_together_take_one_slot(
     ipc: HighPerformanceIPC, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     all_here = threading.Barrier(4)
-    original = ipc_module.open_board
+    original = ipc_module.open_registry
 
-    def open_together(name: str) -> registry.BoardStorage:
+    def open_together(name: str) -> registry.RegistryStorage:
         with contextlib.suppress(threading.BrokenBarrierError):
             all_here.wait(0.5)  # without the lock all four get here
         return original(name)
 
-    monkeypatch.setattr(ipc_module, "open_board", open_together)
+    monkeypatch.setattr(ipc_module, "open_registry", open_together)
     threads = [threading.Thread(target=ipc.check_alive_processes) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert [each.process_id for each in ipc.board_entries()] == ["main"]
+    assert [each.process_id for each in ipc.registry_entries()] == ["main"]
 
 
 def use_inherited(ipc: HighPerformanceIPC) -> None:
