@@ -1,10 +1,8 @@
-"""What every user of a ring has: made, waited on, asked, closed.
+"""Ring handle: create, open, close, errors, and the header as numbers.
 
-`RingHandle` turns the attempts of `ring.pyx` into calls that wait with a
-deadline, raise the exceptions of `shmring.errors`, and end well when another
-thread closes the handle.  A wait is a loop of slices: release the GIL, spin
-if the other side runs on another CPU, announce, look, sleep for a slice at most,
-look; take the GIL, check signals and peers.
+What the numbers mean is said by `shmring.diagnostics.snapshot`.  They may be
+old by the time they are read, and the processes that they name wrote them:
+diagnostics only.
 """
 
 cimport cython
@@ -18,7 +16,7 @@ from shmring._core.count cimport count_read
 from shmring._core.diagnostics cimport (
     CALL_AIO, CALL_GET, CALL_JOIN, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE,
     FOR_RESERVATION, FOR_ROOM, FOR_TASKS, HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION,
-    witness_holder,
+    holder_pid,
 )
 from shmring._core.layout cimport (
     SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
@@ -66,7 +64,7 @@ cdef class RingHandle(RingCore):
     def __cinit__(self, *args, **kwargs):
         self.closed = True
 
-    # ---- made ------------------------------------------------------------------------------
+    # ---- create and open ------------------------------------------------------------------------------
 
     cdef int map_header(self) except -1:
         cdef void *start = mmap(NULL, SHMRING_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
@@ -80,7 +78,7 @@ cdef class RingHandle(RingCore):
                 bint in_block=False):
         """Lay a ring into the file `fd`, whose first page and first area are allocated.
 
-        With `in_block` the file is the user's, and nobody will reclaim it.
+        With `in_block` the file is the user's, and is never reclaimed.
         """
         cdef Header *h
         cdef int error
@@ -253,7 +251,7 @@ cdef class RingHandle(RingCore):
             raise _warnings.system_error(-outcome)
         raise RuntimeError(f"outcome {outcome} has no exception")
 
-    # ---- asked ---------------------------------------------------------------------------------
+    # ---- questions ---------------------------------------------------------------------------------
 
     @property
     def capacity(self):
@@ -284,7 +282,7 @@ cdef class RingHandle(RingCore):
         Raises:
             OSError: wait with shmring.wait, which takes queues, processes and files.
         """
-        # No ValueError, in whose place selectors would say something of its own.
+        # No ValueError, which selectors would replace by its own text.
         raise OSError(
             errno.EOPNOTSUPP,
             f"{type(self).__name__} has no descriptor to select on: wait with"
@@ -308,7 +306,7 @@ cdef class RingHandle(RingCore):
     def _max_messages(self):
         return inside(self, max_messages_of)
 
-    # ---- ended -----------------------------------------------------------------------------------
+    # ---- shutdown and close -----------------------------------------------------------------------------------
 
     cdef int visit_lock(self, int side, uint32_t shutdown) except -1:
         """Take and release the producers' lock (side 0) or the consumers', which recovers it.
@@ -333,11 +331,11 @@ cdef class RingHandle(RingCore):
     def _shutdown(self, bint immediate, bint without_views=False):
         """Refuse further puts in every process; gets too, at once or when empty.
 
-        What is dropped at once gives its memory back where views cannot exist: nobody looks at it.
+        An immediate shutdown gives memory back where no views can exist.
         """
         self.enter()
         try:
-            # Each refusal under the lock of those whom it refuses, so that none who
+            # Each under the lock of the side that it refuses, so that no call that
             # began earlier commits after it: both counts then stand still.
             self.visit_lock(0, 1)
             if immediate:
@@ -375,7 +373,7 @@ cdef class RingHandle(RingCore):
             self.unmap()
             return
         self.closed = True
-        fence_full()  # pairs with handle_enter: who is not counted yet will see that it is closed
+        fence_full()  # pairs with handle_enter: a call that is not counted yet sees that it is closed
         if self.views > 0:  # a reserve() or peek() succeeded meanwhile
             self.closed = False
             store_release32(&self.ending, 0)
@@ -390,7 +388,7 @@ cdef class RingHandle(RingCore):
             with nogil:
                 nap_ns(200000)
         store_release32(&self.ending, 2)
-        fence_full()  # pairs with the count of who leaves: one of us sees the other
+        fence_full()  # pairs with the count of the calls inside: one of the two sees the other
         if <int64_t>load_acquire64(<uint64_t *>&self.inside) <= 0:
             self.last_out()
 
@@ -494,7 +492,7 @@ cdef object counters_of(RingHandle ring):
 def waiters(RingHandle ring):
     """[(pid, start ticks, thread, call, reason, since in ns)] of the living.
 
-    The records of the dead are given free.
+    Frees the records of dead processes.
     """
     return inside(ring, waiters_of)
 
@@ -537,7 +535,7 @@ cdef object holders_of(RingHandle ring):
 
 
 cdef int add_lock(list found, int held, const uint32_t *word) except -1:
-    cdef uint32_t pid = witness_holder(word)
+    cdef uint32_t pid = holder_pid(word)
     cdef uint32_t seen = load_acquire32(word)
     if lock_is_orphan(seen):
         found.append((pid, 0, 0, held, True))

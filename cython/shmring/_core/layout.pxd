@@ -82,9 +82,9 @@ cdef extern from "layout.h" nogil:
         uint64_t write_position
         uint64_t write_generation
         Count put_count
-        uint64_t front_who  # advisory: the producer that waits for much space
-        uint64_t front_need
-        uint64_t front_until_ns
+        uint64_t starved_producer  # advisory: the producer that waits for much space
+        uint64_t reserved_space
+        uint64_t reserved_until_ns
         uint64_t shrunk_ns
         uint32_t patience
         uint32_t consumer_lock

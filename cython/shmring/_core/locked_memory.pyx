@@ -1,7 +1,7 @@
 """Plain shared bytes, copied in and out under a lock word that stands beside them.
 
 The lock survives its owner: after a kill inside `write` the bytes may be half
-old and half new (there is no message to be whole), but nobody is blocked.
+old and half new (there is no message to be whole), but no process is blocked.
 """
 
 cimport cython

@@ -26,7 +26,8 @@ from shmring._core.count cimport count_read
 from shmring._core.fast_path cimport put_one
 from shmring._core.handle cimport RingHandle, inside
 from shmring._core.layout cimport (
-    SHMRING_CLAIM_COUNT, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, SHMRING_KIND_BUILTINS, Claim, Header,
+    SHMRING_CLAIM_COUNT, SHMRING_KIND_BUILTINS, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, Claim,
+    Header,
 )
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (

@@ -1,4 +1,4 @@
-"""What Cython sees of owner.h: who holds something, and whether he is dead."""
+"""What Cython sees of owner.h: owners, and the proof of their death."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
