@@ -33,7 +33,7 @@ from shmring._core.layout cimport (
     SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, Frame, Header, shmring_area_of,
     shmring_frame_span,
 )
-from shmring._core.owner cimport owner_is_dead, owner_pid, owner_self
+from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
@@ -66,6 +66,12 @@ LAYOUT = dict(
     MIN_CAPACITY=SHMRING_MIN_CAPACITY, MAX_CAPACITY=SHMRING_MAX_CAPACITY, WHOLE=SHMRING_WHOLE,
     RESERVED=SHMRING_RESERVED, ABORTED=SHMRING_ABORTED,
 )
+
+
+def is_dead(uint64_t pid, uint64_t start_ticks, /):
+    """Whether the kernel proves that a process has ended; without its start time, 0, a later one
+    of the same pid is taken for it."""
+    return pid >> OWNER_PID_BITS != 0 or owner_is_dead(owner_of(<uint32_t>pid, start_ticks))
 
 
 @cython.binding(False)
