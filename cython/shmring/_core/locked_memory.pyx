@@ -242,3 +242,25 @@ cdef class TaskWords:
                 return
             item = items[i]
             values.append(function(*item) if spread else function(item))
+
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void shmring_keep_freed(int bytes)
+    {
+        mallopt(M_MMAP_THRESHOLD, bytes / 4);
+        mallopt(M_TRIM_THRESHOLD, bytes);
+    }
+    #else
+    static void shmring_keep_freed(int bytes) { (void)bytes; }
+    #endif
+    """
+    void shmring_keep_freed(int bytes) noexcept
+
+
+def keep_freed_memory(int nbytes):
+    """Let this process keep up to so much freed memory: fresh pages cost more than copying into them."""
+    shmring_keep_freed(nbytes)

@@ -69,6 +69,9 @@ _SLICE = 0.25
 # Results of a chunk are sent on when they are older than this, in nanoseconds.
 _FLUSH_NS = 1_000_000
 
+# Freed memory that a worker keeps: arrays of one task are the room for those of the next.
+_KEPT_NBYTES = 128 << 20
+
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current", default=None)
 
 
@@ -95,6 +98,8 @@ def current_worker() -> Any:
 
 class Employer(Protocol):
     """The process for which a worker works, as the worker sees it."""
+
+    patience: float  # how long to wait for a task before asking again, in seconds
 
     def is_gone(self) -> bool:
         """Whether nothing will take answers any more."""
@@ -187,6 +192,7 @@ class TaskLoop:
 
     def _work(self, delivery: int | None) -> None:
         take = self._tasks.get
+        patience = self._employer.patience
         release = self._tasks._claim_release if delivery is not None else None
         reason = None
         limited = self._max_tasks is not None or self._is_too_large is not None
@@ -194,7 +200,7 @@ class TaskLoop:
         self._beat_on()
         while reason is None:
             try:
-                number, function, args, kwargs = take(True, _SLICE)
+                number, function, args, kwargs = take(True, patience)
             except Empty:
                 self._beat_on()
                 if self._employer.is_gone():
@@ -343,6 +349,7 @@ class _Coordinator:
     ipc: HighPerformanceIPC
     index: int
     incarnation: int
+    patience = _SLICE
 
     def is_gone(self) -> bool:
         entry = self.ipc.registry_entry(self.index)
@@ -496,7 +503,10 @@ def run_pool_worker(
         lifeline: ends it, and what it starts, with the pool's process.
         setting: "initializer", "initargs", "max_tasks", "memory_limit", "log_level".
     """
+    from shmring._core.locked_memory import keep_freed_memory  # a fallback has no pool
+
     lifeline.bind()
+    keep_freed_memory(_KEPT_NBYTES)
     slot = slots.register(worker_id, ProcessRole.WORKER, index)
     limit = setting["memory_limit"]
     loop = TaskLoop(
@@ -535,6 +545,7 @@ class _Owner:
     """The process that made the pool."""
 
     lifeline: Any
+    patience = 1.0  # the lifeline ends the process; asking is for what it cannot reach
 
     def is_gone(self) -> bool:
         gone: bool = self.lifeline.is_cut()
