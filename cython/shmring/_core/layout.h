@@ -74,6 +74,7 @@
 #define SHMRING_KIND_MSGPACK 2
 #define SHMRING_KIND_USER 3
 #define SHMRING_KIND_BUILTINS 4 /* builtin_codec.h */
+#define SHMRING_KIND_MESSAGE 16 /* shmring.ipc.message */
 #define SHMRING_KIND_MULTI 0x80000000u /* a flag: several segments, with their table in front */
 
 /* States of a frame. */

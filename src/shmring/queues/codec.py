@@ -44,6 +44,7 @@ KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
 KIND_BUILTINS = 4
+KIND_MESSAGE = 16  # of shmring.ipc.message
 
 Reducer = Callable[[Any], Any]
 
