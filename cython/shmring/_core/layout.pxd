@@ -28,6 +28,7 @@ cdef extern from "layout.h" nogil:
     const uint32_t SHMRING_KIND_MSGPACK
     const uint32_t SHMRING_KIND_USER
     const uint32_t SHMRING_KIND_BUILTINS
+    const uint32_t SHMRING_KIND_MESSAGE
     const uint32_t SHMRING_KIND_MULTI
     const uint32_t SHMRING_WHOLE
     const uint32_t SHMRING_RESERVED
