@@ -5,7 +5,7 @@
     task     (number, function, args, kwargs)     one call
              (number, function, [item, ...], flags) a chunk: one function, many calls
              (-1, None, (), None)                 stop: one worker ends
-    answer   (number, value)                      the result of a call
+    answer   (number, value)                      the result of a call, or all of a chunk
              (number, index, [value, ...])        results of a chunk from ``index`` on
              (number, index, failure, text)       an exception: pickled, and its traceback
              (None, kind, worker id, content)     not about a task: "log", "left", "broken"

@@ -60,6 +60,7 @@ _SILENCE = 10.0
 _ROUND_NS = 1_000_000_000
 # The window of tasks in the queue grows while workers find it empty, up to this many.
 _WIDEST_WINDOW = 4096
+_FIRST_WINDOW = 16  # times the floor
 _WINDOW_NBYTES = 4 << 20
 # A window that takes longer than this to be worked off is too wide, in seconds.
 _WINDOW_SECONDS = 0.02
@@ -103,7 +104,7 @@ class Dispatcher:
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
         self._floor = floor
-        self._window = self._room = floor
+        self._window = self._room = _FIRST_WINDOW * floor
         self._window_filled = 0.0
         self._undecodable = PoolCodec().install(answers).failures
         PoolCodec().install(tasks)
@@ -248,7 +249,10 @@ class Dispatcher:
                 if len(answer) == 2:
                     task = table.sent.pop(answer[0], None)
                     if task is not None:
-                        finished.append((task.done, answer[1]))
+                        value = answer[1]
+                        if task.results:
+                            value = task.outcome(value)
+                        finished.append((task.done, value))
             table.answered_count += len(finished)
         for done, value in finished:
             done(value)

@@ -258,7 +258,10 @@ class TaskLoop:
                 self._cancellable = True
                 self._words.call_each(call, items, values, number + 1, ITEM_STEP, spread, span)
                 self._cancellable = False
-                self._send_part(number, sent, values[sent:])
+                if sent == 0 and len(values) == len(items):
+                    self._send_all(number, values)
+                else:
+                    self._send_part(number, sent, values[sent:])
                 sent = len(values)
         except BaseException as error:
             self._cancellable = False
@@ -269,6 +272,12 @@ class TaskLoop:
             _current.reset(token)
         self.answered += len(items)
         self._words.end(len(items))
+
+    def _send_all(self, number: int, values: list[Any]) -> None:
+        try:
+            self._send((number, values))
+        except (EncodeError, MessageTooLarge):
+            self._send_part(number, 0, values)
 
     def _send_part(self, number: int, first: int, values: list[Any]) -> None:
         if len(values) == 1:
