@@ -41,7 +41,8 @@ from shmring import _backend as backends
 from shmring.errors import Full, NotSupportedByFallback, ShmringError
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.pool.coordinator import Progress, Report, coordinator_process
-from shmring.pool.worker import DATA_BUFFER, current_worker
+from shmring.pool.task_loop import current_worker
+from shmring.pool.worker import DATA_BUFFER
 from shmring.pool.workers import WorkerReport, interrupts_held
 
 __all__ = [

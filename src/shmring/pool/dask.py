@@ -31,8 +31,8 @@ from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
 from shmring.pool.channel import SPREAD
 from shmring.pool.executor import ProcessPoolExecutor, check_retries
 from shmring.pool.manager import BrokenTask, PoolStatistics
+from shmring.pool.task_loop import described
 from shmring.pool.task_table import Failure, PartialResults
-from shmring.pool.worker import described
 
 try:
     import cloudpickle
