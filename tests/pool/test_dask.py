@@ -154,8 +154,9 @@ def test_the_calls_are_those_of_the_local_pool(cluster: Any) -> None:
     assert list(cluster.map(square, range(20), chunksize=7, buffersize=1, timeout=60)) == squares
     assert list(cluster.map(pow, range(9), range(9), chunksize=4)) == [n**n for n in range(9)]
     assert sorted(cluster.map_unordered(square, range(20))) == squares
-    array = np.arange(1 << 16)
-    assert np.array_equal(cluster.submit(np.negative, array).result(60), -array)
+    for size in (10, 1 << 16):
+        array = np.arange(size)
+        assert np.array_equal(cluster.submit(np.negative, array).result(60), -array)
     counts = cluster.statistics()
     assert counts.submitted == counts.answered
     assert (counts.waiting, counts.retried, counts.died) == (0, 0, 0)

@@ -31,7 +31,7 @@ SLOW = [
 QUICK = f"not ({' or '.join(SLOW)})"
 
 
-@pytest.mark.parametrize("chosen", [QUICK, pytest.param("joblib", marks=pytest.mark.torture)])
+@pytest.mark.parametrize("chosen", [QUICK, pytest.param("test", marks=pytest.mark.torture)])
 def test_joblibs_own_tests_pass_in_the_place_of_loky(chosen: str, tmp_path: Path) -> None:
     settings = tmp_path / "pytest.ini"
     settings.write_text("[pytest]\nfaulthandler_timeout = 60\n")

@@ -27,6 +27,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import _RemoteTraceback  # as programs know it
 from typing import Any, TypeVar
 
+from shmring.arguments import checked_timeout
 from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
 from shmring.pool.channel import SPREAD
 from shmring.pool.executor import ProcessPoolExecutor, check_retries
@@ -66,6 +67,7 @@ class _Call:
         self.parts: list[_Part] = []
         self.results: list[Any] = []  # of a chunk whose calls are tasks of their own
         self.missing = 0
+        self.answered = False
 
     @property
     def is_chunk(self) -> bool:
@@ -150,6 +152,7 @@ class DaskExecutor(ProcessPoolExecutor):
                 f'address={address!r}: "local", or the address of a Dask scheduler, as'
                 f' "tcp://host:8786", is needed ({error})'
             ) from error
+        connect_timeout = checked_timeout(connect_timeout, "connect_timeout")
         try:
             self._client = Client(
                 address, timeout=connect_timeout, security=security, set_as_default=False
@@ -205,39 +208,46 @@ class DaskExecutor(ProcessPoolExecutor):
             refused.__cause__ = error
             self._settle(part, Failure(refused))
             return
-        part.task = self._client.submit(
-            _attempt,
-            part.begun,
-            part.most,
-            head,
-            buffers,
-            key=f"{self._prefix}-{next(self._keys)}",
-            pure=False,
-        )
+        try:
+            part.task = self._client.submit(
+                _attempt,
+                part.begun,
+                part.most,
+                head,
+                buffers,
+                key=f"{self._prefix}-{next(self._keys)}",
+                pure=False,
+            )
+        except Exception as error:
+            self._settle(part, Failure(SchedulerNotFound(self._address, str(error))))
+            return
         part.call.parts.append(part)
         part.task.add_done_callback(functools.partial(self._arrived, part))
 
     # -- answers: in the one thread in which Dask calls back -----------------------------------
 
     def _arrived(self, part: _Part, task: Any) -> None:
-        call = part.call
-        if call.number not in self._open:
+        if part.call.answered:
             return
+        try:
+            self._take(part, task)
+        except CancelledError as error:
+            self._settle(part, Failure(SchedulerNotFound(self._address, str(error))))
+        except Exception as error:
+            self._settle(part, Failure(error))
+        task.release()
+
+    def _take(self, part: _Part, task: Any) -> None:
+        call = part.call
         again = False
         try:
             kind, begun, pid, head, buffers = task.result()
-            content = pickle.loads(head, buffers=buffers)
         except KilledWorker:  # Dask gave it up, and has charged it with what had not begun too
-            kind, content = "lost", None
-            begun, pid, _ = self._client.get_metadata(task.key, default=[part.begun, 0, None])
+            begun, pid, answer = self._client.get_metadata(task.key, default=[part.begun, 0, None])
             part.rounds += 1
-            again = begun < part.most and part.rounds < _MOST_ROUNDS
-        except CancelledError as error:
-            self._settle(part, Failure(SchedulerNotFound(self._address, str(error))))
-            return
-        except Exception as error:
-            self._settle(part, Failure(error))
-            return
+            again = answer is None and begun < part.most and part.rounds < _MOST_ROUNDS
+            kind, begun, pid, head, buffers = answer or _lost(begun, pid)
+        content = pickle.loads(head, buffers=buffers)
         is_chunk = call.is_chunk and part.index is None
         given_up = kind == "lost" and not again and not is_chunk
         deaths = begun - part.begun - (kind != "lost")
@@ -266,14 +276,24 @@ class DaskExecutor(ProcessPoolExecutor):
                 return
             failed = any(isinstance(each, Failure) for each in call.results)
             outcome = PartialResults(call.results) if failed else call.results
-        with self._changed:
-            if self._open.pop(call.number, None) is None:
-                return
-            self._changed.notify_all()
+        if not self._is_first_answer(call):
+            return
         if isinstance(outcome, Failure):
             call.future.set_exception(outcome.error)
         else:
             call.future.set_result(outcome)
+        self._forget(call)
+
+    def _is_first_answer(self, call: _Call) -> bool:
+        with self._changed:
+            answered, call.answered = call.answered, True
+        return not answered
+
+    def _forget(self, call: _Call) -> None:
+        call.future._withdraw = None
+        with self._changed:
+            del self._open[call.number]
+            self._changed.notify_all()
         self._close_if_done()
 
     # -- the end ---------------------------------------------------------------------------
@@ -285,13 +305,12 @@ class DaskExecutor(ProcessPoolExecutor):
             with_workers = set(itertools.chain(*self._client.processing().values()))
         for call in calls:
             tasks = [part.task for part in call.parts]
-            with self._changed:
-                if call.number not in self._open or with_workers & {each.key for each in tasks}:
-                    continue
-                del self._open[call.number]
-                self._changed.notify_all()
-            self._client.cancel(tasks)
-            call.future._cancel()
+            if not with_workers & {each.key for each in tasks} and self._is_first_answer(call):
+                try:
+                    self._client.cancel(tasks)
+                finally:
+                    call.future._cancel()
+                    self._forget(call)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks; what was submitted is done, unless it is cancelled.
@@ -328,7 +347,8 @@ class DaskExecutor(ProcessPoolExecutor):
         if self._open:
             with_workers = set(itertools.chain(*self._client.processing().values()))
             parts = [part for call in list(self._open.values()) for part in call.parts]
-            waiting = sum(part.task.key not in with_workers for part in parts)
+            tasks = [part.task for part in parts if not part.task.done()]
+            waiting = sum(task.key not in with_workers for task in tasks)
         return PoolStatistics(
             submitted=self._submitted,
             answered=self._submitted - len(self._open),
@@ -345,6 +365,11 @@ def _raised(pickled: bytes, text: str, values: list[Any], *, chunk: bool) -> Any
     return PartialResults([*values, Failure(error)]) if chunk else Failure(error)
 
 
+def _lost(begun: int, pid: int) -> tuple[Any, ...]:
+    """The answer to a call that has had its attempts."""
+    return "lost", begun, pid, pickle.dumps(None), []
+
+
 # -- in a worker of Dask -------------------------------------------------------------------------
 
 
@@ -355,7 +380,7 @@ def _attempt(begun: int, most: int, head: bytes, buffers: list[Any]) -> Any:
     if answer is not None:  # its worker died with it
         return answer
     if begun >= most:
-        return "lost", begun, pid, pickle.dumps(None), []
+        return _lost(begun, pid)
     begun, pid = begun + 1, os.getpid()
     client.set_metadata(key, [begun, pid, None])
     kind, content, packed = _answer(head, buffers)
