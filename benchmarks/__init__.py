@@ -4,6 +4,7 @@
     report.py         `make report`: every figure beside its target
     costs.py          rows of the report: the drop-in, resources
     recovery.py       rows of the report: how soon messages flow again after a kill
+    pools.py          rows of the report: process pools
     curves.py         `make curves`: rates by size and by processes, round trips, plots
     limits.py         `make limits`: limits of the machine, measured in C (limits.c)
     instructions.py   `make budgets`: instructions a call

@@ -26,6 +26,7 @@ from benchmarks import (
     machine_line,
     parser,
     per_second,
+    pools,
     print_head,
     print_row,
     recovery,
@@ -230,6 +231,16 @@ ROWS: dict[str, Callable[[Settings], Row]] = {
     "blocked": costs.blocked,
     "unused": costs.unused,
     "killed": costs.killed,
+    "pool-submit": pools.submit,
+    "pool-map": pools.chunks,
+    "pool-coordinator": pools.coordinator,
+    "pool-arrays": pools.arrays,
+    "pool-killed": pools.killed,
+    **{
+        f"pool-first-{method}": functools.partial(pools.first_result, method)
+        for method in ("fork", "spawn")
+    },
+    "pool-idle": pools.idle,
     **{f"kill-{name}": functools.partial(recovery.row, name) for name in recovery.KINDS},
 }
 

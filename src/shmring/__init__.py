@@ -114,7 +114,8 @@ if typing.TYPE_CHECKING:
     from shmring.pool.executor import ProcessPoolExecutor
     from shmring.pool.manager import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
-    from shmring.pool.worker import Worker, current_worker, worker_process
+    from shmring.pool.task_loop import current_worker
+    from shmring.pool.worker import Worker, worker_process
     from shmring.pool.workers import WorkerReport
     from shmring.queues.codec import Codec
     from shmring.queues.statistics import IPCStatistics, RingStatistics
@@ -151,7 +152,7 @@ else:
             "backend": "_backend",
             "cleanup_stale": "_backend",
             "coordinator_process": "pool.coordinator",
-            "current_worker": "pool.worker",
+            "current_worker": "pool.task_loop",
             "get_context": "context",
             "multiprocessing_example": "pool.example",
             "wait": "_backend",

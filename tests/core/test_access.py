@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("shmring._core.ring")
+pytest.importorskip("shmring._core.ring", exc_type=ImportError)
 
 import shmring
 from shmring import (

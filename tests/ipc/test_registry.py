@@ -24,8 +24,8 @@ from shmring.ipc.registry import (
     ProcessState,
     Registry,
     open_segment,
-    task_word,
 )
+from shmring.ipc.slot import task_word
 from shmring.process.liveness import is_process_dead, process_start_ticks
 from support import run_in_process, wait_for
 

@@ -32,7 +32,8 @@ from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ProcessRole
 from shmring.pool.coordinator import Progress, Report, coordinator_process
 from shmring.pool.example import multiprocessing_example
-from shmring.pool.worker import current_worker, worker_process
+from shmring.pool.task_loop import current_worker
+from shmring.pool.worker import worker_process
 from support import run_in_process, wait_for
 
 both_backends = pytest.mark.both_backends

@@ -23,12 +23,15 @@ from header import is_stopped
 from shmring import Queue
 from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import registry
+from shmring.ipc import slot as layout
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.registry import ProcessRole, ProcessState
 from shmring.pool import dispatcher
 from shmring.pool.coordinator import _NamespaceSlots, coordinator_process
-from shmring.pool.worker import TaskLoop, worker_process
+from shmring.pool.task_loop import TaskLoop
+from shmring.pool.worker import worker_process
 from shmring.pool.workers import ChildWorkers, ExternalWorkers
+from shmring.process.liveness import process_start_ticks
 from support import run_in_process, wait_for
 
 TASKS = 30
@@ -308,8 +311,8 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
         (entry,) = workers.living()
         assert entry.pid == living.pid
         slot = ghost.register(ProcessRole.WORKER)
-        slot._words[slot._base + registry._START] = entry.start_ticks - 1
-        slot._words[slot._base + registry._PID] = entry.pid
+        slot._words[slot._base + layout.START] = entry.start_ticks - 1
+        slot._words[slot._base + layout.PID] = entry.pid
 
         (departure,) = workers.departed()
         assert departure.worker_id == "ghost"
@@ -332,7 +335,7 @@ def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerforma
 def test_claims_say_when_their_holder_started() -> None:
     with Queue[Any]() as queue:
         slot = queue._claim_open(7)
-        ticks = registry.process_start_ticks(os.getpid())
+        ticks = process_start_ticks(os.getpid())
         assert queue._claims() == [(slot, os.getpid(), ticks, 7, 0, 0)]
         queue._claim_close(slot)
         assert queue._claims() == []

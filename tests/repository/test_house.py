@@ -21,7 +21,7 @@ CYTHON = ROOT / "cython" / "shmring"
 
 # The packages, from the ground up: each imports only from those above it here.
 ORDER = [
-    *("errors", "arguments", "_lazy", "_warnings", "process", "_core", "shm", "diagnostics"),
+    *("errors", "arguments", "_lazy", "_warnings", "_core", "process", "shm", "diagnostics"),
     *("queues", "fallback", "_backend", "context", "ipc", "pool", "cli", "__main__"),
 ]
 # Imported when peers= is used first: the compiled wait asks process.peers for deaths.
@@ -174,8 +174,16 @@ def test_the_pxd_declares_the_layout_of_the_header() -> None:
 def test_the_compiled_layout_is_that_of_the_header() -> None:
     compiled, in_c = load("_core.ring").LAYOUT, layout_in_c()
     assert compiled == {name: in_c.get(name) for name in compiled}
-    placed = {name for name in in_c if name.endswith(("_OFFSET", "_BYTES", "_COUNT"))}
+    laid_out = {name for name in in_c if not name.startswith("KIND_")}
+    placed = {name for name in laid_out if name.endswith(("_OFFSET", "_BYTES", "_COUNT"))}
     assert {"MAGIC", "VERSION", *placed} <= compiled.keys(), "what makes a layout is shown"
+
+
+def test_the_codecs_have_the_kinds_of_the_header() -> None:
+    codec, layout = load("queues.codec"), layout_in_c()
+    kinds = {name: value for name, value in vars(codec).items() if name.startswith("KIND_")}
+    assert len(kinds) > 3
+    assert kinds == {name: layout[name] for name in kinds}
 
 
 def test_no_test_takes_a_name_that_another_worker_would_take() -> None:

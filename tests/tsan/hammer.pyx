@@ -15,7 +15,7 @@ from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BUSY, DONE, EMPTY, FULL, FULL_COUNT, MAY_WAIT, Item, Segment, Take,
 )
 from shmring._core.area cimport area_release
-from shmring._core.fast_path cimport put_direct, take_direct
+from shmring._core.fast_path cimport put_fast, take_fast
 from shmring._core.handle cimport RingHandle
 from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
 from shmring._core.sync cimport fetch_add64, monotonic_ns, sync_start
@@ -96,7 +96,7 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
             segment.data = payload
             if not in_place:
                 fill(payload, length, producer, number)
-            if not in_place and number % 4 and put_direct(ring, 0, payload, length):
+            if not in_place and number % 4 and put_fast(ring, 0, payload, length):
                 sent += 1
                 continue
             wait.done = wait.record.turn = 0
@@ -164,7 +164,7 @@ def consume(RingHandle ring, uint64_t most, str way, double seconds):
                     take.leaser = 0
                     result = wait.slice(until)
                     bytes = 0
-            elif not by_lease and take_direct(ring, &take):
+            elif not by_lease and take_fast(ring, &take):
                 result = DONE
             else:
                 result = wait.slice(until)

@@ -65,7 +65,7 @@ static inline int area_stat(int fd, area_file *file)
 static inline uint64_t area_page(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
 
 /* What keeps the pages beside an area from being touched: nothing, or, where the
- * sanitizer looks for strays, a page that nobody may touch (it sees the heap and
+ * sanitizer looks for strays, an inaccessible page (it sees the heap and
  * the stack, not what was mapped). */
 #if defined(__SANITIZE_ADDRESS__)
 static inline uint64_t area_guard(void) { return area_page(); }
@@ -204,7 +204,7 @@ SYNC_SLOW uint64_t area_place(const shmring_area *living, int count, uint64_t ca
     return offset;
 }
 
-/* Is the descriptor still our file?  Somebody may have closed it behind us, and
+/* Is the descriptor still our file?  It may have been closed behind us, and
  * the number may name another file by now: nothing may be punched into that. */
 SYNC_SLOW int area_is_ours(int fd, const area_file *own, area_file *file)
 {

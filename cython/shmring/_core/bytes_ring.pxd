@@ -1,22 +1,41 @@
 """Messages of bytes: fields and methods."""
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.area cimport Mapping
 from shmring._core.handle cimport RingHandle
-from shmring._core.ring cimport Take
+from shmring._core.ring cimport Item, Segment, Take
 
 cdef enum:
     SMALL = 4096  # taken over the stack
 
-cdef class TakingRing(RingHandle):
+cdef object MOVED
+
+# One message on its way into the ring: what it is made of, and what keeps
+# that alive.
+cdef class Parcel:
+    cdef Item item
+    cdef Segment *segments
+    cdef Py_buffer *buffers
+    cdef int opened
+    cdef uint64_t *table
+
+    cdef int pack(self, tuple encoded) except -1
+
+cdef class MessageRing(RingHandle):
+    cdef bint raw  # exact bytes travel as they are
+
+    cdef object frame_of(self, object obj, uint32_t *kind)
+    cdef int put_batch(self, object objects, object block, object timeout) except -1
+    cdef object take_large(self, Take *take)
     cdef object next_object(self, bint block, object timeout)
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
     # the second half of a large take: None, or CHANGED instead of DONE, means to begin again
     cdef object take_whole(self, Take *take)
     cdef int take_into(self, Take *take) except -1
 
-cdef class BytesRing(TakingRing):
+cdef class BytesRing(MessageRing):
     # With no field of its own, Python would construct subclasses that also derive from
     # SharedHandle as mere RingHandles.
     cdef uint64_t token  # of the ring, as in its header
@@ -30,8 +49,6 @@ cdef class FrameView:
     cdef char *payload
     cdef Py_ssize_t length
     cdef uint64_t position
-    cdef Py_ssize_t shape[1]
-    cdef Py_ssize_t strides[1]
     cdef Py_ssize_t exports  # memoryviews and arrays that look at the payload
     cdef unsigned int epoch
     cdef bint writable  # a reservation; else a lease
@@ -47,3 +64,15 @@ cdef class FrameView:
     cdef int drop(self) except -1
     cdef int let_go(self) except -1
     cdef int forget(self) except -1
+
+cdef inline int fill_item(Item *item, Segment *segment, object encoded) except -1:
+    """All of a Parcel, and of bytes all but the kind; `encoded` has to outlive the item."""
+    if not PyBytes_CheckExact(encoded):
+        item[0] = (<Parcel>encoded).item
+        return 0
+    segment.data = PyBytes_AS_STRING(encoded)
+    item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(encoded)
+    item.segments = segment
+    item.count = 1
+    item.owner = 0
+    return 0

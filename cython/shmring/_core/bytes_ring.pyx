@@ -8,12 +8,11 @@ held.
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release,
-    PyObject_CheckBuffer, PyObject_GetBuffer,
+    PyBUF_CONTIG_RO, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -23,7 +22,9 @@ from shmring._core.ring cimport (
 )
 from shmring._core.fast_path cimport put_one, take_one
 from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
-from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
+from shmring._core.layout cimport (
+    SHMRING_FRAME_BYTES, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, Frame, shmring_frame_span,
+)
 from shmring._core.sync cimport (
     fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_epoch, sync_start,
 )
@@ -42,9 +43,78 @@ cdef enum: SPAN_BYTES = 16384  # what one visit of get_many takes at most, over 
 sync_start()
 
 
+MOVED = object()  # instead of a message that is no longer in front
+
+
 @cython.binding(False)
-cdef class TakingRing(RingHandle):
-    """What Ring and Queue share of taking."""
+@cython.freelist(16)
+cdef class Parcel:
+    """A message of one or more buffers on its way into the ring; keeps them alive.
+
+    Payload of a frame whose kind carries MULTI
+        +-------+----------+-----+--------------+------+----------+-----
+        | count | length 0 | ... | length n - 1 | head | buffer 1 | ...
+        +-------+----------+-----+--------------+------+----------+-----
+          u64     u64 each                        each where the one before ends
+    """
+
+    def __cinit__(self):
+        self.segments = NULL
+        self.buffers = NULL
+        self.table = NULL
+        self.opened = 0
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.opened):
+            PyBuffer_Release(&self.buffers[i])
+        PyMem_Free(self.segments)
+        PyMem_Free(self.buffers)
+        PyMem_Free(self.table)
+
+    cdef int pack(self, tuple encoded) except -1:
+        """Take in what an encoder returned: (kind, segments)."""
+        cdef Py_ssize_t count, i
+        cdef uint32_t kind
+        kind, parts = encoded
+        self.item.owner = 0
+        count = len(parts)
+        if count < 1 or kind & SHMRING_KIND_MULTI:
+            raise ValueError(f"the codec returned {count} segments of kind {kind}")
+        self.segments = <Segment *>PyMem_Malloc((count + 1) * sizeof(Segment))
+        self.buffers = <Py_buffer *>PyMem_Malloc(count * sizeof(Py_buffer))
+        if self.segments == NULL or self.buffers == NULL:
+            raise MemoryError
+        self.item.length = 0
+        for i in range(count):
+            PyObject_GetBuffer(parts[i], &self.buffers[i], PyBUF_CONTIG_RO)
+            self.opened += 1
+            self.segments[i + 1].data = <char *>self.buffers[i].buf
+            self.segments[i + 1].length = <uint64_t>self.buffers[i].len
+            self.item.length += <uint64_t>self.buffers[i].len
+        self.item.kind = kind
+        if count == 1:
+            self.item.segments = self.segments + 1
+            self.item.count = 1
+            return 0
+        self.table = <uint64_t *>PyMem_Malloc((count + 1) * sizeof(uint64_t))
+        if self.table == NULL:
+            raise MemoryError
+        self.table[0] = <uint64_t>count
+        for i in range(count):
+            self.table[i + 1] = self.segments[i + 1].length
+        self.segments[0].data = <char *>self.table
+        self.segments[0].length = <uint64_t>(count + 1) * sizeof(uint64_t)
+        self.item.length += self.segments[0].length
+        self.item.kind |= SHMRING_KIND_MULTI
+        self.item.segments = self.segments
+        self.item.count = <int>(count + 1)
+        return 0
+
+
+@cython.binding(False)
+cdef class MessageRing(RingHandle):
+    """What Ring and Queue share: one message or many."""
 
     cdef object next_object(self, bint block, object timeout):
         """The message in front, or Empty."""
@@ -57,15 +127,22 @@ cdef class TakingRing(RingHandle):
         while True:
             result = take_one(self, &take, block, timeout)
             if result == DONE:
-                return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
+                if take.kind == SHMRING_KIND_BYTES and self.raw:
+                    return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
+                return self.decode_at(take.kind, room, take.length)
             if result != PARTIAL:
                 raise Empty
-            message = self.take_whole(&take)
-            if message is not None:
+            message = self.take_large(&take)
+            if message is not MOVED:
                 return message
 
+    cdef object take_large(self, Take *take):
+        """A message of which only the head fitted the room, or MOVED."""
+        message = self.take_whole(take)
+        return message if message is not None else MOVED
+
     cdef object take_whole(self, Take *take):
-        """A message that was measured, as bytes; None if it is not in front any more."""
+        """The payload of a message that was measured; None if it is no longer in front."""
         cdef Segment target
         message = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>take.length)
         target.data = PyBytes_AS_STRING(message)
@@ -103,6 +180,59 @@ cdef class TakingRing(RingHandle):
         finally:
             if handle_leave(&self.inside):
                 self.last_out()
+
+    cdef object frame_of(self, object obj, uint32_t *kind):
+        """What travels for an object: bytes of a kind, or a Parcel, which has its own."""
+        cdef Parcel parcel
+        if PyBytes_CheckExact(obj):
+            kind[0] = SHMRING_KIND_BYTES
+            return obj
+        check_bytes_like(obj)
+        parcel = Parcel.__new__(Parcel)
+        parcel.pack((SHMRING_KIND_BYTES, (obj,)))
+        return parcel
+
+    cdef int put_batch(self, object objects, object block, object timeout) except -1:
+        """Encode all, then put them under one lock a batch."""
+        cdef list held = []  # bytes, or a Parcel
+        cdef Item *items = NULL
+        cdef Item *longer
+        cdef Segment *segments = NULL
+        cdef Py_ssize_t room_for = 0
+        cdef Py_ssize_t n = 0
+        cdef Py_ssize_t i
+        cdef Py_ssize_t done = 0
+        try:
+            for obj in objects:
+                if n == room_for:
+                    room_for = 2 * n + 64
+                    longer = <Item *>PyMem_Realloc(items, room_for * sizeof(Item))
+                    if longer == NULL:
+                        raise MemoryError
+                    items = longer
+                if self.raw and PyBytes_CheckExact(obj):  # as frame_of, without the call
+                    items[n].kind = SHMRING_KIND_BYTES
+                    held.append(obj)
+                else:
+                    held.append(self.frame_of(obj, &items[n].kind))
+                n += 1
+            if n == 0:
+                self.check_open()
+                return 0
+            segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
+            if segments == NULL:
+                raise MemoryError
+            for i in range(n):
+                fill_item(&items[i], &segments[i], held[i])
+            done = put_or_wait(self, items, n, NULL, block, timeout)
+        finally:
+            PyMem_Free(items)
+            PyMem_Free(segments)
+        if done < n:
+            full = Full(f"{done} of {n} objects went in")
+            full.count = done
+            raise full
+        return 0
 
     def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
         """Wait for one message, then take what is there, in order.
@@ -202,8 +332,11 @@ cdef int check_bytes_like(object data) except -1:
 
 
 @cython.binding(False)
-cdef class BytesRing(TakingRing):
+cdef class BytesRing(MessageRing):
     """The compiled half of shmring.Ring."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.raw = True
 
     def put(self, data, bint block=True, timeout=None, *, peers=None):
         """Put one message.
@@ -250,52 +383,7 @@ cdef class BytesRing(TakingRing):
         Raises: as `put`.  Whatever is raised after some of them went in has an
             attribute `count`, how many; Full and PeerDied always have it.
         """
-        cdef list held = list(messages)
-        cdef Py_ssize_t n = len(held)
-        cdef Py_ssize_t opened = 0
-        cdef Py_ssize_t done = 0
-        cdef Py_ssize_t i
-        cdef Item *items
-        cdef Segment *segments
-        cdef Py_buffer *buffers
-        if peers is not None:
-            return BytesRing.put_many(self, held, block, with_peers(peers, timeout))
-        if n == 0:
-            self.check_open()
-            return
-        items = <Item *>PyMem_Malloc(n * sizeof(Item))
-        segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
-        buffers = <Py_buffer *>PyMem_Malloc(n * sizeof(Py_buffer))
-        try:
-            if items == NULL or segments == NULL or buffers == NULL:
-                raise MemoryError
-            for i in range(n):
-                data = held[i]
-                if PyBytes_CheckExact(data):
-                    segments[i].data = PyBytes_AS_STRING(data)
-                    segments[i].length = <uint64_t>PyBytes_GET_SIZE(data)
-                else:
-                    check_bytes_like(data)
-                    PyObject_GetBuffer(data, &buffers[opened], PyBUF_CONTIG_RO)
-                    segments[i].data = <char *>buffers[opened].buf
-                    segments[i].length = <uint64_t>buffers[opened].len
-                    opened += 1
-                items[i].segments = &segments[i]
-                items[i].count = 1
-                items[i].kind = 0
-                items[i].owner = 0
-                items[i].length = segments[i].length
-            done = put_or_wait(self, items, n, NULL, block, timeout)
-        finally:
-            for i in range(opened):
-                PyBuffer_Release(&buffers[i])
-            PyMem_Free(items)
-            PyMem_Free(segments)
-            PyMem_Free(buffers)
-        if done < n:
-            full = Full(f"{done} of {n} messages went in")
-            full.count = done
-            raise full
+        self.put_batch(messages, block, timeout if peers is None else with_peers(peers, timeout))
 
     def get(self, bint block=True, timeout=None, *, peers=None):
         """Take the message in front, as bytes.
@@ -319,7 +407,7 @@ cdef class BytesRing(TakingRing):
     cdef object next_object(self, bint block, object timeout):
         if blocks:
             self.check_reentry(False, "get() inside peek()")  # it would wait for itself
-        return TakingRing.next_object(self, block, timeout)
+        return MessageRing.next_object(self, block, timeout)
 
     def get_nowait(self):
         """get(block=False)."""
@@ -361,7 +449,7 @@ cdef class BytesRing(TakingRing):
     def _adopt(self):
         """In a child right after fork: the blocks of the parent are not ours."""
         blocks.clear()
-        TakingRing._adopt(self)
+        MessageRing._adopt(self)
 
     cdef int end_lease_later(self, uint64_t position) except -1:
         """The lock is held: a thread waits for it, since a destructor must not."""
@@ -539,25 +627,7 @@ cdef class FrameView:
             raise BufferError("this view was made before a fork and belongs to the parent process")
         if flags & PyBUF_WRITABLE and not self.writable:
             raise BufferError("peek() gives a read-only view")
-        self.shape[0] = self.length
-        self.strides[0] = 1
-        buffer.buf = self.payload
-        buffer.obj = self
-        buffer.len = self.length
-        buffer.itemsize = 1
-        buffer.readonly = not self.writable
-        buffer.ndim = 1
-        buffer.format = NULL
-        if flags & PyBUF_FORMAT:
-            buffer.format = b"B"
-        buffer.shape = NULL
-        buffer.strides = NULL
-        if flags & PyBUF_ND:
-            buffer.shape = self.shape
-        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
-            buffer.strides = self.strides
-        buffer.suboffsets = NULL
-        buffer.internal = NULL
+        PyBuffer_FillInfo(buffer, self, self.payload, self.length, not self.writable, flags)
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):

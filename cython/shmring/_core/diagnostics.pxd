@@ -1,4 +1,4 @@
-"""What Cython sees of diagnostics.h: who waits, and who died holding what."""
+"""What Cython sees of diagnostics.h: records of waiters, lock owners and deaths."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -24,15 +24,15 @@ cdef extern from "diagnostics.h" nogil:
     const int HELD_LEASE
 
     # One wait of one thread on one ring.
-    ctypedef struct Wait "witness_wait":
+    ctypedef struct Wait "waiter_wait":
         uint32_t call
         int turn  # how many slices it has waited
         int slot  # its record plus 1, or 0
 
-    void witness_enter(Header *header, Wait *wait, uint64_t owner, uint32_t reason) noexcept
-    void witness_leave(Header *header, Wait *wait, uint64_t owner) noexcept
-    void witness_death(Header *header, int held, uint32_t pid) noexcept
+    void waiter_show(Header *header, Wait *wait, uint64_t owner, uint32_t reason) noexcept
+    void waiter_hide(Header *header, Wait *wait, uint64_t owner) noexcept
+    void death_record(Header *header, int held, uint32_t pid) noexcept
     # of a lock word
-    void witness_hold(uint32_t *word) noexcept  # by a thread that has tried for it
-    void witness_release(uint32_t *word) noexcept
-    uint32_t witness_holder(const uint32_t *word) noexcept  # pid, or 0
+    void holder_show(uint32_t *word) noexcept  # by a thread that has tried for it
+    void holder_hide(uint32_t *word) noexcept
+    uint32_t holder_pid(const uint32_t *word) noexcept  # pid, or 0

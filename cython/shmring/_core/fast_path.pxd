@@ -1,11 +1,9 @@
-"""The direct way: one small message and nothing in its way, with no call in between.
+"""Fast path: one small uncontended message, with no call in between.
 
-`put_direct` and `take_direct` are `RingCore.put_items` and `RingCore.take` for the
-case that nearly every call is: the lock is free, there is room, the message in front
-is whole and small.  Their stores are the same, in the same order.  Anything else they
-leave as it is, and the general way, which knows what to do about it, begins anew.
-All of it is compiled into the callers, which call `sync_start` when they are imported:
-one C call leads from the object to the frame.
+`put_fast` and `take_fast` are `RingCore.put_items` and `RingCore.take` for the common
+case: the lock is free, there is room, the message in front is whole and small.  Their
+stores are the same, in the same order.  Any other case they leave to those two.
+All of it is compiled into the callers, which call `sync_start` when they are imported.
 """
 
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
@@ -23,10 +21,10 @@ from shmring._core.sync cimport (
     load_relaxed64, lock_release, lock_try_free, store_relaxed32, store_release64, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.wait cimport put_or_wait, take_or_wait
-from shmring._core.diagnostics cimport witness_hold, witness_release
+from shmring._core.diagnostics cimport holder_show, holder_hide
 
 
-cdef inline bint put_direct(RingCore ring, uint32_t kind, const char *data, uint64_t length) noexcept nogil:
+cdef inline bint put_fast(RingCore ring, uint32_t kind, const char *data, uint64_t length) noexcept nogil:
     """Whether the message went in."""
     cdef Header *h = ring.header
     cdef uint64_t span = shmring_frame_span(length)
@@ -36,14 +34,14 @@ cdef inline bint put_direct(RingCore ring, uint32_t kind, const char *data, uint
     cdef bint done = False
     if h.max_messages != 0 or not lock_try_free(&h.producer_lock):
         return False
-    witness_hold(&h.producer_lock)
+    holder_show(&h.producer_lock)
     m = ring.producer_mapping
     pos = h.write_position
     read = ring.known_read if ring.known_read > m.base else m.base
     # in this form a position before `read` leaves no room either, instead of overflowing
     if (load_relaxed32(&h.poisoned) == 0 and load_relaxed32(&h.shutdown) == 0
             and m.generation == h.write_generation and pos & 7 == 0
-            and span <= m.capacity and pos - read <= m.capacity - span and h.front_until_ns == 0):
+            and span <= m.capacity and pos - read <= m.capacity - span and h.reserved_until_ns == 0):
         frame = <Frame *>(m.data + (pos & m.mask))
         frame_begin(frame, pos, length, kind, SHMRING_WHOLE, 0)
         memcpy(<char *>frame + SHMRING_FRAME_BYTES, data, length)
@@ -52,7 +50,7 @@ cdef inline bint put_direct(RingCore ring, uint32_t kind, const char *data, uint
             store_relaxed32(&h.producer_cpu, current_cpu())
         store_release64(&h.write_position, pos + span)  # the commit
         done = True
-    witness_release(&h.producer_lock)
+    holder_hide(&h.producer_lock)
     lock_release(&h.producer_lock)
     if done:
         fence_after_unlock()
@@ -61,7 +59,7 @@ cdef inline bint put_direct(RingCore ring, uint32_t kind, const char *data, uint
     return done
 
 
-cdef inline bint take_direct(RingCore ring, Take *take) noexcept nogil:
+cdef inline bint take_fast(RingCore ring, Take *take) noexcept nogil:
     """Whether the message in front was taken into `take.room`."""
     cdef Header *h = ring.header
     cdef uint64_t pos, limit, length, following
@@ -70,7 +68,7 @@ cdef inline bint take_direct(RingCore ring, Take *take) noexcept nogil:
     cdef bint done = False
     if not lock_try_free(&h.consumer_lock):
         return False
-    witness_hold(&h.consumer_lock)
+    holder_show(&h.consumer_lock)
     m = ring.consumer_mapping
     pos = h.read_position
     if (load_relaxed32(&h.poisoned) == 0 and load_relaxed32(&h.shutdown) == 0
@@ -97,7 +95,7 @@ cdef inline bint take_direct(RingCore ring, Take *take) noexcept nogil:
                 if following == limit and m.capacity != h.min_capacity:
                     ring.note_empty(following)
                 done = True
-    witness_release(&h.consumer_lock)
+    holder_hide(&h.consumer_lock)
     lock_release(&h.consumer_lock)
     if done:
         fence_after_unlock()
@@ -122,7 +120,7 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
     if position == NULL and length <= GIL_BYTES and asks_no_clock(block, timeout):
         handle_enter(&ring.inside)
         if not ring.closed:
-            done = put_direct(ring, kind, data, <uint64_t>length)
+            done = put_fast(ring, kind, data, <uint64_t>length)
         if handle_leave(&ring.inside):
             ring.last_out()
         if done:
@@ -142,7 +140,7 @@ cdef inline int take_one(RingHandle ring, Take *take, bint block, object timeout
     if asks_no_clock(block, timeout):
         handle_enter(&ring.inside)
         if not ring.closed:
-            done = take_direct(ring, take)
+            done = take_fast(ring, take)
             if done and load_relaxed64(&ring.oversized) != 0:
                 ring.give_back()
         if handle_leave(&ring.inside):

@@ -5,7 +5,7 @@
 #include "layout.h"
 #include "sync.h"
 
-/* Nobody looks at it before its position is committed. */
+/* No process looks at it before its position is committed. */
 static inline void frame_begin(shmring_frame *frame, uint64_t position, uint64_t length, uint32_t kind,
                                uint32_t state, uint64_t owner)
 {

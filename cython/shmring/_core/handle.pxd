@@ -29,9 +29,13 @@ cdef class RingHandle(RingCore):
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     cdef void last_out(self) noexcept
-    cdef tuple identity(self)
     cdef int check_open(self) except -1
     cdef int raise_outcome(self, int outcome) except -1
     cdef int visit_lock(self, int side, uint32_t shutdown) except -1
     cdef int map_header(self) except -1
     cdef int open_areas(self) except -1
+
+ctypedef object (*Question)(RingHandle ring)
+
+cdef object inside(RingHandle ring, Question question)
+cdef object identity_of(RingHandle ring)

@@ -1,10 +1,8 @@
-"""What every user of a ring has: made, waited on, asked, closed.
+"""Ring handle: create, open, close, errors, and the header as numbers.
 
-`RingHandle` turns the attempts of `ring.pyx` into calls that wait with a
-deadline, raise the exceptions of `shmring.errors`, and end well when another
-thread closes the handle.  A wait is a loop of slices: release the GIL, spin
-if the other side runs on another CPU, announce, look, sleep for a slice at most,
-look; take the GIL, check signals and peers.
+What the numbers mean is said by `shmring.diagnostics.snapshot`.  They may be
+old by the time they are read, and the processes that they name wrote them:
+diagnostics only.
 """
 
 cimport cython
@@ -18,7 +16,7 @@ from shmring._core.count cimport count_read
 from shmring._core.diagnostics cimport (
     CALL_AIO, CALL_GET, CALL_JOIN, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE,
     FOR_RESERVATION, FOR_ROOM, FOR_TASKS, HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION,
-    witness_holder,
+    holder_pid,
 )
 from shmring._core.layout cimport (
     SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
@@ -66,7 +64,7 @@ cdef class RingHandle(RingCore):
     def __cinit__(self, *args, **kwargs):
         self.closed = True
 
-    # ---- made ------------------------------------------------------------------------------
+    # ---- create and open ------------------------------------------------------------------------------
 
     cdef int map_header(self) except -1:
         cdef void *start = mmap(NULL, SHMRING_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
@@ -80,7 +78,7 @@ cdef class RingHandle(RingCore):
                 bint in_block=False):
         """Lay a ring into the file `fd`, whose first page and first area are allocated.
 
-        With `in_block` the file is the user's, and nobody will reclaim it.
+        With `in_block` the file is the user's, and is never reclaimed.
         """
         cdef Header *h
         cdef int error
@@ -219,7 +217,7 @@ cdef class RingHandle(RingCore):
         """No call is inside at this moment: where a close left it to us, unmap."""
         fence_full()
         if load_acquire32(&self.ending) == 2 and compare_exchange32(&self.ending, 2, 3):
-            named, token, name = self.identity()
+            named, token, name = identity_of(self)
             identity = (self.file.device, self.file.inode)
             self.unmap()
             self._left(named, token, name, identity)
@@ -253,37 +251,21 @@ cdef class RingHandle(RingCore):
             raise _warnings.system_error(-outcome)
         raise RuntimeError(f"outcome {outcome} has no exception")
 
-    # ---- asked ---------------------------------------------------------------------------------
+    # ---- questions ---------------------------------------------------------------------------------
 
     @property
     def capacity(self):
         """Bytes of the area that producers write to now."""
-        self.enter()
-        try:
-            return shmring_area_of(self.header, load_acquire64(&self.header.write_generation)).capacity
-        finally:
-            self.leave()
+        return inside(self, capacity_of)
 
     @property
     def max_capacity(self):
         """Bytes to which the ring may grow."""
-        self.enter()
-        try:
-            return self.header.max_capacity
-        finally:
-            self.leave()
+        return inside(self, max_capacity_of)
 
     def _identity(self):
         """(named, token, name given at creation): what the file is called."""
-        self.enter()
-        try:
-            return self.identity()
-        finally:
-            self.leave()
-
-    cdef tuple identity(self):
-        cdef Header *h = self.header
-        return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
+        return inside(self, identity_of)
 
     def _file(self):
         """What tells the ring's file from others: (st_dev, st_ino)."""
@@ -300,7 +282,7 @@ cdef class RingHandle(RingCore):
         Raises:
             OSError: wait with shmring.wait, which takes queues, processes and files.
         """
-        # No ValueError, in whose place selectors would say something of its own.
+        # No ValueError, which selectors would replace by its own text.
         raise OSError(
             errno.EOPNOTSUPP,
             f"{type(self).__name__} has no descriptor to select on: wait with"
@@ -316,40 +298,15 @@ cdef class RingHandle(RingCore):
 
     def _qsize(self):
         """Messages in the ring: true at an instant during the call."""
-        cdef Header *h
-        cdef uint64_t written, puts, gets
-        cdef int _turn
-        self.enter()
-        try:
-            h = self.header
-            if load_acquire32(&h.shutdown) == 2:
-                return 0  # nobody gets what is left
-            for _turn in range(1000):
-                written = load_acquire64(&h.write_position)
-                puts = count_read(&h.put_count, &h.write_position)
-                gets = count_read(&h.get_count, &h.read_position)
-                fence_full()
-                if load_acquire64(&h.write_position) == written:
-                    break
-            return puts - gets if puts > gets else 0
-        finally:
-            self.leave()
+        return inside(self, message_count_of)
 
     def _put_count(self):
-        self.enter()
-        try:
-            return count_read(&self.header.put_count, &self.header.write_position)
-        finally:
-            self.leave()
+        return inside(self, put_count_of)
 
     def _max_messages(self):
-        self.enter()
-        try:
-            return self.header.max_messages
-        finally:
-            self.leave()
+        return inside(self, max_messages_of)
 
-    # ---- ended -----------------------------------------------------------------------------------
+    # ---- shutdown and close -----------------------------------------------------------------------------------
 
     cdef int visit_lock(self, int side, uint32_t shutdown) except -1:
         """Take and release the producers' lock (side 0) or the consumers', which recovers it.
@@ -374,11 +331,11 @@ cdef class RingHandle(RingCore):
     def _shutdown(self, bint immediate, bint without_views=False):
         """Refuse further puts in every process; gets too, at once or when empty.
 
-        What is dropped at once gives its memory back where views cannot exist: nobody looks at it.
+        An immediate shutdown gives memory back where no views can exist.
         """
         self.enter()
         try:
-            # Each refusal under the lock of those whom it refuses, so that none who
+            # Each under the lock of the side that it refuses, so that no call that
             # began earlier commits after it: both counts then stand still.
             self.visit_lock(0, 1)
             if immediate:
@@ -416,7 +373,7 @@ cdef class RingHandle(RingCore):
             self.unmap()
             return
         self.closed = True
-        fence_full()  # pairs with handle_enter: who is not counted yet will see that it is closed
+        fence_full()  # pairs with handle_enter: a call that is not counted yet sees that it is closed
         if self.views > 0:  # a reserve() or peek() succeeded meanwhile
             self.closed = False
             store_release32(&self.ending, 0)
@@ -431,12 +388,12 @@ cdef class RingHandle(RingCore):
             with nogil:
                 nap_ns(200000)
         store_release32(&self.ending, 2)
-        fence_full()  # pairs with the count of who leaves: one of us sees the other
+        fence_full()  # pairs with the count of the calls inside: one of the two sees the other
         if <int64_t>load_acquire64(<uint64_t *>&self.inside) <= 0:
             self.last_out()
 
 
-# ---- what stands in a header, as numbers -------------------------------------------------------------
+# ---- the header, as numbers ---------------------------------------------------------------------
 
 CALLS = {
     CALL_GET: "get", CALL_PEEK: "peek", CALL_PUT: "put", CALL_RESERVE: "reserve", CALL_JOIN: "join",
@@ -452,93 +409,138 @@ HELD = {
 }
 
 
-def user_kind(RingHandle ring):
-    """Which class laid it out: 1 is Ring, 2 one of the queues."""
+cdef object inside(RingHandle ring, Question question):
+    """Answer a question about an open handle, which no close() unmaps meanwhile."""
     ring.enter()
     try:
-        return ring.header.user_kind
+        return question(ring)
     finally:
         ring.leave()
+
+
+cdef object capacity_of(RingHandle ring):
+    return shmring_area_of(ring.header, load_acquire64(&ring.header.write_generation)).capacity
+
+
+cdef object max_capacity_of(RingHandle ring):
+    return ring.header.max_capacity
+
+
+cdef object max_messages_of(RingHandle ring):
+    return ring.header.max_messages
+
+
+cdef object put_count_of(RingHandle ring):
+    return count_read(&ring.header.put_count, &ring.header.write_position)
+
+
+cdef object identity_of(RingHandle ring):
+    cdef Header *h = ring.header
+    return load_acquire32(&h.named) != 0, h.token, h.name[:255].split(b"\0", 1)[0]
+
+
+cdef object message_count_of(RingHandle ring):
+    cdef Header *h = ring.header
+    cdef uint64_t written, puts, gets
+    cdef int _turn
+    if load_acquire32(&h.shutdown) == 2:
+        return 0  # what is left is never taken
+    for _turn in range(1000):
+        written = load_acquire64(&h.write_position)
+        puts = count_read(&h.put_count, &h.write_position)
+        gets = count_read(&h.get_count, &h.read_position)
+        fence_full()
+        if load_acquire64(&h.write_position) == written:
+            break
+    return puts - gets if puts > gets else 0
+
+
+def user_kind(RingHandle ring):
+    """Which class laid it out: 1 is Ring, 2 one of the queues."""
+    return inside(ring, user_kind_of)
+
+
+cdef object user_kind_of(RingHandle ring):
+    return ring.header.user_kind
 
 
 def counters(RingHandle ring):
     """The fields of RingStatistics that are numbers and flags."""
-    cdef Header *h
-    ring.enter()
-    try:
-        h = ring.header
-        return {
-            "capacity": shmring_area_of(h, load_acquire64(&h.write_generation)).capacity,
-            "max_capacity": h.max_capacity,
-            "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
-                           else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
-            "messages": ring._qsize(),
-            "messages_put": count_read(&h.put_count, &h.write_position),
-            "messages_taken": count_read(&h.get_count, &h.read_position),
-            "bytes_put": load_acquire64(&h.write_position),
-            "growths": load_acquire64(&h.write_generation),
-            "recoveries": load_relaxed32(&h.recoveries),
-            "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
-            "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
-            "shut_down": load_relaxed32(&h.shutdown) != 0,
-            "poisoned": load_relaxed32(&h.poisoned) != 0,
-        }
-    finally:
-        ring.leave()
+    return inside(ring, counters_of)
+
+
+cdef object counters_of(RingHandle ring):
+    cdef Header *h = ring.header
+    return {
+        "capacity": capacity_of(ring),
+        "max_capacity": h.max_capacity,
+        "used_bytes": (0 if load_acquire32(&h.shutdown) == 2
+                       else load_acquire64(&h.write_position) - load_acquire64(&h.read_position)),
+        "messages": message_count_of(ring),
+        "messages_put": put_count_of(ring),
+        "messages_taken": count_read(&h.get_count, &h.read_position),
+        "bytes_put": load_acquire64(&h.write_position),
+        "growths": load_acquire64(&h.write_generation),
+        "recoveries": load_relaxed32(&h.recoveries),
+        "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
+        "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
+        "shut_down": load_relaxed32(&h.shutdown) != 0,
+        "poisoned": load_relaxed32(&h.poisoned) != 0,
+    }
 
 
 def waiters(RingHandle ring):
     """[(pid, start ticks, thread, call, reason, since in ns)] of the living.
 
-    The records of the dead are given free.
+    Frees the records of dead processes.
     """
+    return inside(ring, waiters_of)
+
+
+cdef object waiters_of(RingHandle ring):
     cdef Waiter *waiter
     cdef uint64_t owner, since
     cdef uint32_t thread, call, reason
     cdef uint64_t i
     cdef list found = []
-    ring.enter()
-    try:
-        for i in range(SHMRING_WAITER_COUNT):
-            waiter = &ring.header.waiters[i]
-            owner = load_acquire64(&waiter.owner)
-            since = load_acquire64(&waiter.since_ns)
-            thread = load_relaxed32(&waiter.thread)
-            call = load_relaxed32(&waiter.call)
-            reason = load_relaxed32(&waiter.reason)
-            if owner == 0 or since == 0 or since != load_acquire64(&waiter.since_ns):
-                continue
-            if owner_is_dead(owner):
-                compare_exchange64(&waiter.owner, owner, 0)
-            else:
-                found.append((owner_pid(owner), owner_start_ticks(owner), thread, call, reason, since))
-    finally:
-        ring.leave()
+    for i in range(SHMRING_WAITER_COUNT):
+        waiter = &ring.header.waiters[i]
+        owner = load_acquire64(&waiter.owner)
+        since = load_acquire64(&waiter.since_ns)
+        thread = load_relaxed32(&waiter.thread)
+        call = load_relaxed32(&waiter.call)
+        reason = load_relaxed32(&waiter.reason)
+        if owner == 0 or since == 0 or since != load_acquire64(&waiter.since_ns):
+            continue
+        if owner_is_dead(owner):
+            compare_exchange64(&waiter.owner, owner, 0)
+        else:
+            found.append((owner_pid(owner), owner_start_ticks(owner), thread, call, reason, since))
     return found
 
 
 def holders(RingHandle ring):
     """[(pid, start ticks or 0, thread or 0, held, died)] at this moment."""
+    return inside(ring, holders_of)
+
+
+cdef object holders_of(RingHandle ring):
     cdef list found = []
-    ring.enter()
-    try:
-        # first, because a probe recovers the consumers' lock
-        add_lock(found, HELD_PRODUCER_LOCK, &ring.header.producer_lock)
-        add_lock(found, HELD_CONSUMER_LOCK, &ring.header.consumer_lock)
-        add_owner(found, HELD_LEASE, load_acquire64(&ring.header.lease_owner))
-        add_owner(found, HELD_RESERVATION, front_reserver(ring))
-    finally:
-        ring.leave()
+    # the locks first, because a probe recovers that of the consumers
+    add_lock(found, HELD_PRODUCER_LOCK, &ring.header.producer_lock)
+    add_lock(found, HELD_CONSUMER_LOCK, &ring.header.consumer_lock)
+    add_owner(found, HELD_LEASE, load_acquire64(&ring.header.lease_owner))
+    add_owner(found, HELD_RESERVATION, first_reserver(ring))
     return found
 
 
 cdef int add_lock(list found, int held, const uint32_t *word) except -1:
-    cdef uint32_t pid = witness_holder(word)
+    cdef uint32_t pid = holder_pid(word)
     cdef uint32_t seen = load_acquire32(word)
     if lock_is_orphan(seen):
         found.append((pid, 0, 0, held, True))
     elif lock_owner(seen) != 0:
-        # until he has shown his pid, take him for the first thread of his process
+        # before the pid is stored, the owner is taken for the first thread of its process
         found.append((pid if pid != 0 else lock_owner(seen), 0, lock_owner(seen), held, False))
     return 0
 
@@ -549,31 +551,29 @@ cdef int add_owner(list found, int held, uint64_t owner) except -1:
     return 0
 
 
-cdef uint64_t front_reserver(RingHandle ring) except? 0:
-    """Whose reservation stands in front; 0 if nobody's, or the lock is not to be had."""
-    cdef Take front
+cdef uint64_t first_reserver(RingHandle ring) except? 0:
+    """The owner of the reservation in front; 0 if there is none, or the lock is not to be had."""
+    cdef Take found
     cdef int result
-    if load_acquire64(&ring.header.write_position) == load_acquire64(&ring.header.read_position):
-        return 0
     with nogil:
-        result = ring.probe(&front, BRIEFLY)
-    return front.owner if result == BEHIND_RESERVATION else 0
+        result = ring.probe(&found, BRIEFLY)
+    return found.owner if result == BEHIND_RESERVATION else 0
 
 
 def deaths(RingHandle ring):
-    """[(pid or 0, held, when in ns)]: who died last, for each thing that can be held."""
+    """[(pid or 0, held, when in ns)]: which process died last, for each thing that can be held."""
+    return inside(ring, deaths_of)
+
+
+cdef object deaths_of(RingHandle ring):
     cdef Death *death
     cdef uint64_t pid, when
     cdef int held
     cdef list found = []
-    ring.enter()
-    try:
-        for held in range(<int>SHMRING_DEATH_COUNT):
-            death = &ring.header.deaths[held]
-            when = load_acquire64(&death.when_ns)
-            pid = load_acquire64(&death.pid)
-            if when != 0 and when == load_acquire64(&death.when_ns):
-                found.append((pid, held, when))
-    finally:
-        ring.leave()
+    for held in range(<int>SHMRING_DEATH_COUNT):
+        death = &ring.header.deaths[held]
+        when = load_acquire64(&death.when_ns)
+        pid = load_acquire64(&death.pid)
+        if when != 0 and when == load_acquire64(&death.when_ns):
+            found.append((pid, held, when))
     return found

@@ -13,7 +13,7 @@
  *      512 +--------------------------------------------------------------+
  *          | joining: how many messages were reported done; the name       |
  *      896 +--------------------------------------------------------------+
- *          | deaths: who died last holding each of 4 things                |
+ *          | deaths: the last process that died holding each of 4 things   |
  *     1024 +--------------------------------------------------------------+
  *          | areas: 64 records (base, capacity, offset)                    |
  *     3072 +--------------------------------------------------------------+
@@ -65,7 +65,17 @@
 #define SHMRING_MIN_CAPACITY 4096
 #define SHMRING_MAX_CAPACITY 0x400000000000 /* 64 TiB, far from any overflow */
 
-#define SHMRING_NO_CPU 4294967295u /* nobody has run on this side yet */
+#define SHMRING_NO_CPU 4294967295u /* no process has run on this side yet */
+
+/* Kinds of a message.  shmring.queues.codec repeats those of the codecs, since it also
+ * serves the fallback. */
+#define SHMRING_KIND_BYTES 0
+#define SHMRING_KIND_PICKLE 1 /* of any encoder that returns bytes */
+#define SHMRING_KIND_MSGPACK 2
+#define SHMRING_KIND_USER 3
+#define SHMRING_KIND_BUILTINS 4 /* builtin_codec.h */
+#define SHMRING_KIND_MESSAGE 16 /* shmring.ipc.message */
+#define SHMRING_KIND_MULTI 0x80000000u /* a flag: several segments, with their table in front */
 
 /* States of a frame. */
 #define SHMRING_WHOLE 1
@@ -96,18 +106,18 @@ typedef struct {
     uint64_t key; /* which worker of the owner's process; 0 while the slot is opened or closed */
 } shmring_claim;
 
-/* The next two are for those who look (diagnostics.h); nothing is decided by them. */
+/* The next two are diagnostics only (diagnostics.h). */
 typedef struct {
-    uint64_t pid;     /* 0 is nobody knows who */
-    uint64_t when_ns; /* his death was found out; 0 while the record is being written */
+    uint64_t pid;     /* 0 is unknown */
+    uint64_t when_ns; /* the death was found out; 0 while the record is being written */
 } shmring_death;
 
 typedef struct {
     uint64_t owner;    /* 0 is a free slot */
     uint64_t since_ns; /* 0 while the record is being written */
     uint32_t thread;
-    uint32_t call;   /* what he called */
-    uint32_t reason; /* and why it has not returned */
+    uint32_t call;   /* CALL_GET, ... */
+    uint32_t reason; /* FOR_MESSAGE, ... */
     uint32_t spare;
 } shmring_waiter;
 
@@ -138,9 +148,9 @@ typedef struct {
     uint64_t write_position;
     uint64_t write_generation;
     shmring_count put_count;
-    uint64_t front_who; /* advisory: the producer that waits for much space */
-    uint64_t front_need;
-    uint64_t front_until_ns;
+    uint64_t starved_producer; /* advisory: the producer that waits for much space */
+    uint64_t reserved_space;
+    uint64_t reserved_until_ns;
     uint64_t shrunk_ns; /* advisory, as patience and needed_ns: 0, or nothing has grown since */
     uint32_t patience;  /* how often shrinking proved wrong lately */
     uint32_t producer_cpu; /* where the last producer ran, for spinning */
@@ -175,7 +185,7 @@ typedef struct {
     uint64_t length;
     uint32_t state;
     uint32_t kind;
-    uint64_t owner; /* who reserved it; 0 in a frame put whole */
+    uint64_t owner; /* of the reservation; 0 in a frame put whole */
 } shmring_frame;
 
 _Static_assert(offsetof(shmring_header, data_wait) == SHMRING_WAITING_OFFSET, "layout");

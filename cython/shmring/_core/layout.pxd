@@ -23,6 +23,13 @@ cdef extern from "layout.h" nogil:
     const uint64_t SHMRING_MIN_CAPACITY
     const uint64_t SHMRING_MAX_CAPACITY
     const uint32_t SHMRING_NO_CPU
+    const uint32_t SHMRING_KIND_BYTES
+    const uint32_t SHMRING_KIND_PICKLE
+    const uint32_t SHMRING_KIND_MSGPACK
+    const uint32_t SHMRING_KIND_USER
+    const uint32_t SHMRING_KIND_BUILTINS
+    const uint32_t SHMRING_KIND_MESSAGE
+    const uint32_t SHMRING_KIND_MULTI
     const uint32_t SHMRING_WHOLE
     const uint32_t SHMRING_RESERVED
     const uint32_t SHMRING_ABORTED
@@ -76,9 +83,9 @@ cdef extern from "layout.h" nogil:
         uint64_t write_position
         uint64_t write_generation
         Count put_count
-        uint64_t front_who  # advisory: the producer that waits for much space
-        uint64_t front_need
-        uint64_t front_until_ns
+        uint64_t starved_producer  # advisory: the producer that waits for much space
+        uint64_t reserved_space
+        uint64_t reserved_until_ns
         uint64_t shrunk_ns
         uint32_t patience
         uint32_t consumer_lock

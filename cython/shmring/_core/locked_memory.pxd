@@ -15,8 +15,6 @@ cdef class MappedFile:
     cdef char *start  # of the mapping
     cdef char *data  # behind the header
     cdef readonly uint64_t size
-    cdef Py_ssize_t shape[1]
-    cdef Py_ssize_t strides[1]
 
 cdef class LockedMemory(MappedFile):
     cdef MemoryHeader *header

@@ -1,12 +1,12 @@
 """Plain shared bytes, copied in and out under a lock word that stands beside them.
 
 The lock survives its owner: after a kill inside `write` the bytes may be half
-old and half new (there is no message to be whole), but nobody is blocked.
+old and half new (there is no message to be whole), but no process is blocked.
 """
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+    PyBUF_CONTIG_RO, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -68,25 +68,7 @@ cdef class MappedFile:
             munmap(self.start, (self.data - self.start) + self.size)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        self.shape[0] = <Py_ssize_t>self.size
-        self.strides[0] = 1
-        buffer.buf = self.data
-        buffer.obj = self
-        buffer.len = <Py_ssize_t>self.size
-        buffer.itemsize = 1
-        buffer.readonly = 0
-        buffer.ndim = 1
-        buffer.format = NULL
-        if flags & PyBUF_FORMAT:
-            buffer.format = b"B"
-        buffer.shape = NULL
-        buffer.strides = NULL
-        if flags & PyBUF_ND:
-            buffer.shape = self.shape
-        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
-            buffer.strides = self.strides
-        buffer.suboffsets = NULL
-        buffer.internal = NULL
+        PyBuffer_FillInfo(buffer, self, self.data, <Py_ssize_t>self.size, 0, flags)
 
 
 @cython.binding(False)
@@ -260,3 +242,25 @@ cdef class TaskWords:
                 return
             item = items[i]
             values.append(function(*item) if spread else function(item))
+
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void shmring_keep_freed(int bytes)
+    {
+        mallopt(M_MMAP_THRESHOLD, bytes / 4);
+        mallopt(M_TRIM_THRESHOLD, bytes);
+    }
+    #else
+    static void shmring_keep_freed(int bytes) { (void)bytes; }
+    #endif
+    """
+    void shmring_keep_freed(int bytes) noexcept
+
+
+def keep_freed_memory(int nbytes):
+    """Let this process keep up to so much freed memory: fresh pages cost more than copying into them."""
+    shmring_keep_freed(nbytes)

@@ -1,12 +1,10 @@
 """The map of the compiled half of Queue: objects in, objects out."""
 
-from cython cimport final
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.ring cimport Item, Segment
 from shmring._core.wait cimport Waiting
-from shmring._core.bytes_ring cimport TakingRing
+from shmring._core.bytes_ring cimport MessageRing
 
 cdef class Watched:
     cdef list dicts
@@ -16,11 +14,10 @@ cdef class Watched:
     cpdef bint changed(self) except? True
     cdef Py_ssize_t compared(self, dict entries, Py_ssize_t at) except? -2
 
-cdef class ObjectRing(TakingRing):
+cdef class ObjectRing(MessageRing):
     cdef object encoder  # obj -> (kind, segments); never called under a lock
     cdef object decoder  # kind, head, buffers -> obj
-    cdef bint raw  # bytes travel as they are, past the codec,
-    cdef bint trees  # and trees of exact builtins as builtin_codec.pyx writes them
+    cdef bint trees  # trees of exact builtins travel as builtin_codec.h writes them, past the codec
 
     # a pickler that is used again and again
     cdef object pickler_type
@@ -37,8 +34,6 @@ cdef class ObjectRing(TakingRing):
     cdef int renew_pickler(self) except -1
     cdef int make_pickler(self) except -1
     cdef object encode(self, object obj)
-    @final
-    cdef object frame_of(self, object obj, uint32_t *kind)
     cdef object encoded(self, object obj, uint32_t *kind)
     cdef object parcelled(self, object obj, uint32_t *kind)
     cdef object decode(self, uint32_t kind, object head, object buffers)
@@ -47,17 +42,6 @@ cdef class ObjectRing(TakingRing):
     cdef uint64_t due(self) noexcept nogil
     cdef uint64_t unfinished(self) noexcept nogil
     cdef int end_claim(self, uint64_t slot, bint free) except -1
-
-# One message on its way into the ring: what it is made of, and what keeps
-# that alive.
-cdef class Parcel:
-    cdef Item item
-    cdef Segment *segments
-    cdef Py_buffer *buffers
-    cdef int opened
-    cdef uint64_t *table
-
-    cdef int pack(self, tuple encoded) except -1
 
 cdef class JoinWait(Waiting):
     pass
@@ -76,11 +60,3 @@ cdef class Outgoing:
     cdef Item item
     cdef uint64_t seen  # where consumers stood before the last attempt
     cdef bint busy  # what the last attempt did not get was the lock
-
-cdef inline void item_of_bytes(Item *item, Segment *segment, object payload) noexcept:
-    """All but the kind; the payload has to outlive the item."""
-    segment.data = PyBytes_AS_STRING(payload)
-    item.length = segment.length = <uint64_t>PyBytes_GET_SIZE(payload)
-    item.segments = segment
-    item.count = 1
-    item.owner = 0

@@ -4,16 +4,9 @@
 pickle.  `bytes` travel as they are, trees of builtins as `builtin_codec.h` writes
 them; everything else is what the codec made of it: a head, and perhaps large
 buffers that travel beside it, out of band.
-
-Payload of a frame whose kind carries MULTI
-    +-------+----------+-----+--------------+------+----------+-----
-    | count | length 0 | ... | length n - 1 | head | buffer 1 | ...
-    +-------+----------+-----+--------------+------+----------+-----
-      u64     u64 each                        each where the one before ends
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
@@ -21,19 +14,21 @@ from cpython.bytes cimport (
 from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Occurred
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._core.builtin_codec cimport Writer, codec_decode, codec_encode, codec_free
-from shmring._core.bytes_ring cimport SMALL, TakingRing
-from shmring._core.ring cimport BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, PARTIAL, Item, Segment, Take
+from shmring._core.bytes_ring cimport MOVED, SMALL, MessageRing, Parcel, fill_item
+from shmring._core.ring cimport BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Segment, Take
 from shmring._core.count cimport count_read
-from shmring._core.fast_path cimport put_one, take_one
-from shmring._core.handle cimport RingHandle
-from shmring._core.layout cimport SHMRING_CLAIM_COUNT, Claim, Header
+from shmring._core.fast_path cimport put_one
+from shmring._core.handle cimport RingHandle, inside
+from shmring._core.layout cimport (
+    SHMRING_CLAIM_COUNT, SHMRING_KIND_BUILTINS, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, Claim,
+    Header,
+)
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (
     SYNC_SLICE_LEAST_NS, compare_exchange32, compare_exchange64, fence_full, handle_enter, handle_leave,
@@ -45,7 +40,7 @@ from shmring._core.wait cimport (
 )
 
 import sys
-from queue import Empty, Full
+from queue import Full
 
 from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
 
@@ -53,11 +48,6 @@ sync_start()
 
 cdef enum:
     TABLE_MOST = 500  # segments whose table fits into SMALL
-
-cdef uint32_t RAW = 0
-cdef uint32_t PLAIN = 1  # what an encoder that returns bytes means
-cdef uint32_t TREE = 4  # past the codec, if it is one that would carry the same objects
-cdef uint32_t MULTI = 1u << 31
 
 
 # ---- trees of exact builtins -----------------------------------------------------------------------
@@ -162,66 +152,7 @@ cdef class Watched:
 
 # ---- messages --------------------------------------------------------------------------------------
 @cython.binding(False)
-@cython.freelist(16)
-cdef class Parcel:
-    """One message on its way into the ring, and what keeps its bytes alive."""
-
-    def __cinit__(self):
-        self.segments = NULL
-        self.buffers = NULL
-        self.table = NULL
-        self.opened = 0
-
-    def __dealloc__(self):
-        cdef int i
-        for i in range(self.opened):
-            PyBuffer_Release(&self.buffers[i])
-        PyMem_Free(self.segments)
-        PyMem_Free(self.buffers)
-        PyMem_Free(self.table)
-
-    cdef int pack(self, tuple encoded) except -1:
-        """Take in what an encoder returned: (kind, segments)."""
-        cdef Py_ssize_t count, i
-        cdef uint32_t kind
-        kind, parts = encoded
-        self.item.owner = 0
-        count = len(parts)
-        if count < 1 or kind & MULTI:
-            raise ValueError(f"the codec returned {count} segments of kind {kind}")
-        self.segments = <Segment *>PyMem_Malloc((count + 1) * sizeof(Segment))
-        self.buffers = <Py_buffer *>PyMem_Malloc(count * sizeof(Py_buffer))
-        if self.segments == NULL or self.buffers == NULL:
-            raise MemoryError
-        self.item.length = 0
-        for i in range(count):
-            PyObject_GetBuffer(parts[i], &self.buffers[i], PyBUF_CONTIG_RO)
-            self.opened += 1
-            self.segments[i + 1].data = <char *>self.buffers[i].buf
-            self.segments[i + 1].length = <uint64_t>self.buffers[i].len
-            self.item.length += <uint64_t>self.buffers[i].len
-        self.item.kind = kind
-        if count == 1:
-            self.item.segments = self.segments + 1
-            self.item.count = 1
-            return 0
-        self.table = <uint64_t *>PyMem_Malloc((count + 1) * sizeof(uint64_t))
-        if self.table == NULL:
-            raise MemoryError
-        self.table[0] = <uint64_t>count
-        for i in range(count):
-            self.table[i + 1] = self.segments[i + 1].length
-        self.segments[0].data = <char *>self.table
-        self.segments[0].length = <uint64_t>(count + 1) * sizeof(uint64_t)
-        self.item.length += self.segments[0].length
-        self.item.kind |= MULTI
-        self.item.segments = self.segments
-        self.item.count = <int>(count + 1)
-        return 0
-
-
-@cython.binding(False)
-cdef class ObjectRing(TakingRing):
+cdef class ObjectRing(MessageRing):
     """The compiled half of shmring.Queue."""
 
     def _set_codec(self, encoder, decoder, bint raw, bint trees=False, pickler_type=None,
@@ -284,16 +215,14 @@ cdef class ObjectRing(TakingRing):
         self.chunks.clear()
         self.clear_memo()
         if self.buffers:
-            head = (PLAIN, [head, *self.buffers])
+            head = (SHMRING_KIND_PICKLE, [head, *self.buffers])
             self.buffers.clear()
         store_release32(&self.pickler_free, 1)
         return head
 
-    @cython.final
     cdef object frame_of(self, object obj, uint32_t *kind):
-        """What travels for an object: bytes of a kind, or a Parcel, which has its own."""
         if self.raw and PyBytes_CheckExact(obj):
-            kind[0] = RAW
+            kind[0] = SHMRING_KIND_BYTES
             return obj
         return self.encoded(obj, kind)
 
@@ -302,7 +231,7 @@ cdef class ObjectRing(TakingRing):
         cdef Writer writer
         cdef char room[SMALL]
         if self.trees and codec_encode(&writer, room, SMALL, obj):
-            kind[0] = TREE
+            kind[0] = SHMRING_KIND_BUILTINS
             try:
                 return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
             finally:
@@ -313,7 +242,7 @@ cdef class ObjectRing(TakingRing):
         """As `frame_of`, for what goes through the codec."""
         cdef Parcel parcel
         encoded = self.encode(obj)
-        kind[0] = PLAIN
+        kind[0] = SHMRING_KIND_PICKLE
         if PyBytes_CheckExact(encoded):
             return encoded
         parcel = Parcel.__new__(Parcel)
@@ -354,10 +283,12 @@ cdef class ObjectRing(TakingRing):
         cdef char room[SMALL]
         # as frame_of(), but a tree that is small never leaves the stack
         if self.raw and PyBytes_CheckExact(obj):
-            return put_one(self, RAW, PyBytes_AS_STRING(obj), PyBytes_GET_SIZE(obj), position, block, timeout)
+            return put_one(
+                self, SHMRING_KIND_BYTES, PyBytes_AS_STRING(obj), PyBytes_GET_SIZE(obj), position, block, timeout)
         if self.trees and codec_encode(&writer, room, SMALL, obj):
             try:
-                return put_one(self, TREE, writer.start, writer.at - writer.start, position, block, timeout)
+                return put_one(
+                    self, SHMRING_KIND_BUILTINS, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 codec_free(&writer)
         encoded = self.parcelled(obj, &kind)
@@ -385,70 +316,27 @@ cdef class ObjectRing(TakingRing):
         Raises: as `put`.  Whatever is raised after some of them went in has an
             attribute `count`, how many; Full and PeerDied always have it.
         """
-        cdef list held = []  # bytes, or a Parcel
-        cdef Item *items = NULL
-        cdef Item *longer
-        cdef Segment *segments = NULL
-        cdef Py_ssize_t room_for = 0
-        cdef Py_ssize_t n = 0
-        cdef Py_ssize_t i
-        cdef Py_ssize_t done = 0
-        if peers is not None:
-            timeout = with_peers(peers, timeout)
-        try:
-            for obj in objects:
-                if n == room_for:
-                    room_for = 2 * n + 64
-                    longer = <Item *>PyMem_Realloc(items, room_for * sizeof(Item))
-                    if longer == NULL:
-                        raise MemoryError
-                    items = longer
-                if self.raw and PyBytes_CheckExact(obj):  # as frame_of, without the call
-                    items[n].kind = RAW
-                    held.append(obj)
-                else:
-                    held.append(self.frame_of(obj, &items[n].kind))
-                n += 1
-            if n == 0:
-                self.check_open()
-                return
-            segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
-            if segments == NULL:
-                raise MemoryError
-            for i in range(n):
-                encoded = held[i]
-                if PyBytes_CheckExact(encoded):
-                    item_of_bytes(&items[i], &segments[i], encoded)
-                else:
-                    items[i] = (<Parcel>encoded).item
-            done = put_or_wait(self, items, n, NULL, block, timeout)
-        finally:
-            PyMem_Free(items)
-            PyMem_Free(segments)
-        if done < n:
-            full = Full(f"{done} of {n} objects went in")
-            full.count = done
-            raise full
+        self.put_batch(objects, block, timeout if peers is None else with_peers(peers, timeout))
 
     # ---- get --------------------------------------------------------------------------------
 
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length):
         """Decode a payload that lies in private memory."""
-        if kind == RAW and self.raw:
+        if kind == SHMRING_KIND_BYTES and self.raw:
             return PyBytes_FromStringAndSize(payload, <Py_ssize_t>length)
-        if kind == TREE and self.trees:
+        if kind == SHMRING_KIND_BUILTINS and self.trees:
             return decode_tree(payload, length)
-        if kind & MULTI:
+        if kind & SHMRING_KIND_MULTI:
             return self.split(kind, payload, length)
         return self.decode(kind, PyBytes_FromStringAndSize(payload, <Py_ssize_t>length), None)
 
     cdef object decode(self, uint32_t kind, object head, object buffers):
         if buffers is None:
-            if self.raw and kind == RAW:
+            if self.raw and kind == SHMRING_KIND_BYTES:
                 return head
-            if kind == TREE and self.trees:
+            if kind == SHMRING_KIND_BUILTINS and self.trees:
                 return decode_tree(PyBytes_AS_STRING(head), <uint64_t>PyBytes_GET_SIZE(head))
-            if kind == PLAIN and self.loader is not None:
+            if kind == SHMRING_KIND_PICKLE and self.loader is not None:
                 try:
                     return self.loader(head)
                 except Exception as error:
@@ -476,7 +364,7 @@ cdef class ObjectRing(TakingRing):
             else:
                 buffers.append(PyByteArray_FromStringAndSize(payload + at, <Py_ssize_t>part))
             at += part
-        return self.decode(kind & ~MULTI, head, buffers)
+        return self.decode(kind & ~SHMRING_KIND_MULTI, head, buffers)
 
     def get(self, bint block=True, timeout=None, *, peers=None):
         """Take the next object.
@@ -498,64 +386,39 @@ cdef class ObjectRing(TakingRing):
             return ObjectRing.get(self, block, with_peers(peers, timeout))
         return self.next_object(block, timeout)
 
-    cdef object next_object(self, bint block, object timeout):
-        cdef char room[SMALL]
-        cdef Take take
+    cdef object take_large(self, Take *take):
         cdef Segment targets[TABLE_MOST + 1]
         cdef uint64_t count, part, total, i
-        cdef Segment target
-        cdef list buffers
-        cdef int result
-        take.room = room
-        take.room_bytes = SMALL
-        take.leaser = 0
-        while True:
-            result = take_one(self, &take, block, timeout)
-            if result == DONE:
-                if take.kind == RAW and self.raw:
-                    return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
-                return self.decode_at(take.kind, room, take.length)
-            if result != PARTIAL:
-                raise Empty
-            if not take.kind & MULTI:
-                head = self.take_whole(&take)
-                if head is not None:
-                    return self.decode(take.kind, head, None)
-                continue
-            memcpy(&count, room, 8)
-            if count < 1 or count > TABLE_MOST:
-                # a table larger than the stack: take it whole, then split
-                whole = PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>take.length)
-                target.data = PyByteArray_AS_STRING(whole)
-                target.length = take.length
-                take.targets = &target
-                take.target_count = 1
-                if self.take_into(&take) == DONE:
-                    return self.split(take.kind, PyByteArray_AS_STRING(whole), take.length)
-                continue
-            targets[0].data = room
-            targets[0].length = total = 8 + 8 * count
-            buffers = []
-            head = None
-            for i in range(count):
-                memcpy(&part, room + 8 + 8 * i, 8)
-                if part > take.length - total:
-                    raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {take.length} bytes")
-                total += part
-                if i == 0:
-                    head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>part)
-                    targets[1].data = PyBytes_AS_STRING(head)
-                else:
-                    buffer = PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>part)
-                    targets[i + 1].data = PyByteArray_AS_STRING(buffer)
-                    buffers.append(buffer)
-                targets[i + 1].length = part
-            if total != take.length:
-                raise RingCorrupted(f"segments of {total} bytes in a message of {take.length} bytes")
-            take.targets = targets
-            take.target_count = <int>count + 1
-            if self.take_into(&take) == DONE:
-                return self.decode(take.kind & ~MULTI, head, buffers)
+        cdef list buffers = []
+        if not take.kind & SHMRING_KIND_MULTI:
+            head = self.take_whole(take)
+            return self.decode(take.kind, head, None) if head is not None else MOVED
+        memcpy(&count, take.room, 8)
+        if count < 1 or count > TABLE_MOST:
+            # a table larger than the stack: take it whole, then split
+            whole = self.take_whole(take)
+            return self.split(take.kind, PyBytes_AS_STRING(whole), take.length) if whole is not None else MOVED
+        targets[0].data = take.room
+        targets[0].length = total = 8 + 8 * count
+        head = None
+        for i in range(count):
+            memcpy(&part, take.room + 8 + 8 * i, 8)
+            if part > take.length - total:
+                raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {take.length} bytes")
+            total += part
+            if i == 0:
+                head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>part)
+                targets[1].data = PyBytes_AS_STRING(head)
+            else:
+                buffer = PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>part)
+                targets[i + 1].data = PyByteArray_AS_STRING(buffer)
+                buffers.append(buffer)
+            targets[i + 1].length = part
+        if total != take.length:
+            raise RingCorrupted(f"segments of {total} bytes in a message of {take.length} bytes")
+        take.targets = targets
+        take.target_count = <int>count + 1
+        return self.decode(take.kind & ~SHMRING_KIND_MULTI, head, buffers) if self.take_into(take) == DONE else MOVED
 
     def get_nowait(self):
         """get(block=False)."""
@@ -565,24 +428,7 @@ cdef class ObjectRing(TakingRing):
 
     def _task_done(self):
         """One message was worked off; False if there was none left to be."""
-        cdef Header *h
-        cdef uint64_t done, due
-        self.enter()
-        try:
-            h = self.header
-            while True:
-                done = load_acquire64(&h.done_count)
-                due = self.due()
-                if done >= due:
-                    return False
-                if compare_exchange64(&h.done_count, done, done + 1):
-                    break
-            fence_full()
-            if done + 1 >= due:
-                wait_wake_all(&h.done_wait)
-            return True
-        finally:
-            self.leave()
+        return inside(self, task_done)
 
     cdef uint64_t due(self) noexcept nogil:
         """How many messages there are or were to be worked off: after an
@@ -593,11 +439,7 @@ cdef class ObjectRing(TakingRing):
         return count_read(&h.put_count, &h.write_position)
 
     def _unfinished(self):
-        self.enter()
-        try:
-            return self.unfinished()
-        finally:
-            self.leave()
+        return inside(self, unfinished_of)
 
     cdef uint64_t unfinished(self) noexcept nogil:
         cdef uint64_t done = load_acquire64(&self.header.done_count)
@@ -688,21 +530,41 @@ cdef class ObjectRing(TakingRing):
         Takes and releases each lock once, the producers' first: that recovers
         them if their owner died, which cancels claims that were not committed.
         """
-        cdef uint64_t i
-        cdef Claim claim
-        cdef list found = []
-        self.enter()
-        try:
-            self.visit_lock(0, 0)
-            self.visit_lock(1, 0)
-            for i in range(SHMRING_CLAIM_COUNT):
-                claim = self.header.claims[i]
-                if claim.owner != 0:
-                    found.append((
-                        i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.key, claim.low, claim.high))
-        finally:
-            self.leave()
-        return found
+        return inside(self, claims_of)
+
+
+cdef object task_done(RingHandle handle):
+    cdef ObjectRing ring = handle
+    cdef Header *h = ring.header
+    cdef uint64_t done, due
+    while True:
+        done = load_acquire64(&h.done_count)
+        due = ring.due()
+        if done >= due:
+            return False
+        if compare_exchange64(&h.done_count, done, done + 1):
+            break
+    fence_full()
+    if done + 1 >= due:
+        wait_wake_all(&h.done_wait)
+    return True
+
+
+cdef object unfinished_of(RingHandle handle):
+    return (<ObjectRing>handle).unfinished()
+
+
+cdef object claims_of(RingHandle ring):
+    cdef uint64_t i
+    cdef Claim claim
+    cdef list found = []
+    ring.visit_lock(0, 0)
+    ring.visit_lock(1, 0)
+    for i in range(SHMRING_CLAIM_COUNT):
+        claim = ring.header.claims[i]
+        if claim.owner != 0:
+            found.append((i, owner_pid(claim.owner), owner_start_ticks(claim.owner), claim.key, claim.low, claim.high))
+    return found
 
 
 @cython.binding(False)
@@ -784,10 +646,7 @@ cdef class Outgoing:
     def __init__(self, ObjectRing ring not None, obj):
         self.ring = ring
         self.encoded = ring.frame_of(obj, &self.item.kind)
-        if PyBytes_CheckExact(self.encoded):
-            item_of_bytes(&self.item, &self.segment, self.encoded)
-        else:
-            self.item = (<Parcel>self.encoded).item
+        fill_item(&self.item, &self.segment, self.encoded)
 
     def put(self):
         """One attempt, on the loop: whether it went in.  Raises as Queue.put does."""

@@ -1,4 +1,4 @@
-/* Who holds a reservation or a lease, in one word, and whether he is dead.
+/* The owner of a reservation or a lease, in one word, and the proof of its death.
  *
  * owner = start time of the process (clock ticks since boot) << 22 | pid
  *
@@ -27,7 +27,7 @@ static inline uint64_t owner_start_ticks(uint64_t owner) { return owner >> OWNER
 
 /* The stat of a thread from its command's name on, which may contain anything: fields are counted
  * from the last parenthesis, where this points to; NULL if unreadable.  By the thread: qemu-user
- * invents /proc/PID/stat for whoever asks about himself, and others would take him for dead. */
+ * makes up /proc/PID/stat for the process that reads its own, and others would find it dead. */
 static inline char *owner_stat(uint32_t tid, char text[1024])
 {
     char path[48];

@@ -1,4 +1,4 @@
-"""The map of the ring's machinery: one handle of one process on one ring."""
+"""RingCore: fields and methods; outcomes, flags, items and takes."""
 
 from cython cimport final
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -12,10 +12,10 @@ cdef enum Outcome:
     FULL  # no room for the bytes
     FULL_COUNT  # max_messages are in the ring
     EMPTY
-    BEHIND_LEASE  # somebody peeks at the front
-    BEHIND_RESERVATION  # the front is being written in place
+    BEHIND_LEASE  # the message in front is leased by a peek
+    BEHIND_RESERVATION  # the message in front is being written in place
     PARTIAL  # only the head fitted the room given; nothing was taken
-    CHANGED  # the front is not the message that was expected
+    CHANGED  # the message in front is not the expected one
     SHUT  # shut down
     CORRUPT
     CLAIM_HELD  # the previous claim was not released
@@ -46,7 +46,7 @@ cdef struct Item:
     int count
     uint32_t kind
     uint64_t length  # sum over the segments
-    uint64_t owner  # 0, or who reserves
+    uint64_t owner  # 0, or the owner of the reservation
     Mapping *mapping  # of a reservation: a reference that the caller releases
     char *payload
 
@@ -57,12 +57,12 @@ cdef struct Take:
     Segment *targets  # if any: the message goes here instead,
     int target_count
     uint64_t expected  # provided that it still is the one at this position
-    uint64_t leaser  # 0, or who wants a lease on the front instead of a copy
+    uint64_t leaser  # 0, or the owner of a lease, made instead of a copy
     Mapping *mapping  # of a lease: a reference that the caller releases
     char *payload
     uint64_t position
     uint64_t length
-    uint64_t owner  # who is in the way
+    uint64_t owner  # of the lease or reservation in the way
     uint32_t kind
 
 cdef class RingCore:
@@ -102,7 +102,7 @@ cdef class RingCore:
     cdef int lock_consumers(self, int flags) noexcept nogil
     cdef void unlock_consumers(self) noexcept nogil
     cdef void wake_producers(self) noexcept nogil
-    cdef void step_back(self) noexcept nogil
+    cdef void give_up_space(self) noexcept nogil
     cdef void wake_next(self) noexcept nogil
     cdef void note_empty(self, uint64_t pos) noexcept nogil
     cdef void clear_the_way(self, Take *found, int outcome, int flags) noexcept nogil
@@ -116,7 +116,7 @@ cdef class RingCore:
     @final
     cdef int make_room(self, uint64_t pos, uint64_t span, uint64_t following, int flags) noexcept nogil
     @final
-    cdef uint64_t front_name(self) noexcept nogil
+    cdef uint64_t starved_name(self) noexcept nogil
     @final
     cdef int lock_slowly(self, uint32_t *word, int tried, int flags) noexcept nogil
     @final
@@ -124,7 +124,7 @@ cdef class RingCore:
     @final
     cdef int recover_consumers(self) noexcept nogil
     @final
-    cdef int front(self, Take *take) noexcept nogil
+    cdef int first_frame(self, Take *take) noexcept nogil
     @final
     cdef int look_further(self, uint64_t pos) noexcept nogil
     @final

@@ -1,9 +1,9 @@
 # distutils: language = c
-"""The ring's machinery: puts, takes, growth and recovery on one shared file.
+"""RingCore: put, take, growth and recovery on one shared file.
 
 `RingCore` knows bytes and a file descriptor.  What a message means is decided
-by the classes above it (`bytes_ring.pyx`, `object_ring.pyx`); how the file came to be,
-and who may open it, by `shmring.shm.segment`.
+by the classes above it (`bytes_ring.pyx`, `object_ring.pyx`); how the file is made
+and which process may open it, by `shmring.shm.segment`.
 
 Every operation is one attempt that runs without the GIL's help and never
 blocks on Python: lock, look, copy, commit with one store, unlock, wake.  The
@@ -33,7 +33,7 @@ from shmring._core.layout cimport (
     SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, Frame, Header, shmring_area_of,
     shmring_frame_span,
 )
-from shmring._core.owner cimport owner_is_dead, owner_pid, owner_self
+from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
@@ -42,14 +42,14 @@ from shmring._core.sync cimport (
     wait_wake_all, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.diagnostics cimport (
-    HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, witness_death, witness_hold,
-    witness_holder, witness_release,
+    HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, death_record, holder_show,
+    holder_pid, holder_hide,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
 
-cdef int64_t FRONT_NS = 300000000  # how long a waiting producer's need counts
+cdef int64_t RESERVED_NS = 300000000  # how long a waiting producer's need counts
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
 
 sync_start()
@@ -66,6 +66,12 @@ LAYOUT = dict(
     MIN_CAPACITY=SHMRING_MIN_CAPACITY, MAX_CAPACITY=SHMRING_MAX_CAPACITY, WHOLE=SHMRING_WHOLE,
     RESERVED=SHMRING_RESERVED, ABORTED=SHMRING_ABORTED,
 )
+
+
+def is_dead(uint64_t pid, uint64_t start_ticks, /):
+    """Whether the kernel proves that a process has ended; without its start time, 0, a later one
+    of the same pid is taken for it."""
+    return pid >> OWNER_PID_BITS != 0 or owner_is_dead(owner_of(<uint32_t>pid, start_ticks))
 
 
 @cython.binding(False)
@@ -104,20 +110,20 @@ cdef class RingCore:
 
     @cython.final
     cdef int lock_slowly(self, uint32_t *word, int tried, int flags) noexcept nogil:
-        """The word of a side was not simply free."""
+        """The lock word was not simply free."""
         cdef int result = tried
         cdef bint producers = word == &self.header.producer_lock
         if result == LOCK_BUSY and flags & (MAY_WAIT | BRIEFLY):
             result = lock_wait(word, SYNC_SLICE_NS if flags & MAY_WAIT else BRIEFLY_NS)
         if result == LOCK_TAKEN:
-            witness_hold(word)
+            holder_show(word)
             return DONE
         if result == LOCK_BUSY:
             return BUSY
         if result == LOCK_GARBAGE:
             return CORRUPT
-        witness_death(self.header, HELD_PRODUCER_LOCK if producers else HELD_CONSUMER_LOCK, witness_holder(word))
-        witness_hold(word)
+        death_record(self.header, HELD_PRODUCER_LOCK if producers else HELD_CONSUMER_LOCK, holder_pid(word))
+        holder_show(word)
         result = self.recover_producers() if producers else self.recover_consumers()
         if result != DONE and producers:
             self.unlock_producers()
@@ -129,20 +135,20 @@ cdef class RingCore:
         cdef int tried = lock_try(&self.header.producer_lock)
         if tried != LOCK_TAKEN:
             return self.lock_slowly(&self.header.producer_lock, tried, flags)
-        witness_hold(&self.header.producer_lock)
+        holder_show(&self.header.producer_lock)
         return DONE
 
     cdef int lock_consumers(self, int flags) noexcept nogil:
         cdef int tried = lock_try(&self.header.consumer_lock)
         if tried != LOCK_TAKEN:
             return self.lock_slowly(&self.header.consumer_lock, tried, flags)
-        witness_hold(&self.header.consumer_lock)
+        holder_show(&self.header.consumer_lock)
         return DONE
 
     cdef void unlock_producers(self) noexcept nogil:
         cdef Mapping *stale = self.producer_stale
         self.producer_stale = NULL
-        witness_release(&self.header.producer_lock)
+        holder_hide(&self.header.producer_lock)
         lock_release(&self.header.producer_lock)
         if stale != NULL:
             area_release(stale)
@@ -150,7 +156,7 @@ cdef class RingCore:
     cdef void unlock_consumers(self) noexcept nogil:
         cdef Mapping *stale = self.consumer_stale
         self.consumer_stale = NULL
-        witness_release(&self.header.consumer_lock)
+        holder_hide(&self.header.consumer_lock)
         lock_release(&self.header.consumer_lock)
         if stale != NULL:
             area_release(stale)
@@ -164,14 +170,14 @@ cdef class RingCore:
 
     @cython.final
     cdef int recover_producers(self) noexcept nogil:
-        """The last owner died.  What he wrote is committed or was never visible."""
+        """The last owner died.  What it wrote is committed or was never visible."""
         cdef Header *h = self.header
         cdef uint64_t pos = h.write_position
         cdef uint64_t read = load_acquire64(&h.read_position)
         fetch_add32(&h.recoveries, 1)
         if read > pos or pos % 8 != 0:
             return self.poison(POISON_POSITIONS)
-        h.front_who = h.front_need = h.front_until_ns = 0
+        h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
         if h.max_capacity != h.min_capacity:
             if area_tidy(h, self.fd, &self.file) == EILSEQ:  # pages of a growth that was cut short
                 return self.poison(POISON_AREA)
@@ -189,7 +195,7 @@ cdef class RingCore:
         if pos > load_acquire64(&h.write_position) or pos % 8 != 0:
             return self.poison(POISON_POSITIONS)
         for i in range(SHMRING_CLAIM_COUNT):
-            # before anyone takes, or these messages would be claimed twice
+            # before the next take, or these messages would be claimed twice
             if load_relaxed64(&h.claims[i].high) > pos:
                 store_release64(&h.claims[i].high, h.claims[i].low)
         if h.lease_owner != 0 and h.lease_high <= pos:
@@ -259,7 +265,7 @@ cdef class RingCore:
             span = shmring_frame_span(items[at].length)
             read = self.known_read if self.known_read > m.base else m.base
             # in this form a position before `read` ends up here too, instead of overflowing
-            if span > m.capacity or pos - read > m.capacity - span or h.front_until_ns != 0:
+            if span > m.capacity or pos - read > m.capacity - span or h.reserved_until_ns != 0:
                 result = self.make_room(pos, span, span, 0)
                 if result == FULL and flags & MAY_GROW:
                     taken = 0
@@ -295,13 +301,13 @@ cdef class RingCore:
             if start & (CPU_BYTES - 1) < pos - start:
                 store_relaxed32(&h.producer_cpu, current_cpu())
             store_release64(&h.write_position, pos)  # the commit
-            if h.front_who != 0 and h.front_who == self.front_name():
-                h.front_who = h.front_need = h.front_until_ns = 0
+            if h.starved_producer != 0 and h.starved_producer == self.starved_name():
+                h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
             done[0] = at
-        elif flags & IS_WAITING and result == FULL and load_relaxed64(&h.front_until_ns) < <uint64_t>monotonic_ns():
-            h.front_who = self.front_name()
-            h.front_need = span
-            h.front_until_ns = <uint64_t>(monotonic_ns() + FRONT_NS)
+        elif flags & IS_WAITING and result == FULL and load_relaxed64(&h.reserved_until_ns) < <uint64_t>monotonic_ns():
+            h.starved_producer = self.starved_name()
+            h.reserved_space = span
+            h.reserved_until_ns = <uint64_t>(monotonic_ns() + RESERVED_NS)
         return result
 
     @cython.final
@@ -317,12 +323,12 @@ cdef class RingCore:
         if read > pos or used > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_read = read
-        if h.front_until_ns != 0:
+        if h.reserved_until_ns != 0:
             now = <uint64_t>monotonic_ns()
-            if h.front_until_ns - now > <uint64_t>FRONT_NS:  # passed, or further ahead than anyone writes
-                h.front_who = h.front_need = h.front_until_ns = 0
-            elif h.front_who != self.front_name() and h.front_need <= m.capacity:
-                need += h.front_need  # somebody who needs more waits already: leave his room free
+            if h.reserved_until_ns - now > <uint64_t>RESERVED_NS:  # passed, or forged
+                h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
+            elif h.starved_producer != self.starved_name() and h.reserved_space <= m.capacity:
+                need += h.reserved_space  # keep space for the starved producer
                 if need > m.capacity and span <= m.capacity:
                     need = m.capacity
         if used + need <= m.capacity:
@@ -349,16 +355,16 @@ cdef class RingCore:
         store_relaxed64(&self.write_capacity, m.capacity)
         return DONE
 
-    cdef void step_back(self) noexcept nogil:
-        """A producer that gives up keeps no room free any more."""
+    cdef void give_up_space(self) noexcept nogil:
+        """A producer that gives up needs no space any more."""
         cdef Header *h = self.header
         if self.lock_producers(BRIEFLY) == DONE:
-            if h.front_who == self.front_name():
-                h.front_who = h.front_need = h.front_until_ns = 0
+            if h.starved_producer == self.starved_name():
+                h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
             self.unlock_producers()
 
     @cython.final
-    cdef uint64_t front_name(self) noexcept nogil:
+    cdef uint64_t starved_name(self) noexcept nogil:
         """Tells this handle from others, in this process and elsewhere; never 0."""
         return (self.myself() ^ <uint64_t><size_t><void *>self) | 1
 
@@ -425,7 +431,7 @@ cdef class RingCore:
         return EMPTY if limit == pos else DONE
 
     @cython.final
-    cdef int front(self, Take *take) noexcept nogil:
+    cdef int first_frame(self, Take *take) noexcept nogil:
         """Find and check the frame in front; its fields go to `take`."""
         cdef Header *h = self.header
         cdef Mapping *m
@@ -481,7 +487,7 @@ cdef class RingCore:
             return EMPTY
         result = self.lock_consumers(flags)
         if result == DONE:
-            result = self.front(found)
+            result = self.first_frame(found)
             self.unlock_consumers()
         return result
 
@@ -517,7 +523,7 @@ cdef class RingCore:
         if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
             result = CLAIM_HELD
         else:
-            result = self.front(take)
+            result = self.first_frame(take)
         if result == DONE and take.leaser != 0:
             m = self.consumer_mapping
             fetch_add64(&m.references, 1)
@@ -618,7 +624,7 @@ cdef class RingCore:
         if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
             result = CLAIM_HELD
         else:
-            result = self.front(&found)
+            result = self.first_frame(&found)
         if result == DONE:
             m = self.consumer_mapping
             pos = end = found.position
@@ -627,7 +633,7 @@ cdef class RingCore:
                 length = load_relaxed64(&frame.length)
                 if (load_acquire32(&frame.state) != SHMRING_WHOLE
                         or not frame_is_possible(frame, length, end, m.capacity, self.known_limit)):
-                    break  # left to front(), which knows what to do with it
+                    break  # left to first_frame()
                 if end + shmring_frame_span(length) - pos > (room_bytes if room_bytes < m.capacity else m.capacity):
                     break
                 end += shmring_frame_span(length)
@@ -645,12 +651,12 @@ cdef class RingCore:
         return result
 
     cdef void wake_next(self) noexcept nogil:
-        """Others sleep, none is on his way, and something is left: wake one."""
+        """Others sleep, no wake-up is pending, and something is left: wake one."""
         cdef Header *h = self.header
         if wait_wants_wake(&h.data_wait) and load_acquire64(&h.write_position) != load_acquire64(&h.read_position):
             wait_wake_one(&h.data_wait)
 
-    # ---- on the way --------------------------------------------------------------------------
+    # ---- clearing the way --------------------------------------------------------------------------
 
     cdef void clear_the_way(self, Take *blocked, int outcome, int flags) noexcept nogil:
         """Abort the reservation, or release the lease, of a dead owner."""
@@ -664,18 +670,18 @@ cdef class RingCore:
         if outcome == BEHIND_LEASE:
             if h.lease_owner == blocked.owner and h.lease_low == blocked.position:
                 store_release64(&h.lease_owner, 0)
-                witness_death(h, HELD_LEASE, owner_pid(blocked.owner))
-        elif (self.front(&found) == BEHIND_RESERVATION and found.position == blocked.position
+                death_record(h, HELD_LEASE, owner_pid(blocked.owner))
+        elif (self.first_frame(&found) == BEHIND_RESERVATION and found.position == blocked.position
                 and found.owner == blocked.owner):
             frame = <Frame *>(self.consumer_mapping.data + (found.position & self.consumer_mapping.mask))
             if compare_exchange32(&frame.state, SHMRING_RESERVED, SHMRING_ABORTED):
-                witness_death(h, HELD_RESERVATION, owner_pid(blocked.owner))
+                death_record(h, HELD_RESERVATION, owner_pid(blocked.owner))
         self.unlock_consumers()
         self.wake_consumers()
 
     cdef void shrink(self, uint64_t capacity, int flags) noexcept nogil:
         """Move to a smaller area, if the ring is empty.  Two steps, each under
-        its own lock; whoever comes by later takes the second one."""
+        its own lock; the next call that looks further takes the second one."""
         cdef Header *h = self.header
         cdef Mapping *m
         if self.lock_consumers(flags) != DONE:

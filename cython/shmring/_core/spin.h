@@ -1,7 +1,7 @@
 /* Looking for a moment before falling asleep.
  *
- * To sleep and to be woken costs the two sides about as long as SPIN_NS.  Who
- * looks for that long first pays at most twice what the better choice would
+ * To sleep and to be woken costs the two sides about as long as SPIN_NS.  A process
+ * that looks for that long first pays at most twice what the better choice would
  * have cost (Karlin, Li, Manasse and Owicki, SOSP 1991), and an answer that is
  * under way costs no system call.  Not worth it where the other side last ran
  * on this CPU, or where the last sleep was so long that the next will be too.
@@ -15,7 +15,7 @@
 #define SPIN_SLEPT_NS 200000 /* after a longer sleep nothing is expected soon */
 #define SPIN_BYTES_PER_NS 8
 
-/* A look takes the line away from who writes to it.  A pause is 6 ns on some
+/* A look takes the cache line away from the writer.  A pause is 6 ns on some
  * processors and 60 on others, so none of the limits counts pauses. */
 static inline void spin_between_looks(void)
 {

@@ -3,7 +3,7 @@
  * The lock word
  *     bits 0..29  TID of the owner, 0 is free
  *     bit  30     OWNER_DIED, set by the kernel
- *     bit  31     WAITERS, somebody may sleep on the word
+ *     bit  31     WAITERS, a thread may sleep on the word
  *
  * While a thread holds the word (and just before it takes it) the field
  * `list_op_pending` of its robust list head points at it.  When the thread
@@ -148,7 +148,7 @@ static inline long futex_wake(uint32_t *word, int count)
     return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
 }
 
-/* ---- who this thread is ---------------------------------------------------- */
+/* ---- this thread ----------------------------------------------------------- */
 
 typedef struct {
     uint32_t epoch; /* of the process in which the rest was found out */
@@ -258,10 +258,10 @@ enum {
     LOCK_TAKEN = 0,
     LOCK_TAKEN_FROM_DEAD = 1, /* the caller recovers before anything else */
     LOCK_BUSY = 2,
-    LOCK_GARBAGE = 3, /* the word names nobody that lives */
+    LOCK_GARBAGE = 3, /* the word names no living thread */
 };
 
-/* Of a word that was read: who has the lock, and did he die. */
+/* Of a word that was read: its owner, and whether that died. */
 static inline uint32_t lock_owner(uint32_t seen) { return seen & FUTEX_TID_MASK; }
 static inline int lock_is_orphan(uint32_t seen) { return (seen & FUTEX_OWNER_DIED) != 0; }
 
@@ -369,14 +369,14 @@ SYNC_SLOW int lock_wait(uint32_t *word, int64_t nanoseconds)
     }
 }
 
-/* ---- the wait word: one wake in flight, and a baton ----------------------------
+/* ---- the wait word: one wake-up in flight ---------------------------------------
  *
- * bit 0   SLEEPING  somebody sleeps, or did
+ * bit 0   SLEEPING  a thread sleeps, or did
  * bit 1   WOKEN     a woken one has not arrived yet
  * rest    a sequence, so that a wake between look and sleep is not missed
  *
- * Nobody is counted, so nobody who is killed leaks a count.  A put that makes
- * no wake saw WOKEN, so it precedes the clear-then-look of whoever was woken.
+ * Sleepers are not counted, so a kill leaks no count.  A put that makes no
+ * wake-up saw WOKEN, so it precedes the clear-then-look of the woken sleeper.
  * A kill leaves at most WOKEN stuck, and one expired sleep clears it.
  */
 #define WAIT_SLEEPING 1u
@@ -449,7 +449,7 @@ static inline void bell_ring(uint32_t *bell)
         futex_wake(bell, INT_MAX);
 }
 
-/* Silences it; whoever heard it then looks at what it was rung for. */
+/* Silences it; the sleeper then looks at what it was rung for. */
 static inline int bell_heard(uint32_t *bell) { return (int)__atomic_exchange_n(bell, 0, __ATOMIC_SEQ_CST); }
 
 /* Sleep a slice at most, on all of `words` and on `bell` (which may be NULL).  WOKEN is cleared

@@ -13,9 +13,9 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from shmring._core.diagnostics cimport (
     CALL_GET, CALL_PEEK, CALL_PUT, CALL_RESERVE, CALL_WAIT, FOR_LEASE, FOR_LOCK, FOR_MESSAGE, FOR_RESERVATION,
-    FOR_ROOM, Wait, witness_enter, witness_leave,
+    FOR_ROOM, Wait, waiter_show, waiter_hide,
 )
-from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
+from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, identity_of
 from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
 from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.ring cimport (
@@ -208,11 +208,11 @@ cdef class Waiting:
         return False
 
     cdef void show(self, uint32_t reason) noexcept nogil:
-        witness_enter(self.ring.header, &self.record, self.ring.myself(), reason)
+        waiter_show(self.ring.header, &self.record, self.ring.myself(), reason)
 
     cdef void hide(self) noexcept nogil:
         if self.ring.header != NULL:
-            witness_leave(self.ring.header, &self.record, self.ring.myself())
+            waiter_hide(self.ring.header, &self.record, self.ring.myself())
 
     cdef int prepare(self) noexcept nogil:
         """The first part of a slice, before it is announced; without `block` all of it."""
@@ -278,7 +278,7 @@ cdef class PutWait(Waiting):
 
     cdef void end(self, int result) noexcept:
         if self.block and not ends_wait(result) and not self.ring.closed:
-            self.ring.step_back()
+            self.ring.give_up_space()
 
     cdef int put_behind_moving(self) noexcept nogil:
         """Before growing: try again for a millisecond, and another for each MiB,
@@ -453,7 +453,7 @@ cdef int check_name(RingHandle ring) except -1:
         return 0
     ring.name_gone += 1
     if ring.name_gone == 2:
-        _, token, name = ring.identity()
+        _, token, name = identity_of(ring)
         _warnings.warn_name_is_gone(name, token)
     return 0
 
@@ -597,7 +597,7 @@ cdef class AnyWait(Waiting):
             ring = self.rings[i]
             self.records[i].call = self.record.call
             self.records[i].turn = self.record.turn
-            witness_enter(ring.header, &self.records[i], ring.myself(), reason)
+            waiter_show(ring.header, &self.records[i], ring.myself(), reason)
 
     cdef void hide(self) noexcept nogil:
         with gil:
@@ -609,7 +609,7 @@ cdef class AnyWait(Waiting):
         for i in range(self.count):
             ring = self.rings[i]
             if ring.header != NULL:
-                witness_leave(ring.header, &self.records[i], ring.myself())
+                waiter_hide(ring.header, &self.records[i], ring.myself())
 
     cdef void end(self, int result) noexcept:
         cdef RingHandle ring

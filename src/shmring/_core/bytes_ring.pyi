@@ -8,7 +8,9 @@ from typing_extensions import Buffer
 
 from shmring._core.handle import RingHandle
 
-class TakingRing(RingHandle):
+class Parcel: ...
+
+class MessageRing(RingHandle):
     def get_many(
         self,
         max_items: int | None = None,
@@ -18,7 +20,7 @@ class TakingRing(RingHandle):
         peers: Iterable[Any] | None = None,
     ) -> list[Any]: ...
 
-class BytesRing(TakingRing):
+class BytesRing(MessageRing):
     def put(
         self,
         data: Buffer,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shmring._core.bytes_ring import TakingRing
+from shmring._core.bytes_ring import MessageRing
 from shmring._core.wait import Bell, Waiting
 
 def encode_builtins(obj: Any, /) -> bytes | None: ...
@@ -13,9 +13,7 @@ class Watched:
     def __init__(self, dicts: Iterable[dict[Any, Any]], awaited: str | None = None) -> None: ...
     def changed(self) -> bool: ...
 
-class Parcel: ...
-
-class ObjectRing(TakingRing):
+class ObjectRing(MessageRing):
     def put(
         self,
         obj: Any,

@@ -2,4 +2,6 @@
 
 LAYOUT: dict[str, int]
 
+def is_dead(pid: int, start_ticks: int, /) -> bool: ...
+
 class RingCore: ...

@@ -12,13 +12,6 @@ Head of a frame, little-endian::
     +------+------------+------------+-----------+---------+------------------+
 
 Large buffers follow out of band, as the codec of the data hands them over.
-
-A task or an answer travels in an :class:`Envelope`, which is data kind 255::
-
-    +--------+---------+------+------------+-----------------+
-    | number | attempt | good | inner kind | head of content |
-    | u64    | u32     | u8   | u8         |                 |
-    +--------+---------+------+------------+-----------------+
 """
 
 from __future__ import annotations
@@ -31,15 +24,13 @@ import time
 from typing import Protocol
 
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
-from shmring.queues.codec import PickleCodec
+from shmring.queues.codec import KIND_MESSAGE, PickleCodec
 
-__all__ = ["Envelope", "Message", "MessageCodec", "MessageType"]
+__all__ = ["Message", "MessageCodec", "MessageType"]
 
 _FIELDS = struct.Struct("<BBHd")
 _MAX_SENDER_BYTES = 0xFFFF
 _NO_DATA = 0
-_ENVELOPE = struct.Struct("<QIBB")
-_ENVELOPE_KIND = 255
 
 
 class MessageType(enum.Enum):
@@ -94,45 +85,6 @@ class DataCodec(Protocol):
         ...
 
 
-_PICKLE: DataCodec = PickleCodec()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Envelope:
-    """Data that is encoded before it is sent, and decoded only when it is opened.
-
-    Data that cannot be decoded fails the task whose number stands on the
-    envelope, and nothing else. Made by :meth:`seal`.
-    """
-
-    number: int
-    attempt: int
-    good: bool
-    kind: int
-    segments: list[bytes | bytearray | memoryview]
-
-    @classmethod
-    def seal(cls, number: int, attempt: int, good: bool, content: object) -> Envelope:
-        """Encode the content for the ``data`` of a message.
-
-        Args:
-            number: of the task, from 0.
-            attempt: how often the task was tried before.
-            good: of an answer: True for a result, False for a failure.
-            content: anything that can be pickled.
-        """
-        return cls(number, attempt, good, *_PICKLE.encode(content))
-
-    def open(self) -> object:
-        """Decode the content of an envelope that arrived; DecodeError if that fails."""
-        head, *buffers = self.segments
-        return _PICKLE.decode(
-            self.kind,
-            bytes(head),
-            [each if isinstance(each, bytearray) else bytearray(each) for each in buffers],
-        )
-
-
 class MessageCodec:
     """Messages to frames and back, for the ``codec=`` of a queue.
 
@@ -140,7 +92,7 @@ class MessageCodec:
         data_codec: the codec of each message's data; None is pickle.
     """
 
-    KIND = 16
+    KIND = KIND_MESSAGE
 
     def __init__(self, data_codec: DataCodec | None = None) -> None:
         self._data: DataCodec = PickleCodec() if data_codec is None else data_codec
@@ -175,16 +127,10 @@ class MessageCodec:
             head = _FIELDS.pack(code, _NO_DATA, len(sender), obj.timestamp) + sender
             obj.nbytes = len(head)
             return self.KIND, [head]
-        if isinstance(obj.data, Envelope):
-            sealed, kind, segments = obj.data, _ENVELOPE_KIND, obj.data.segments
-            outside = _ENVELOPE.pack(sealed.number, sealed.attempt, sealed.good, sealed.kind)
-        else:
-            kind, segments = self._data.encode(obj.data)
-            outside = b""
-            if not 0 < kind < _ENVELOPE_KIND:
-                raise EncodeError(f"the data codec returned kind={kind}: it must be 1 to 254")
-        fields = _FIELDS.pack(code, kind, len(sender), obj.timestamp)
-        head = b"".join((fields, sender, outside, segments[0]))
+        kind, segments = self._data.encode(obj.data)
+        if not 0 < kind < 256:
+            raise EncodeError(f"the data codec returned kind={kind}: it must be 1 to 255")
+        head = _FIELDS.pack(code, kind, len(sender), obj.timestamp) + sender + segments[0]
         buffers = segments[1:]
         obj.nbytes = len(head) + sum(memoryview(buffer).nbytes for buffer in buffers)
         return self.KIND, [head, *buffers]
@@ -217,9 +163,7 @@ class MessageCodec:
         except UnicodeDecodeError as error:
             raise DecodeError(f"the sender's name is not UTF-8: {error}") from error
         data: object = None
-        if data_kind == _ENVELOPE_KIND:
-            data = self._sealed(head, start, buffers)
-        elif data_kind != _NO_DATA:
+        if data_kind != _NO_DATA:
             data = self._data.decode(data_kind, bytes(head[start:]), buffers)
         elif start != len(head) or buffers:
             raise DecodeError(
@@ -229,11 +173,3 @@ class MessageCodec:
         message = Message(msg_type, sender, timestamp, data)
         message.nbytes = len(head) + sum(len(buffer) for buffer in buffers)
         return message
-
-    @staticmethod
-    def _sealed(head: bytes, start: int, buffers: list[bytearray]) -> Envelope:
-        end = start + _ENVELOPE.size
-        if end > len(head):
-            raise DecodeError(f"envelope of length={len(head) - start}: {_ENVELOPE.size} expected")
-        number, attempt, good, kind = _ENVELOPE.unpack_from(head, start)
-        return Envelope(number, attempt, bool(good), kind, [head[end:], *buffers])

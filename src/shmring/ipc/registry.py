@@ -8,21 +8,6 @@ two are never mixed.
 A heartbeat is one store of eight bytes by the process's own loop.  There is no
 heartbeat thread, which would beat for a hung handler too.
 
-Layout, little-endian words of eight bytes::
-
-    header, 256 bytes:
-      0 the storage's own        1 magic                 2 version
-      3 slots ever used          7 the storage's own
-    slot, 256 bytes:
-      0 pid, 0 = never used      1 start time (ticks)    2 incarnation
-      3 heartbeat (ns)           4 state                 5 waiting since (ns)
-      6 task started (ns)        7 task + 1, 0 = none;   8 tasks
-                                   from bit 40 the call of a chunk
-      9 bytes                   10 messages             11 heartbeats
-     12 role                    13 length of the id     14 length of waiting-on
-     15 .. 23 process id, UTF-8, 72 bytes
-     24 .. 31 what it waits on, UTF-8, 64 bytes, cut to fit
-
 All-zero is a valid empty registry, so no process waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
 killed; the pid is cleared first and stored last, so that a half-made slot is
@@ -36,15 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import errno
 import math
 import os
 import struct
-import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from shmring.errors import (
     InvalidArgument,
@@ -53,11 +36,22 @@ from shmring.errors import (
     RingNotFound,
     ShmringError,
 )
-from shmring.process.liveness import is_process_dead, process_start_ticks
+from shmring.ipc import slot as layout
+from shmring.ipc.slot import (
+    MAX_PROCESS_ID_BYTES,
+    REGISTRY_BYTES,
+    SLOTS,
+    ProcessRole,
+    ProcessState,
+    RegistrySlot,
+    Words,
+    key_of,
+    take_slot,
+)
+from shmring.process.liveness import is_process_dead
 from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 
 __all__ = [
-    "ITEM_STEP",
     "MAX_PROCESS_ID_BYTES",
     "REGISTRY_BYTES",
     "REGISTRY_MAGIC",
@@ -70,52 +64,12 @@ __all__ = [
     "RegistryStorage",
     "SeenProcesses",
     "open_segment",
-    "task_word",
 ]
 
 REGISTRY_MAGIC = int.from_bytes(b"SHMREGST", "little")
 _VERSION = 1
-_SLOT_WORDS = 32
-SLOTS = 255
-REGISTRY_BYTES = (SLOTS + 1) * _SLOT_WORDS * 8
-
-_H_MAGIC, _H_VERSION, _H_USED = 1, 2, 3
-
-_PID, _START, _INCARNATION, _HEARTBEAT, _STATE, _WAITING_SINCE = range(6)
-_TASK_STARTED, _TASK, _TASKS, _BYTES, _MESSAGES, _HEARTBEATS = range(6, 12)
-_ROLE, _ID_LENGTH, _ON_LENGTH = range(12, 15)
-_ID_OFFSET, MAX_PROCESS_ID_BYTES = 15 * 8, 72
-_ON_OFFSET, _ON_BYTES = 24 * 8, 64
-
-_U64 = (1 << 64) - 1
-_ITEM_SHIFT = 40
-_TASK_MASK = (1 << _ITEM_SHIFT) - 1
-
 # The slot of a dead process is not taken for this long while there are others.
 _KEPT_NS = 10_000_000_000
-
-
-class ProcessState(enum.IntEnum):
-    """What a process is doing, by its own account."""
-
-    STARTING = 0
-    IDLE = 1
-    WORKING = 2
-    WAITING = 3
-    EXITED = 4
-
-
-class ProcessRole(enum.IntEnum):
-    """What a process is to the others of its namespace."""
-
-    PEER = 0
-    COORDINATOR = 1
-    WORKER = 2
-
-
-# Other numbers in a slot were not written by shmring.
-_STATES = {int(state): state for state in ProcessState}
-_ROLES = {int(role): role for role in ProcessRole}
 
 
 class RegistryStorage(Protocol):
@@ -163,7 +117,7 @@ class RegistryEntry:
     @property
     def key(self) -> int:
         """The number of this registration, unique in the registry; never 0."""
-        return _key_of(self.index, self.incarnation)
+        return key_of(self.index, self.incarnation)
 
     def is_dead(self) -> bool:
         """Whether the process has ended: it said so, or the kernel proves it."""
@@ -176,144 +130,6 @@ class RegistryEntry:
     def is_silent(self, limit: float) -> bool:
         """Whether no heartbeat came within `limit` seconds, which proves nothing."""
         return self.silent_for() > limit
-
-
-class _PlainWords:
-    """Words in a buffer without the extension: whole, and in no certain order.
-
-    Only the lock of the storage orders them: several words are read under it.
-    """
-
-    def __init__(self, buffer: memoryview) -> None:
-        self._words = buffer.cast("Q")
-
-    def __getitem__(self, index: int) -> int:
-        return self._words[index]
-
-    def __setitem__(self, index: int, value: int) -> None:
-        self._words[index] = value
-
-    def copy(self, start: int, count: int) -> bytes:
-        return self._words[start : start + count].tobytes()
-
-    def release(self) -> None:
-        self._words.release()
-
-
-class _PlainTaskWords:
-    """What a worker stores for every call, without the extension."""
-
-    def __init__(
-        self, words: _PlainWords, places: tuple[int, ...], idle: int, working: int
-    ) -> None:
-        self._words = words
-        self._started, self._heartbeat, self._task, self._state, self._tasks = places
-        self._idle = idle
-        self._working = working
-
-    def begin(self, task: int) -> None:
-        words = self._words
-        words[self._started] = words[self._heartbeat] = time.monotonic_ns()
-        words[self._task] = task
-        words[self._state] = self._working
-
-    def end(self, calls: int) -> None:
-        words = self._words
-        words[self._task] = 0
-        words[self._state] = self._idle
-        words[self._heartbeat] = time.monotonic_ns()
-        words[self._tasks] = (words[self._tasks] + calls) & _U64
-
-
-if TYPE_CHECKING:
-    from shmring._core.locked_memory import TaskWords, Words
-
-    _in_order: bool
-else:
-    try:
-        from shmring._core.locked_memory import TaskWords, Words
-
-        _in_order = True
-    except ImportError:  # no extension: the fallback
-        Words, TaskWords = _PlainWords, _PlainTaskWords
-        _in_order = False
-
-
-ITEM_STEP = 1 << _ITEM_SHIFT  # from one call of a chunk to the next
-
-
-def task_word(number: int, item: int = 0) -> int:
-    """The word that says which task is being done, and which call of a chunk."""
-    return number + 1 + item * ITEM_STEP
-
-
-class RegistrySlot:
-    """The calling process's own slot; get one from :meth:`Registry.register`.
-
-    Attributes:
-        key: the number of this registration, unique in the registry; never 0.
-    """
-
-    def __init__(self, words: Words, base: int) -> None:
-        self._words = words
-        self._base = base
-        self.index = base // _SLOT_WORDS - 1
-        self.incarnation = words[base + _INCARNATION]
-        self.key = _key_of(self.index, self.incarnation)
-        self.pid = os.getpid()
-
-    def beat(self) -> None:
-        """Store a heartbeat: to be called on every turn of the process's loop."""
-        words, base = self._words, self._base
-        words[base + _HEARTBEAT] = time.monotonic_ns()
-        words[base + _HEARTBEATS] = (words[base + _HEARTBEATS] + 1) & _U64
-
-    def set_role(self, role: ProcessRole) -> None:
-        """Store what the process is to the others."""
-        self._words[self._base + _ROLE] = role
-
-    def idle(self) -> None:
-        """Store that the process neither works nor waits."""
-        words, base = self._words, self._base
-        words[base + _TASK] = 0
-        words[base + _STATE] = ProcessState.IDLE
-        self.beat()
-
-    def waiting(self, on: str) -> None:
-        """Store that the process begins to wait on a queue; call :meth:`beat` while it does."""
-        words, base = self._words, self._base
-        _write_text(words, base, _ON_OFFSET, on.encode()[:_ON_BYTES])
-        words[base + _ON_LENGTH] = min(len(on.encode()), _ON_BYTES)
-        words[base + _WAITING_SINCE] = time.monotonic_ns()
-        words[base + _STATE] = ProcessState.WAITING
-        self.beat()
-
-    def task_words(self) -> TaskWords:
-        """What a worker stores for every call; :func:`task_word` says which it is at."""
-        base = self._base
-        places = (_TASK_STARTED, _HEARTBEAT, _TASK, _STATE, _TASKS)
-        return TaskWords(
-            self._words,
-            tuple(base + place for place in places),  # type: ignore[arg-type]
-            ProcessState.IDLE,
-            ProcessState.WORKING,
-        )
-
-    def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
-        """Add tasks answered, and bytes and messages sent or received."""
-        words, base = self._words, self._base
-        for word, more in ((_TASKS, tasks), (_BYTES, nbytes), (_MESSAGES, messages)):
-            if more:
-                words[base + word] = (words[base + word] + more) & _U64
-
-    def release(self) -> None:
-        """Store that the process leaves. The slot stays readable until it is taken again."""
-        words, base = self._words, self._base
-        # Not in a forked child, which holds this object too.
-        if self.pid == os.getpid() and words[base + _INCARNATION] == self.incarnation:
-            words[base + _TASK] = 0
-            words[base + _WAITING_SINCE] = 0
-            words[base + _STATE] = ProcessState.EXITED
 
 
 class Registry:
@@ -336,10 +152,10 @@ class Registry:
         self._closed = False
         try:
             with storage.exclusive():
-                if self._words[_H_MAGIC] == 0:
-                    self._words[_H_VERSION] = _VERSION
-                    self._words[_H_MAGIC] = REGISTRY_MAGIC
-            magic, version = self._words[_H_MAGIC], self._words[_H_VERSION]
+                if self._words[layout.H_MAGIC] == 0:
+                    self._words[layout.H_VERSION] = _VERSION
+                    self._words[layout.H_MAGIC] = REGISTRY_MAGIC
+            magic, version = self._words[layout.H_MAGIC], self._words[layout.H_VERSION]
             if (magic, version) != (REGISTRY_MAGIC, _VERSION):
                 raise LayoutMismatch(
                     f"registry with magic={magic:#x} version={version}: "
@@ -349,15 +165,12 @@ class Registry:
             self._words.release()
             raise
 
-    def register(
-        self, process_id: str, role: ProcessRole = ProcessRole.PEER, index: int | None = None
-    ) -> RegistrySlot:
+    def register(self, process_id: str, role: ProcessRole = ProcessRole.PEER) -> RegistrySlot:
         """Take a slot for the calling process: a free one, or one whose owner is dead.
 
         Args:
             process_id: the name of the process, 1 to 72 bytes of UTF-8.
             role: what it is to the others.
-            index: the slot to take, where something else chooses; None to find one.
 
         Returns:
             the slot, which a forked child must not go on using.
@@ -372,21 +185,8 @@ class Registry:
                 f"process_id={process_id!r} has {len(encoded)} bytes: "
                 f"1 to {MAX_PROCESS_ID_BYTES} are possible"
             )
-        pid = os.getpid()
-        words = self._words
         with self._storage.exclusive():
-            base = self._find_free() if index is None else self._chosen(index)
-            words[base + _PID] = 0
-            words[base + _INCARNATION] = (words[base + _INCARNATION] + 1) & _U64
-            for word in range(_HEARTBEAT, _SLOT_WORDS):
-                words[base + word] = 0
-            _write_text(words, base, _ID_OFFSET, encoded)
-            words[base + _ID_LENGTH] = len(encoded)
-            words[base + _ROLE] = role
-            words[base + _START] = process_start_ticks(pid)
-            words[base + _HEARTBEAT] = time.monotonic_ns()
-            words[base + _PID] = pid
-        return RegistrySlot(words, base)
+            return take_slot(self._words, self._find_free(), encoded, role)
 
     def entries(self) -> list[RegistryEntry]:
         """Every process whose slot was not taken again, dead ones included."""
@@ -397,32 +197,37 @@ class Registry:
         """The process of one slot; None if the slot is free or is being taken just now."""
         if not 0 <= index < SLOTS:
             raise InvalidArgument(f"slot index={index}: 0 to {SLOTS - 1} exist")
-        base = (index + 1) * _SLOT_WORDS
+        base = (index + 1) * layout.SLOT_WORDS
         # One copy, which is then checked: another process may write meanwhile.
-        with contextlib.nullcontext() if _in_order else self._storage.exclusive():
-            copy = self._words.copy(base, _SLOT_WORDS)
+        with contextlib.nullcontext() if layout.IN_ORDER else self._storage.exclusive():
+            copy = self._words.copy(base, layout.SLOT_WORDS)
             words = memoryview(copy).cast("Q")
-            same = self._words[base + _INCARNATION] == words[_INCARNATION]
-            if not words[_PID] or not same or words[_PID] != self._words[base + _PID]:
+            pid = words[layout.PID]
+            same = self._words[base + layout.INCARNATION] == words[layout.INCARNATION]
+            if not pid or not same or pid != self._words[base + layout.PID]:
                 return None
+        state = layout.STATES.get(words[layout.STATE], ProcessState.STARTING)
+        waiting = state is ProcessState.WAITING
         return RegistryEntry(
             index=index,
-            pid=words[_PID],
-            start_ticks=words[_START],
-            incarnation=words[_INCARNATION],
-            process_id=_read_text(copy, _ID_OFFSET, words[_ID_LENGTH], MAX_PROCESS_ID_BYTES),
-            role=_ROLES.get(words[_ROLE], ProcessRole.PEER),
-            state=_STATES.get(words[_STATE], ProcessState.STARTING),
-            heartbeat_ns=words[_HEARTBEAT],
-            heartbeats=words[_HEARTBEATS],
-            waiting_on=_read_text(copy, _ON_OFFSET, words[_ON_LENGTH], _ON_BYTES),
-            waiting_since_ns=words[_WAITING_SINCE] if words[_STATE] == ProcessState.WAITING else 0,
-            task=(words[_TASK] & _TASK_MASK) - 1 if words[_TASK] else None,
-            task_item=words[_TASK] >> _ITEM_SHIFT,
-            task_started_ns=words[_TASK_STARTED],
-            tasks=words[_TASKS],
-            nbytes=words[_BYTES],
-            messages=words[_MESSAGES],
+            pid=pid,
+            start_ticks=words[layout.START],
+            incarnation=words[layout.INCARNATION],
+            process_id=_read_text(
+                copy, layout.ID_OFFSET, words[layout.ID_LENGTH], MAX_PROCESS_ID_BYTES
+            ),
+            role=layout.ROLES.get(words[layout.ROLE], ProcessRole.PEER),
+            state=state,
+            heartbeat_ns=words[layout.HEARTBEAT],
+            heartbeats=words[layout.HEARTBEATS],
+            waiting_on=_read_text(copy, layout.ON_OFFSET, words[layout.ON_LENGTH], layout.ON_BYTES),
+            waiting_since_ns=words[layout.WAITING_SINCE] if waiting else 0,
+            task=(words[layout.TASK] & layout.TASK_MASK) - 1 if words[layout.TASK] else None,
+            task_item=words[layout.TASK] >> layout.ITEM_SHIFT,
+            task_started_ns=words[layout.TASK_STARTED],
+            tasks=words[layout.TASKS],
+            nbytes=words[layout.BYTES],
+            messages=words[layout.MESSAGES],
         )
 
     def close(self) -> None:
@@ -439,27 +244,23 @@ class Registry:
         self.close()
 
     def _used(self) -> int:
-        return min(self._words[_H_USED], SLOTS)
-
-    def _chosen(self, index: int) -> int:
-        self._words[_H_USED] = max(self._used(), index + 1)
-        return (index + 1) * _SLOT_WORDS
+        return min(self._words[layout.H_USED], SLOTS)
 
     def _find_free(self) -> int:
         words, used = self._words, self._used()
         now = time.monotonic_ns()
-        oldest: tuple[int, int] | None = None  # heartbeat and base of one that may be taken
+        oldest: tuple[int, int] | None = None  # heartbeat and index of one that may be taken
         for index in range(used):
-            base = (index + 1) * _SLOT_WORDS
-            pid, heartbeat = words[base + _PID], words[base + _HEARTBEAT]
+            base = (index + 1) * layout.SLOT_WORDS
+            pid, heartbeat = words[base + layout.PID], words[base + layout.HEARTBEAT]
             if not pid:
-                return base
+                return index
             if oldest is not None and heartbeat >= oldest[0]:
                 continue
-            if words[base + _STATE] == ProcessState.EXITED or is_process_dead(
-                pid, words[base + _START]
+            if words[base + layout.STATE] == ProcessState.EXITED or is_process_dead(
+                pid, words[base + layout.START]
             ):
-                oldest = heartbeat, base
+                oldest = heartbeat, index
         # The last words of the dead are kept as long as there is room.
         if oldest is not None and (used == SLOTS or now - oldest[0] > _KEPT_NS):
             return oldest[1]
@@ -468,8 +269,7 @@ class Registry:
                 f"all {SLOTS} slots of the registry are held by living processes: "
                 "use another namespace for some of them"
             )
-        self._words[_H_USED] = used + 1
-        return (used + 1) * _SLOT_WORDS
+        return used
 
 
 class SeenProcesses:
@@ -517,16 +317,6 @@ def _key(entry: RegistryEntry) -> tuple[int, int, int]:
     return entry.index, entry.incarnation, entry.pid
 
 
-def _key_of(index: int, incarnation: int) -> int:
-    return (incarnation << 8 | index) & _U64
-
-
-def _write_text(words: Words, base: int, offset: int, text: bytes) -> None:
-    start = base + offset // 8
-    for at in range(0, len(text), 8):
-        words[start + at // 8] = int.from_bytes(text[at : at + 8].ljust(8, b"\0"), sys.byteorder)
-
-
 def _read_text(slot: bytes, offset: int, length: int, limit: int) -> str:
     return slot[offset : offset + min(length, limit)].decode("utf-8", "replace")
 
@@ -538,7 +328,7 @@ def open_segment(name: str, timeout: float = 10.0) -> RegistryStorage:
 
     Raises:
         RingNotFound: the race was lost until the deadline.
-        AccessRefused: it is another user's, or of another PID namespace.
+        AccessRefused: it is another user's, or of another layout.PID namespace.
     """
     from shmring.shm import segment  # not on the fallback
 

@@ -5,7 +5,7 @@
     task     (number, function, args, kwargs)     one call
              (number, function, [item, ...], flags) a chunk: one function, many calls
              (-1, None, (), None)                 stop: one worker ends
-    answer   (number, value)                      the result of a call
+    answer   (number, value)                      the result of a call, or all of a chunk
              (number, index, [value, ...])        results of a chunk from ``index`` on
              (number, index, failure, text)       an exception: pickled, and its traceback
              (None, kind, worker id, content)     not about a task: "log", "left", "broken"
@@ -18,15 +18,20 @@ that begins with the number: what cannot be unpickled costs that task alone.
 from __future__ import annotations
 
 import pickle
-import pickletools
 import types
 from collections.abc import Sequence
 from typing import Any
 
 from shmring._backend import backend
 from shmring.errors import DecodeError, RemoteError
-from shmring.ipc.message import MessageCodec, MessageType
-from shmring.queues.codec import KIND_PICKLE, PickleCodec, ReusedPickler, decode_error, encode_error
+from shmring.queues.codec import (
+    KIND_MESSAGE,
+    KIND_PICKLE,
+    PickleCodec,
+    ReusedPickler,
+    decode_error,
+    encode_error,
+)
 
 __all__ = ["CAREFUL", "SPREAD", "STOP", "FunctionReferences", "Functions", "PoolCodec"]
 
@@ -126,7 +131,9 @@ class PoolCodec(PickleCodec):
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
         """The object; what cannot be unpickled is noted and raised."""
-        if kind == MessageCodec.KIND:
+        if kind == KIND_MESSAGE:
+            from shmring.ipc.message import MessageCodec, MessageType  # a pool has none
+
             message = MessageCodec().decode(kind, head, list(buffers))
             if message.msg_type is MessageType.SHUTDOWN:
                 return STOP
@@ -156,6 +163,8 @@ def load(head: bytes, *, buffers: Any = ()) -> Any:
 
 def _number_in(head: bytes) -> int:
     """The number of the task at the beginning of a pickle."""
+    import pickletools  # not needed where nothing fails
+
     for opcode, argument, _ in pickletools.genops(head):
         if opcode.name.startswith(("BININT", "LONG")) and isinstance(argument, int):
             return argument

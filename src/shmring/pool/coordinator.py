@@ -21,12 +21,12 @@ from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ProcessRole, RegistryEntry
 from shmring.pool.channel import PoolCodec
 from shmring.pool.dispatcher import Dispatcher
+from shmring.pool.task_loop import echo
 from shmring.pool.task_table import Failure, Task
 from shmring.pool.worker import (
     DATA_BUFFER,
     DATA_BUFFER_BYTES,
     RESULT_QUEUE,
-    echo,
     run_spawned_worker,
 )
 from shmring.pool.workers import ChildWorkers, ExternalWorkers, WorkerReport, Workers

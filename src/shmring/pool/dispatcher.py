@@ -60,7 +60,8 @@ _SILENCE = 10.0
 _ROUND_NS = 1_000_000_000
 # The window of tasks in the queue grows while workers find it empty, up to this many.
 _WIDEST_WINDOW = 4096
-_WINDOW_NBYTES = 8 << 20
+_FIRST_WINDOW = 16  # times the floor
+_WINDOW_NBYTES = 4 << 20
 # A window that takes longer than this to be worked off is too wide, in seconds.
 _WINDOW_SECONDS = 0.02
 
@@ -103,13 +104,13 @@ class Dispatcher:
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
         self._floor = floor
-        self._window = self._room = floor
+        self._window = self._room = _FIRST_WINDOW * floor
         self._window_filled = 0.0
         self._undecodable = PoolCodec().install(answers).failures
         PoolCodec().install(tasks)
         self._on_message = on_message
         self._on_event = on_event
-        self._last_position = 0
+        self._oldest_position = 0
         self._next_look = 0.0
         self._next_orphans = 0.0
         self._silent: set[int] = set()
@@ -155,8 +156,10 @@ class Dispatcher:
             return None
         except (EncodeError, MessageTooLarge) as error:
             return Failure(error)
-        task.position = self._last_position = position
+        task.position = position
         self.table.sent[task.number] = task
+        if position - self._oldest_position > _WINDOW_NBYTES:
+            self._room = self._floor  # large tasks: few of them, in memory that stays warm
         return None
 
     def _put_without_position(self, message: tuple[Any, ...], block: bool) -> int:
@@ -229,9 +232,12 @@ class Dispatcher:
             if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
                 self._window = min(_WIDEST_WINDOW, self._window * 4)
             self._window_filled = now
-        oldest = next(iter(sent.values()), None)
-        large = oldest is not None and self._last_position - oldest.position > _WINDOW_NBYTES
-        self._room = self._floor if large else self._window
+        self._room = self._window
+        if sent:
+            self._oldest_position = next(iter(sent.values())).position
+            newest = next(reversed(sent.values())).position
+            if newest - self._oldest_position > _WINDOW_NBYTES:
+                self._room = self._floor
 
     def take_in(self, timeout: float) -> int:
         """Wait for answers, and deal with all that are there."""
@@ -243,7 +249,10 @@ class Dispatcher:
                 if len(answer) == 2:
                     task = table.sent.pop(answer[0], None)
                     if task is not None:
-                        finished.append((task.done, answer[1]))
+                        value = answer[1]
+                        if task.results:
+                            value = task.outcome(value)
+                        finished.append((task.done, value))
             table.answered_count += len(finished)
         for done, value in finished:
             done(value)

@@ -11,7 +11,8 @@ from typing import Any
 from shmring._backend import backend
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.pool.coordinator import Report, coordinator_process
-from shmring.pool.worker import current_worker, worker_process
+from shmring.pool.task_loop import current_worker
+from shmring.pool.worker import worker_process
 
 __all__ = ["multiprocessing_example", "process_task"]
 

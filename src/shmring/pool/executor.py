@@ -231,7 +231,7 @@ class ProcessPoolExecutor(Executor):
             flags = SPREAD if spread else 0
             ahead = (self._submit(fn, chunk, flags, retries) for chunk in chunks)
         first = collections.deque(itertools.islice(ahead, buffersize))
-        results = _results(ahead, first, deadline, chunksize > 1)
+        results = _results(ahead, first, deadline, chunksize > 1, buffersize is not None)
         next(results)
         return results
 
@@ -341,8 +341,9 @@ def _results(
     futures: collections.deque[TaskFuture[Any]],
     deadline: float | None,
     chunked: bool,
+    buffered: bool,
 ) -> Iterator[Any]:
-    """Take the results in order, submitting one more for each."""
+    """Take the results in order; if not all is submitted yet, submit one more for each."""
     try:
         yield  # up to here at once: one that was never begun would not cancel when it is closed
         while futures:
@@ -354,7 +355,8 @@ def _results(
                 future.cancel()
                 raise
             del future
-            futures.extend(itertools.islice(ahead, 1))
+            if buffered:
+                futures.extend(itertools.islice(ahead, 1))
             if not chunked:
                 last = [value]
                 del value  # what was taken is kept by its taker alone

@@ -15,11 +15,12 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
+from shmring.ipc.registry import Registry
 from shmring.pool.channel import STOP
 from shmring.pool.dispatcher import Dispatcher
 from shmring.pool.slots import PoolSlots
+from shmring.pool.task_loop import run_pool_worker
 from shmring.pool.task_table import Failure, Task
-from shmring.pool.worker import run_pool_worker
 from shmring.pool.workers import ChildWorkers, Departure
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
@@ -86,7 +87,7 @@ class Manager:
         at_once: whether the first task starts all workers.
         task_timeout: as for the executor.
         on_event: as for the executor.
-        setting: what each worker is told: see :func:`shmring.pool.worker.run_pool_worker`.
+        setting: what each worker is told: see :func:`shmring.pool.task_loop.run_pool_worker`.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.
     """
 
@@ -114,15 +115,15 @@ class Manager:
             undo.callback(self._tasks.close)
             self._answers: Queue[Any] = Queue()
             undo.callback(self._answers.close)
-            self._slots = PoolSlots()
-            undo.callback(self._slots.close)
+            self._registry = Registry(slots := PoolSlots(number))
+            undo.callback(self._registry.close)
             self._lifeline = Lifeline()
             undo.pop_all()
         self.workers = ChildWorkers(
-            self._slots,
+            self._registry,
             number,
             run_pool_worker,
-            (self._tasks, self._answers, self._slots, self._lifeline, setting),
+            (self._tasks, self._answers, slots, self._lifeline, setting),
             context,
             at_once=at_once,
             prefix="shmring-worker-",
@@ -271,7 +272,8 @@ class Manager:
             for _ in range(self.workers.to_dismiss()):
                 self._tasks.put(STOP, False)
             while not self.workers.all_gone() and time.monotonic() < deadline:
-                self.dispatcher.take_in(0.005)
+                self.dispatcher.take_in(0)  # so that no worker waits for room
+                self.workers.wait_for_one(_SLICE)
             self.dispatcher.take_in(0)
         self.workers.stop(0.0 if self.broken is None else 1.0)
 
@@ -282,7 +284,7 @@ class Manager:
         self._exit.cancel()
         self._rows = self.workers.reports()
         self.workers.close()
-        for each in (self._tasks, self._answers, self._slots, self._lifeline):
+        for each in (self._tasks, self._answers, self._registry, self._lifeline):
             each.close()
 
     def _break(self, reason: str, cause: BaseException | None) -> None:

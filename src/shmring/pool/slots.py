@@ -1,7 +1,6 @@
 """Slots of a pool's workers, in shared memory without a name.
 
-The slots are those of the registry (:mod:`shmring.ipc.registry`). The pool chooses
-the slot of each worker, so that no lock is needed to take one.
+The pool chooses the slot of each worker, so that no lock is needed to take one.
 """
 
 from __future__ import annotations
@@ -12,17 +11,28 @@ from multiprocessing import reduction
 from typing import Any
 
 from shmring._core.locked_memory import MappedFile
-from shmring.ipc.registry import REGISTRY_BYTES, Registry
+from shmring.ipc.slot import H_USED, REGISTRY_BYTES, ProcessRole, RegistrySlot, Words, take_slot
 from shmring.shm import segment
 from shmring.shm.descriptors import close_own, identity_of
 
 __all__ = ["PoolSlots"]
 
 
-class PoolSlots(Registry):
-    """The registry of one pool; a worker that is being started receives its descriptor."""
+class PoolSlots:
+    """Storage of a registry, in a file that ends with its last mapping.
 
-    def __init__(self, fd: int | None = None) -> None:
+    Pickled to a worker that is being started, it carries the descriptor.
+
+    Args:
+        number: how many slots there are.
+        fd: a descriptor of it, in a worker.
+
+    Attributes:
+        buffer: the memory.
+    """
+
+    def __init__(self, number: int, fd: int | None = None) -> None:
+        made = fd is None
         if fd is None:
             fd = segment.create_anonymous(REGISTRY_BYTES)
             try:
@@ -31,27 +41,28 @@ class PoolSlots(Registry):
                 os.close(fd)
                 raise
         self._fd = fd
-        super().__init__(_Storage(fd))
+        self._identity = identity_of(fd)
+        self.buffer = memoryview(MappedFile(fd, REGISTRY_BYTES))
+        if made:
+            Words(self.buffer)[H_USED] = number  # before workers take theirs, in any order
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (reduction.DupFd(self._fd),)
 
-
-def _received(duplicate: Any) -> PoolSlots:
-    return PoolSlots(duplicate.detach())
-
-
-class _Storage:
-    """A file without a name; it ends with its last mapping."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._identity = identity_of(fd)
-        self.buffer = memoryview(MappedFile(fd, REGISTRY_BYTES))
+    def take(self, index: int, worker_id: str) -> RegistrySlot:
+        """Take the slot that the pool chose for the calling process."""
+        words = Words(self.buffer)
+        return take_slot(words, index, worker_id.encode(), ProcessRole.WORKER)
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """No lock: no two processes take the same slot."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
+        """Unmap the memory and close the file."""
         self.buffer.release()
         close_own(self._fd, self._identity)
+
+
+def _received(duplicate: Any) -> PoolSlots:
+    return PoolSlots(0, duplicate.detach())

@@ -12,7 +12,7 @@ It does no input or output, so that every order of events can be played through 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shmring.errors import ShmringError, WorkerDied
@@ -89,9 +89,10 @@ class Task:
             self.results.append(Failure(error))
             self.failed = True
 
-    def outcome(self) -> list[Any] | None:
-        """The results of a chunk."""
-        return PartialResults(self.results or ()) if self.failed else self.results
+    def outcome(self, more: Iterable[Any] = ()) -> list[Any]:
+        """The results of a chunk that is complete with these."""
+        results = [*(self.results or ()), *more]
+        return PartialResults(results) if self.failed else results
 
 
 class TaskTable:

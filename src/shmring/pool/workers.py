@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -502,11 +503,18 @@ class ChildWorkers:
         finally:  # also after a second Ctrl-C
             self._reap_all()
 
+    def wait_for_one(self, seconds: float) -> None:
+        """Wait until one more has ended."""
+        ended = self._poll.ended()
+        connection.wait(
+            [each.sentinel for each in self.processes.values() if each not in ended], seconds
+        )
+
     def _wait(self, seconds: float) -> None:
         """Wait for all to end, without reaping: until then a PID means what it meant."""
         deadline = time.monotonic() + seconds
-        while not self.all_gone() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        while not self.all_gone() and (left := deadline - time.monotonic()) > 0:
+            self.wait_for_one(left)
 
     def _reap_all(self) -> None:
         self._seen.look()

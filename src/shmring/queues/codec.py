@@ -38,11 +38,13 @@ __all__ = [
 
 Segment = bytes | bytearray | memoryview
 
+# As in cython/shmring/_core/layout.h.
 KIND_BYTES = 0
 KIND_PICKLE = 1
 KIND_MSGPACK = 2
 KIND_USER = 3
-KIND_BUILTINS = 4  # as in cython/shmring/_core/object_ring.pyx
+KIND_BUILTINS = 4
+KIND_MESSAGE = 16  # of shmring.ipc.message
 
 Reducer = Callable[[Any], Any]
 
