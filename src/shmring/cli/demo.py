@@ -45,7 +45,6 @@ from shmring.pool.executor import ProcessPoolExecutor
 from shmring.pool.workers import WorkerReport, interrupts_held
 
 __all__ = [
-    "MOST_MESSAGES",
     "MOST_WORKERS",
     "Outcome",
     "Part",
@@ -59,7 +58,6 @@ __all__ = [
 ]
 
 MOST_WORKERS = 61 if sys.platform == "win32" else 128
-MOST_MESSAGES = 10_000_000
 
 _WORD = re.compile(r"\w+")
 _BLOCK_NBYTES = 1 << 20
@@ -80,7 +78,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class NoText(ValueError):
+class _NoText(ValueError):
     """A file has no text in it."""
 
 
@@ -110,7 +108,7 @@ class Rates:
     @property
     def ratio(self) -> float | None:
         """How many times faster shmring was."""
-        if self.shmring is None or not self.multiprocessing:
+        if self.shmring is None or self.multiprocessing is None:
             return None
         return self.shmring / self.multiprocessing
 
@@ -120,17 +118,16 @@ class Outcome:
     """All there is to be known about one run.
 
     Attributes:
-        correct: one process alone counts the same, and each message of the comparison
-            arrived as it was sent.
-        files: how many files were counted.
-        words: how many words they have.
-        top: the ten most frequent ones.
+        correct: one process alone counts the same, and every message arrived as it was sent.
+        files: how many were counted.
+        words: how many they have.
+        top: the ten most frequent words.
         skipped: files that turned out to be no text, or not to be there.
         unchecked: files that changed before they could be counted again.
         workers: one row for each, the dead included; none on the fallback.
-        killed: how many died.
+        killed: how many workers died.
         retried: how often a chunk was counted again for that.
-        seconds: how long the pool took, from its first worker to its last.
+        seconds: how long the pool took, its start and end included.
         seconds_alone: how long one process took for the same.
         rates: the comparison.
     """
@@ -182,7 +179,7 @@ def run_demo(
             results = stack.enter_context(contextlib.closing(pool.map(count, chunks)))
         total, parts = _merged(results, chunks, "count", tell)
     seconds = time.monotonic() - began
-    found = pool.statistics() if backends.backend == "ring" else None
+    found = pool.statistics() if isinstance(pool, ProcessPoolExecutor) else None
 
     began = time.monotonic()
     _, parts_alone = _merged(map(count_files, chunks), chunks, "check", tell)
@@ -257,7 +254,7 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[dict[str, in
     def sort_in(path: str) -> None:
         try:
             files[path] = _regular(os.stat(path)).st_size
-        except (OSError, NoText) as error:
+        except (OSError, _NoText) as error:
             skipped.append(Skipped(path, _reason(error)))
 
     def unreadable(error: OSError) -> None:
@@ -277,12 +274,12 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[dict[str, in
 
 def _regular(found: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
-        raise NoText("not a regular file")
+        raise _NoText("not a regular file")
     return found
 
 
-def _reason(error: OSError | NoText) -> str:
-    if isinstance(error, NoText):
+def _reason(error: OSError | _NoText) -> str:
+    if isinstance(error, _NoText):
         return str(error)
     if isinstance(error, FileNotFoundError):
         return "missing"
@@ -312,7 +309,7 @@ def count_files(paths: Iterable[str]) -> Part:
     for path in paths:
         try:
             part.stamps[path] = _count_file(path, part.counts)
-        except (OSError, NoText) as error:
+        except (OSError, _NoText) as error:
             part.skipped.append(Skipped(path, _reason(error)))
     return part
 
@@ -330,18 +327,15 @@ def _count_file(path: str, counts: collections.Counter[str]) -> tuple[int, int]:
     """Add the words of a file to `counts`; returns its stamp.
 
     Raises:
-        NoText: nothing was added.
+        _NoText: nothing was added.
         OSError: it cannot be read.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         found = _regular(os.fstat(file.fileno()))
-        empty = True
-        while block := file.read(_BLOCK_NBYTES):
-            empty = False
-            if b"\0" in block:
-                raise NoText("binary")
-        if empty:
-            raise NoText("empty")
+        if any(b"\0" in block for block in iter(lambda: file.read(_BLOCK_NBYTES), b"")):
+            raise _NoText("binary")
+        if file.tell() == 0:
+            raise _NoText("empty")
         file.seek(0)
         while block := file.read(_BLOCK_NBYTES):
             # Between lines, neither a word nor a character can be cut.

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmring import _backend as backends
 from shmring.cli.demo import (
-    MOST_MESSAGES,
     MOST_WORKERS,
     Outcome,
     Skipped,
@@ -119,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--messages",
-        type=_number_to(MOST_MESSAGES),
+        type=_number_to(10_000_000),
         default=100_000,
         metavar="N",
         help="how many messages compare the queues (%(default)s)",
