@@ -2,15 +2,17 @@
 
 ::
 
-    find_files --> paths = tasks --> coordinator ==> count_words in each worker
-                                          |                |
-                  staged kill: a worker announces itself <-+   (with --kill)
-                  in the data buffer, and is killed there
-                                          |
-                                          v
-      count_plainly, one process ---> equal?      results, with the tasks = messages
-                                                           |
-                      multiprocessing.Queue and Queue: the same messages, timed
+    find_files --> {path: size} --> chunks of equal size
+                                         |
+                      +------------------+------------------+
+                      | pool.map                            | map
+                      v                                     v
+         count_files in each worker             count_files, one process alone
+                      |                                     |
+                      +---> merged, timed ---> equal? <-----+
+                               |
+                               v
+           words = messages: multiprocessing.Queue and Queue, timed
 
 Nothing is printed here; :mod:`shmring.cli.main` does that.
 """
@@ -21,85 +23,77 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import heapq
 import itertools
 import multiprocessing
 import os
 import re
-import secrets
 import signal
 import stat
 import statistics
+import sys
 import sysconfig
-import threading
+import tempfile
 import time
-from array import array
-from collections.abc import Callable, Iterator
-from multiprocessing import connection
+from collections.abc import Callable, Iterable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from shmring import _backend as backends
-from shmring.errors import Full, NotSupportedByFallback, ShmringError
-from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.pool.coordinator import Progress, Report, coordinator_process
-from shmring.pool.task_loop import current_worker
-from shmring.pool.worker import DATA_BUFFER
+from shmring.errors import Full, ShmringError
+from shmring.pool.executor import ProcessPoolExecutor
 from shmring.pool.workers import WorkerReport, interrupts_held
 
 __all__ = [
     "MOST_WORKERS",
-    "Counted",
     "Outcome",
+    "Part",
     "Rates",
     "Skipped",
     "compare_queues",
-    "count_plainly",
-    "count_words",
+    "count_files",
     "find_files",
     "find_sources",
     "run_demo",
 ]
 
-# The registry has 255 slots; the dead keep theirs until somebody needs one.
-MOST_WORKERS = 128
+MOST_WORKERS = 61 if sys.platform == "win32" else 128
 
 _WORD = re.compile(r"\w+")
 _BLOCK_NBYTES = 1 << 20
+# More balance the load better, fewer merge sooner.
+_CHUNKS_A_WORKER = 4
 
-_PID_NBYTES = 8
-# How long a worker waits to be killed before it goes on after all, in seconds.
-_STAGED_WAIT = 10.0
-
-# The comparison: few messages are sent again and again, many are not all sent.
-_LEAST_MESSAGES = 2000
-_MOST_MESSAGES = 10_000
-_MOST_NBYTES = 64 << 20
 _RUNS = 5
-_COMPARISON_TIMEOUT = 60.0
+# For the consumer of the comparison, in seconds.
+_PATIENCE = 60.0
 
 Tell = Callable[[str, int, int], object]
 
 
 class Skipped(NamedTuple):
-    """A file that was not counted, and why."""
+    """A file that was not counted or not checked, and why."""
 
     path: str
     reason: str
 
 
-class Counted(NamedTuple):
-    """What a worker answers: one string and one block of numbers, so that it is cheap to send.
+class _NoText(ValueError):
+    """A file has no text in it."""
 
-    ``stamp`` is the size and the time of the last change, when the file was read.
+
+class Part(NamedTuple):
+    """What a chunk of files contains.
+
+    Attributes:
+        counts: how often each word stands there.
+        stamps: the size and the time of the last change of each file when it was read.
+        skipped: files that were not counted.
     """
 
-    path: str
-    stamp: tuple[int, int]
-    words: str
-    numbers: bytes
-
-    def counts(self) -> dict[str, int]:
-        """How often each word stands in the file."""
-        return dict(zip(self.words.split(), array("Q", self.numbers), strict=True))
+    counts: collections.Counter[str]
+    stamps: dict[str, tuple[int, int]]
+    skipped: list[Skipped]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +108,7 @@ class Rates:
     @property
     def ratio(self) -> float | None:
         """How many times faster shmring was."""
-        if self.shmring is None or not self.multiprocessing:
+        if self.shmring is None or self.multiprocessing is None:
             return None
         return self.shmring / self.multiprocessing
 
@@ -124,18 +118,17 @@ class Outcome:
     """All there is to be known about one run.
 
     Attributes:
-        correct: the workers counted what a plain count counts, and each message
-            of the comparison arrived as it was sent.
-        files: how many files were counted.
-        words: how many words they have.
-        top: the ten most frequent ones.
+        correct: one process alone counts the same, and every message arrived as it was sent.
+        files: how many were counted.
+        words: how many they have.
+        top: the ten most frequent words.
         skipped: files that turned out to be no text, or not to be there.
-        unchecked: what was counted, but changed before it could be counted again.
-        workers: one row for each, the dead included.
-        killed: how many were killed here.
-        retried: how often a task was tried again.
-        seconds: how long the workers took.
-        plain_seconds: how long the plain count took.
+        unchecked: files that changed before they could be counted again.
+        workers: one row for each, the dead included; none on the fallback.
+        killed: how many workers died.
+        retried: how often a chunk was counted again for that.
+        seconds: how long the pool took, its start and end included.
+        seconds_alone: how long one process took for the same.
         rates: the comparison.
     """
 
@@ -144,22 +137,25 @@ class Outcome:
     words: int
     top: list[tuple[str, int]]
     skipped: list[Skipped]
-    unchecked: list[str]
-    workers: list[WorkerReport]
+    unchecked: list[Skipped]
+    workers: tuple[WorkerReport, ...]
     killed: int
     retried: int
     seconds: float
-    plain_seconds: float
+    seconds_alone: float
     rates: Rates
 
 
-def run_demo(files: list[str], workers: int, *, kill: bool, tell: Tell) -> Outcome:
+def run_demo(
+    files: dict[str, int], workers: int, messages: int, *, kill: bool, tell: Tell
+) -> Outcome:
     """Count the words of files, check the result, compare the queues.
 
     Args:
         files: from :func:`find_files`.
         workers: how many processes count, 1 to ``MOST_WORKERS``.
-        kill: whether to kill one of them halfway.
+        messages: how many messages the comparison sends.
+        kill: whether a worker is killed in the middle; not on the fallback.
         tell: called with a stage ("count", "check" or "compare"), how many
             steps of it are done, and of how many.
 
@@ -167,45 +163,57 @@ def run_demo(files: list[str], workers: int, *, kill: bool, tell: Tell) -> Outco
         what came out.
 
     Raises:
-        NotSupportedByFallback: ``kill`` without the ring.
-        ShmringError: the workers could not do it.
+        ShmringError: the workers could not do it, or the consumer of the comparison died.
+        BrokenExecutor: the pool broke.
     """
-    if kill and backends.backend != "ring":
-        raise NotSupportedByFallback(
-            "a worker cannot be killed safely on the fallback: its death may wedge the pipe"
-        )
-    report, killed = _count_in_workers(files, workers, kill, tell)
-    counted = [each for each in report.results if isinstance(each, Counted)]
-    skipped = [each for each in report.results if isinstance(each, Skipped)]
+    chunks = _chunks(files, workers * _CHUNKS_A_WORKER)
 
     began = time.monotonic()
-    equal, unchecked = _check(counted, tell)
-    plain_seconds = time.monotonic() - began
-    rates = compare_queues(_messages(files, report.results), tell)
+    with contextlib.ExitStack() as stack:
+        count = count_files
+        if kill:
+            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            count = functools.partial(_count_and_die_once, stack.enter_context(folder))
+        pool = stack.enter_context(_executor(workers))
+        with interrupts_held():  # until the workers have been started
+            results = stack.enter_context(contextlib.closing(pool.map(count, chunks)))
+        total, parts = _merged(results, chunks, "count", tell)
+    seconds = time.monotonic() - began
+    found = pool.statistics() if isinstance(pool, ProcessPoolExecutor) else None
 
-    total: collections.Counter[str] = collections.Counter()
-    for each in counted:
-        total.update(each.counts())
+    began = time.monotonic()
+    _, parts_alone = _merged(map(count_files, chunks), chunks, "check", tell)
+    seconds_alone = time.monotonic() - began
+    equal, unchecked = _compare(parts, parts_alone)
+
+    words = itertools.islice(itertools.cycle(total.items()), max(1, messages // _RUNS))
+    rates = compare_queues(list(words), tell)
     return Outcome(
         correct=equal and rates.intact,
-        files=len(counted),
+        files=sum(len(part.stamps) for part in parts),
         words=total.total(),
         top=total.most_common(10),
-        skipped=skipped,
+        skipped=[each for part in parts for each in part.skipped],
         unchecked=unchecked,
-        workers=report.workers,
-        killed=killed,
-        retried=report.retried,
-        seconds=report.seconds,
-        plain_seconds=plain_seconds,
+        workers=found.workers if found else (),
+        killed=found.died if found else 0,
+        retried=found.retried if found else 0,
+        seconds=seconds,
+        seconds_alone=seconds_alone,
         rates=rates,
     )
+
+
+def _executor(workers: int, retries: int = 2, **options: Any) -> Any:
+    if backends.backend == "ring":
+        return ProcessPoolExecutor(workers, max_retries=retries, **options)
+    return futures.ProcessPoolExecutor(workers, **options)
 
 
 # -- files --------------------------------------------------------------------------------
 
 
-def find_sources() -> tuple[list[str], list[Skipped]]:
+def find_sources() -> tuple[dict[str, int], list[Skipped]]:
     """The sources of the standard library of this Python: text that every machine has.
 
     Returns:
@@ -214,10 +222,10 @@ def find_sources() -> tuple[list[str], list[Skipped]]:
     found, skipped = find_files(
         sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "__pycache__"}
     )
-    return [path for path in found if path.endswith(".py")], skipped
+    return {path: size for path, size in found.items() if path.endswith(".py")}, skipped
 
 
-def find_files(path: str, without: set[str] | None = None) -> tuple[list[str], list[Skipped]]:
+def find_files(path: str, without: set[str] | None = None) -> tuple[dict[str, int], list[Skipped]]:
     """The regular files under a path, in order.
 
     Links to files are followed, links to folders are not: they might lead round
@@ -228,7 +236,7 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[list[str], l
         without: names of folders that are left out.
 
     Returns:
-        the files, and what is none or cannot be looked into.
+        the files with their sizes, and what is none or cannot be looked into.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -240,94 +248,100 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[list[str], l
     except (OSError, ValueError) as error:  # a file taken for a folder, a circle, a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise FileNotFoundError(f"PATH {path!r} cannot be found: {reason}") from error
-    files: list[str] = []
+    files: dict[str, int] = {}
     skipped: list[Skipped] = []
-    if not is_folder:
-        _sort_in(path, files, skipped)
-        return files, skipped
+
+    def sort_in(path: str) -> None:
+        try:
+            files[path] = _regular(os.stat(path)).st_size
+        except (OSError, _NoText) as error:
+            skipped.append(Skipped(path, _reason(error)))
 
     def unreadable(error: OSError) -> None:
         skipped.append(Skipped(str(error.filename), _reason(error)))
 
-    for folder, folders, names in os.walk(path, onerror=unreadable):
+    if not is_folder:
+        sort_in(path)
+    for folder, folders, names in os.walk(path, onerror=unreadable) if is_folder else ():
         folders[:] = sorted(set(folders) - (without or set()))
         for name in folders:
             if os.path.islink(linked := os.path.join(folder, name)):
                 skipped.append(Skipped(linked, "link to a folder"))
         for name in sorted(names):
-            _sort_in(os.path.join(folder, name), files, skipped)
+            sort_in(os.path.join(folder, name))
     return files, skipped
 
 
-def _sort_in(path: str, files: list[str], skipped: list[Skipped]) -> None:
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except OSError as error:
-        skipped.append(Skipped(path, _reason(error)))
-        return
-    if regular:
-        files.append(path)
-    else:
-        skipped.append(Skipped(path, "not a regular file"))
+def _regular(found: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(found.st_mode):
+        raise _NoText("not a regular file")
+    return found
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | _NoText) -> str:
+    if isinstance(error, _NoText):
+        return str(error)
     if isinstance(error, FileNotFoundError):
         return "missing"
     return f"unreadable: {error.strerror or type(error).__name__}"
 
 
+def _chunks(files: dict[str, int], number: int) -> list[list[str]]:
+    """Share files out: the largest first, each to the chunk that is smallest so far."""
+    chunks: list[tuple[int, int, list[str]]] = [(0, index, []) for index in range(number)]
+    for path in sorted(files, key=files.__getitem__, reverse=True):
+        size, index, paths = chunks[0]
+        paths.append(path)
+        heapq.heapreplace(chunks, (size + files[path], index, paths))
+    return [paths for _, _, paths in chunks if paths]
+
+
 # -- counting -----------------------------------------------------------------------------
 
 
-def count_words(path: str) -> Counted | Skipped:
-    """What the workers do.
+def count_files(paths: Iterable[str]) -> Part:
+    """Count the words of files: what the workers do, and one process alone.
 
     Args:
-        path: the file.
-
-    Returns:
-        what was counted, or why not.
+        paths: the files.
     """
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                return Skipped(path, "not a regular file")
-            counts: collections.Counter[str] = collections.Counter()
-            empty = True
-            while block := file.read(_BLOCK_NBYTES):
-                empty = False
-                # Looked at before the line is completed: a huge file of zeros is one line.
-                if b"\0" in block:
-                    return Skipped(path, "binary")
-                # Between lines, neither a word nor a character can be cut.
-                rest = file.readline()
-                if b"\0" in rest:
-                    return Skipped(path, "binary")
-                counts.update(_WORD.findall((block + rest).decode("utf-8", "replace").lower()))
-    except OSError as error:
-        return Skipped(path, _reason(error))
-    if empty:
-        return Skipped(path, "empty")
-    numbers = array("Q", counts.values()).tobytes()
-    return Counted(path, _stamp(found), " ".join(counts), numbers)
+    part = Part(collections.Counter(), {}, [])
+    for path in paths:
+        try:
+            part.stamps[path] = _count_file(path, part.counts)
+        except (OSError, _NoText) as error:
+            part.skipped.append(Skipped(path, _reason(error)))
+    return part
 
 
-def count_plainly(path: str) -> collections.Counter[str]:
-    """The same without workers, queues and packing, for the check.
+def _count_and_die_once(folder: str, paths: list[str]) -> Part:
+    """With ``--kill``: the first worker that has counted a chunk is killed before it answers."""
+    part = count_files(paths)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(folder)  # of all workers, one can
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part
 
-    Args:
-        path: a text file.
 
-    Returns:
-        how often each word stands in it.
+def _count_file(path: str, counts: collections.Counter[str]) -> tuple[int, int]:
+    """Add the words of a file to `counts`; returns its stamp.
+
+    Raises:
+        _NoText: nothing was added.
+        OSError: it cannot be read.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while lines := file.readlines(_BLOCK_NBYTES):
-            counts.update(_WORD.findall("".join(lines).lower()))
-    return counts
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        found = _regular(os.fstat(file.fileno()))
+        if any(b"\0" in block for block in iter(lambda: file.read(_BLOCK_NBYTES), b"")):
+            raise _NoText("binary")
+        if file.tell() == 0:
+            raise _NoText("empty")
+        file.seek(0)
+        while block := file.read(_BLOCK_NBYTES):
+            # Between lines, neither a word nor a character can be cut.
+            text = (block + file.readline()).decode("utf-8", "replace")
+            counts.update(_WORD.findall(text.lower()))
+    return found.st_size, found.st_mtime_ns
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -335,233 +349,102 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
+def _merged(
+    results: Iterable[Part], chunks: list[list[str]], stage: str, tell: Tell
+) -> tuple[collections.Counter[str], list[Part]]:
+    """Add up the counts of the chunks."""
+    total: collections.Counter[str] = collections.Counter()
+    parts: list[Part] = []
+    for part in results:
+        total.update(part.counts)
+        parts.append(part)
+        done = sum(map(len, chunks[: len(parts)]))
+        tell(stage, done, sum(map(len, chunks)))
+    return total, parts
 
 
-def _check(counted: list[Counted], tell: Tell) -> tuple[bool, list[str]]:
-    """Count again; returns whether all is equal, and what has changed since and tells nothing."""
+def _compare(parts: list[Part], parts_alone: list[Part]) -> tuple[bool, list[Skipped]]:
+    """Whether both counted the same, and the files of which that cannot be known."""
     equal = True
-    unchecked = []
-    for done, each in enumerate(counted, 1):
-        try:
-            plain = count_plainly(each.path)
-            unchanged = _stamp(os.stat(each.path)) == each.stamp
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            unchecked.append(each.path)
-        elif plain != each.counts():
-            equal = False
-        tell("check", done, len(counted))
+    unchecked: list[Skipped] = []
+    for part, alone in zip(parts, parts_alone, strict=True):
+        changed = {path for path, stamp in part.stamps.items() if alone.stamps.get(path) != stamp}
+        if not changed:
+            equal = equal and part.counts == alone.counts
+            continue
+        for path in part.stamps:
+            reason = "changed meanwhile" if path in changed else "counted with one that changed"
+            unchecked.append(Skipped(path, reason))
     return equal, unchecked
 
 
-# -- workers ------------------------------------------------------------------------------
-
-
-def _count_in_workers(files: list[str], workers: int, kill: bool, tell: Tell) -> tuple[Report, int]:
-    """Have the files counted; returns the report, and how many workers were killed here."""
-    victim = files[len(files) // 2] if kill and files else None
-    handler = count_words if victim is None else functools.partial(_count_or_die, victim=victim)
-
-    def progress(now: Progress) -> None:
-        tell("count", now.done, len(files))
-
-    namespace = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
-    with HighPerformanceIPC("demo", namespace=namespace) as ipc, contextlib.ExitStack() as stack:
-        executioner = stack.enter_context(_Executioner(ipc))
-        release = stack.enter_context(interrupts_held())
-
-        def tasks() -> Iterator[str]:
-            # The first task is asked for when the workers have been started; they inherit that
-            # Ctrl-C is blocked, and cannot die of it before they have learnt to ignore it.
-            release()
-            if victim is not None:
-                executioner.start()
-            yield from files
-
-        report = coordinator_process(
-            ipc, workers, tasks=tasks(), spawn=True, handler=handler, progress=progress
-        )
-    return report, executioner.killed
-
-
-def _count_or_die(path: str, victim: str) -> Counted | Skipped:
-    """With ``--kill``: whoever counts the victim first is killed with the task undone.
-
-    It announces itself and waits, so that the shot cannot miss: a task takes a
-    millisecond, and the worker is to be in the middle of one.
-    """
-    answer = count_words(path)
-    worker = current_worker()
-    if path == victim and worker is not None:
-        announced = worker.ipc.read_shared_data(DATA_BUFFER, _PID_NBYTES)
-        if not any(announced):  # or else this is the second attempt
-            worker.ipc.write_shared_data(DATA_BUFFER, os.getpid().to_bytes(_PID_NBYTES, "little"))
-            deadline = time.monotonic() + _STAGED_WAIT
-            while time.monotonic() < deadline:
-                worker.beat()
-                time.sleep(0.01)
-    return answer
-
-
-class _Executioner:
-    """Kills the worker that announces itself in the data buffer; a context manager.
-
-    Args:
-        ipc: the coordinator's.
-
-    Attributes:
-        killed: how many were.
-    """
-
-    def __init__(self, ipc: HighPerformanceIPC) -> None:
-        self.killed = 0
-        self._ipc = ipc
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="executioner")
-
-    def start(self) -> None:
-        """Begin to watch: not before the workers run, for a fork copies what a thread holds."""
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.005):
-            memory = self._ipc.shared_memories.get(DATA_BUFFER)
-            if memory is None:
-                continue
-            with contextlib.suppress(ShmringError, OSError):  # all is over, in either case
-                pid = int.from_bytes(memory.read_data(_PID_NBYTES), "little")
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
-                    self.killed += 1
-                    return
-
-    def __enter__(self) -> _Executioner:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._over.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-
 # -- the comparison -----------------------------------------------------------------------
-
-
-def _messages(tasks: list[str], results: list[Any]) -> list[Any]:
-    """What went through the queues of the job, or the first part of it."""
-    messages: list[Any] = []
-    nbytes = 0
-    for pair in zip(tasks, results, strict=True):
-        messages += pair
-        answer = pair[1]
-        nbytes += len(answer.words) + len(answer.numbers) if isinstance(answer, Counted) else 0
-        if len(messages) >= _MOST_MESSAGES or nbytes >= _MOST_NBYTES:
-            break
-    return messages
 
 
 def compare_queues(messages: list[Any], tell: Tell) -> Rates:
     """Send the same messages to another process through either kind of queue, by turns.
 
     Args:
-        messages: anything that can be pickled and compared; few are sent
-            several times.
+        messages: anything that can be pickled and compared; sent five times.
         tell: as for :func:`run_demo`.
 
     Returns:
         the medians of the rates.
 
     Raises:
-        ShmringError: the other process died or stands still.
+        ShmringError: the other process died (on the fallback BrokenExecutor) or stands still.
     """
     if not messages:
         return Rates(0, None, None, True)
-    times = max(1, _LEAST_MESSAGES // len(messages))
-    context = multiprocessing.get_context()
-    ours: Any = backends.Queue()
-    theirs: Any = context.Queue()
-    here, there = context.Pipe()
-    consumer = context.Process(
-        target=_consume, args=(there, theirs, ours, messages, times), name="consumer"
-    )
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    try:
-        with interrupts_held():
-            consumer.start()
-        there.close()  # its death is then the end of the pipe
-        for run in range(_RUNS + 1):
-            for name, queue in (("theirs", theirs), ("ours", ours)):
-                took = _send(queue, messages, times, here)
-                if run:  # the first one warms up
-                    seconds[name].append(took)
-            tell("compare", run + 1, _RUNS + 1)
-        intact = bool(_hear(here))
-        consumer.join(_COMPARISON_TIMEOUT)
-    except BaseException:
-        if consumer.pid is not None:
-            consumer.kill()
-        for queue in (theirs, ours):  # nobody reads any more what a thread still writes
-            queue.cancel_join_thread()
-        raise
-    finally:
-        if consumer.pid is not None:
-            consumer.join()
-        here.close()
-        theirs.close()
-        ours.close()
-    number = len(messages) * times
-    return Rates(
-        messages=number,
-        shmring=number / statistics.median(seconds["ours"]),
-        multiprocessing=number / statistics.median(seconds["theirs"]),
-        intact=intact,
-    )
-
-
-def _send(queue: Any, messages: list[Any], times: int, here: Any) -> float:
-    """One run: from the first put to the news that the last message was taken."""
-    _hear(here)  # ready
-    began = time.perf_counter()
-    put = queue.put
-    try:
-        for message in itertools.chain.from_iterable(itertools.repeat(messages, times)):
-            # A ring that may grow no more waits, and nobody might be there to make room.
-            put(message, True, _COMPARISON_TIMEOUT)
-    except Full as error:
-        raise _standstill() from error
-    _hear(here)  # done
-    return time.perf_counter() - began
-
-
-def _standstill() -> ShmringError:
-    return ShmringError(
-        f"the comparison stands still: no sign of its consumer for {_COMPARISON_TIMEOUT:g} s"
-    )
-
-
-def _hear(here: Any) -> Any:
-    if not connection.wait([here], _COMPARISON_TIMEOUT):
-        raise _standstill()
-    try:
-        return here.recv()
-    except (EOFError, OSError) as error:
-        raise ShmringError("the consumer of the comparison died") from error
-
-
-def _consume(there: Any, theirs: Any, ours: Any, messages: list[Any], times: int) -> None:
-    """The other side of the comparison; what arrives is looked at off the clock."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    expected = messages * times
+    queues: dict[str, Any] = {
+        "multiprocessing": multiprocessing.Queue(),
+        "shmring": backends.Queue(),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in queues}
     intact = True
-    with contextlib.suppress(BrokenPipeError):  # the other side has given up
-        for _ in range(_RUNS + 1):
-            for queue in (theirs, ours):
-                get = queue.get
-                there.send("ready")
-                received = [get() for _ in expected]
-                there.send("done")
-                intact = intact and received == expected
-        there.send(intact)
+    with _executor(1, retries=0, initializer=_inherit, initargs=(queues, messages)) as pool:
+        try:
+            for run in range(_RUNS + 1):
+                for name, queue in queues.items():
+                    seconds, same = _send(pool, name, queue, messages)
+                    intact = intact and same
+                    if run:  # the first one warms up
+                        rates[name].append(len(messages) / seconds)
+                tell("compare", run + 1, _RUNS + 1)
+        except BaseException as error:
+            for process in list(pool._processes.values()):
+                process.kill()
+            if isinstance(error, Full | TimeoutError):
+                raise ShmringError(f"the comparison stands still for {_PATIENCE:g} s") from error
+            raise
+        finally:
+            for queue in queues.values():
+                queue.cancel_join_thread()  # no process reads what a thread still writes
+                queue.close()
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    return Rates(messages=len(messages) * _RUNS, intact=intact, **medians)
+
+
+def _send(pool: Any, name: str, queue: Any, messages: list[Any]) -> tuple[float, bool]:
+    """One run: the time from the first put to the last get, and whether all came as sent."""
+    with interrupts_held():  # until the consumer has been started
+        received = pool.submit(_receive, name)
+    began = time.monotonic()
+    for message in messages:
+        queue.put(message, True, _PATIENCE)
+    ended, same = received.result(_PATIENCE)
+    return ended - began, same
+
+
+_inherited: dict[str, Any] = {}  # in the consumer: the queues, and what will come
+
+
+def _inherit(queues: dict[str, Any], messages: list[Any]) -> None:
+    _inherited.update(queues, messages=messages)
+
+
+def _receive(name: str) -> tuple[float, bool]:
+    """The other side of the comparison; what arrives is looked at off the clock."""
+    get, messages = _inherited[name].get, _inherited["messages"]
+    received = [get() for _ in messages]
+    return time.monotonic(), received == messages

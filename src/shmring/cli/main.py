@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmring import _backend as backends
@@ -24,7 +26,7 @@ from shmring.cli.demo import (
     find_sources,
     run_demo,
 )
-from shmring.errors import NotSupportedByFallback, ShmringError
+from shmring.errors import ShmringError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as in `shmring demo | head`; the flush at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _WRONG
-    except (ShmringError, OSError) as error:
+    except (ShmringError, OSError, BrokenExecutor) as error:
         print(f"shmring: {type(error).__name__}: {error}", file=sys.stderr)
         return _WRONG
     return status
@@ -106,13 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--workers",
-        type=_number_of_workers,
+        type=_number_to(MOST_WORKERS),
         default=_cores(),
         metavar="N",
         help="how many processes count (as many as there are cores: %(default)s)",
     )
     demo.add_argument(
         "--kill", action="store_true", help="kill a worker halfway; the result is still right"
+    )
+    demo.add_argument(
+        "--messages",
+        type=_number_to(10_000_000),
+        default=100_000,
+        metavar="N",
+        help="how many messages compare the queues (%(default)s)",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     demo.set_defaults(run=_demo)
@@ -141,14 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number_of_workers(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= MOST_WORKERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_WORKERS}")
-    return number
+def _number_to(most: int) -> Callable[[str], int]:
+    def number_in(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {most}")
+        return number
+
+    return number_in
 
 
 def _cores() -> int:
@@ -245,7 +257,7 @@ def _named(each: dict[str, Any]) -> str:
 def _demo(options: argparse.Namespace) -> int:
     if options.kill and backends.backend != "ring":
         raise _Stop(
-            "--kill needs the ring, this is the fallback: there a killed worker may wedge the pipe",
+            "--kill needs the ring, this is the fallback: there a killed worker breaks the pool",
             _IMPOSSIBLE,
         )
     console = None if options.json else _console()
@@ -253,28 +265,24 @@ def _demo(options: argparse.Namespace) -> int:
         files, skipped = find_sources() if options.path is None else find_files(options.path)
     except FileNotFoundError as error:
         raise _Stop(_printable(str(error)), _IMPOSSIBLE) from error
+    run = functools.partial(run_demo, files, options.workers, options.messages, kill=options.kill)
     if console is None:
-        outcome = _run(files, options, lambda stage, done, total: None)
+        outcome = run(tell=lambda stage, done, total: None)
     else:
+        ring = backends.backend == "ring"
+        pool = "shmring's pool" if ring else "concurrent.futures: the fallback has no pool"
         console.print(
             f"Counting the words of {_many(len(files), 'file')} with "
-            f"{_many(options.workers, 'worker')} ({backends.backend} back end)"
+            f"{_many(options.workers, 'worker')} ({pool})"
         )
         with _bars(console) as tell:
-            outcome = _run(files, options, tell)
+            outcome = run(tell=tell)
     _name_skipped(skipped + outcome.skipped, outcome.unchecked)
     if console is None:
         print(json.dumps(_summary(outcome, options.workers)))
     else:
         _show(outcome, console)
     return 0 if outcome.correct else _WRONG
-
-
-def _run(files: list[str], options: argparse.Namespace, tell: Tell) -> Outcome:
-    try:
-        return run_demo(files, options.workers, kill=options.kill, tell=tell)
-    except NotSupportedByFallback as error:
-        raise _Stop(str(error), _WRONG) from error
 
 
 def _summary(outcome: Outcome, workers: int) -> dict[str, Any]:
@@ -286,15 +294,16 @@ def _summary(outcome: Outcome, workers: int) -> dict[str, Any]:
         "killed": outcome.killed,
         "retried": outcome.retried,
         "seconds": outcome.seconds,
+        "seconds_alone": outcome.seconds_alone,
         "rate_shmring": outcome.rates.shmring,
         "rate_multiprocessing": outcome.rates.multiprocessing,
         "ratio": outcome.rates.ratio,
     }
 
 
-def _name_skipped(skipped: list[Skipped], unchecked: list[str]) -> None:
+def _name_skipped(skipped: list[Skipped], unchecked: list[Skipped]) -> None:
     named = [f"skipped {_printable(each.path)}: {each.reason}" for each in skipped]
-    named += [f"unchecked {_printable(path)}: changed meanwhile" for path in unchecked]
+    named += [f"unchecked {_printable(each.path)}: {each.reason}" for each in unchecked]
     shown = named[:_MOST_NAMES] if sys.stderr.isatty() else named
     for line in shown:
         print(line, file=sys.stderr)
@@ -364,23 +373,23 @@ def _show(outcome: Outcome, console: Console) -> None:
     from rich.table import Table
 
     console.print()
-    if outcome.top:
-        side_by_side = Table.grid(padding=(0, 3, 0, 0))
-        side_by_side.add_row(_words_table(outcome), _workers_table(outcome))
-        console.print(side_by_side)
-    else:
+    tables = [_words_table(outcome)] if outcome.top else []
+    tables += [_workers_table(outcome)] if outcome.workers else []
+    if not outcome.top:
         console.print("There was no word to count.")
-        console.print(_workers_table(outcome))
+    side_by_side = Table.grid(padding=(0, 3, 0, 0))
+    side_by_side.add_row(*tables)
+    console.print(side_by_side)
     console.print()
     console.print(
         f"{_many(outcome.words, 'word')} in {_many(outcome.files, 'file')}: "
         f"{outcome.seconds:.2f} s, "
-        f"one process alone {outcome.plain_seconds:.2f} s"
+        f"one process alone {outcome.seconds_alone:.2f} s"
     )
     if outcome.killed:
         console.print(
             f"{_many(outcome.killed, 'worker')} killed with SIGKILL, "
-            f"{_many(outcome.retried, 'task')} tried again"
+            f"{_many(outcome.retried, 'task')} run again"
         )
     if outcome.rates.ratio is not None:
         console.print()
