@@ -45,6 +45,7 @@ __all__ = [
     "RingExists",
     "RingNotFound",
     "RingStatistics",
+    "SchedulerNotFound",
     "SharedArray",
     "SharedMemoryFull",
     "ShmringError",
@@ -58,8 +59,10 @@ __all__ = [
     "cleanup_stale",
     "coordinator_process",
     "current_worker",
+    "executor",
     "get_context",
     "multiprocessing_example",
+    "register_joblib",
     "share",
     "wait",
     "worker_process",
@@ -100,6 +103,7 @@ if typing.TYPE_CHECKING:
         RingCorrupted,
         RingExists,
         RingNotFound,
+        SchedulerNotFound,
         SharedMemoryFull,
         ShmringError,
         ShutDown,
@@ -110,6 +114,7 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.message import Message, MessageType
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.coordinator import Progress, Report, coordinator_process
+    from shmring.pool.entry import executor, register_joblib
     from shmring.pool.example import multiprocessing_example
     from shmring.pool.executor import ProcessPoolExecutor
     from shmring.pool.manager import Event, PoolStatistics
@@ -153,8 +158,10 @@ else:
             "cleanup_stale": "_backend",
             "coordinator_process": "pool.coordinator",
             "current_worker": "pool.task_loop",
+            "executor": "pool.entry",
             "get_context": "context",
             "multiprocessing_example": "pool.example",
+            "register_joblib": "pool.entry",
             "wait": "_backend",
             "worker_process": "pool.worker",
         },

@@ -28,6 +28,7 @@ __all__ = [
     "RingCorrupted",
     "RingExists",
     "RingNotFound",
+    "SchedulerNotFound",
     "SharedMemoryFull",
     "ShmringError",
     "ShutDown",
@@ -90,6 +91,23 @@ class AccessRefused(ShmringError, PermissionError):
 
 class SharedMemoryFull(ShmringError, OSError):
     """The file system of shared memory has no room (ENOSPC)."""
+
+
+class SchedulerNotFound(ShmringError, ConnectionError):
+    """No Dask scheduler answers at an address, or it was lost.
+
+    Attributes:
+        address: where it was looked for.
+        reason: what came instead of an answer.
+    """
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address = address
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no Dask scheduler answers at {self.address}: {self.reason}; is it running?"
 
 
 class EncodeError(ShmringError, pickle.PicklingError):

@@ -37,7 +37,7 @@ __all__ = ["ProcessPoolExecutor"]
 
 T = TypeVar("T")
 
-_MOST_WORKERS = 128  # a queue has so many places for deliveries
+MOST_WORKERS = 128  # a queue has so many places for deliveries
 
 
 class ProcessPoolExecutor(Executor):
@@ -70,6 +70,8 @@ class ProcessPoolExecutor(Executor):
         NotSupportedByFallback: the ring is not there.
     """
 
+    _chunk_seconds = 0.005  # at which chunksize="auto" aims
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -89,10 +91,10 @@ class ProcessPoolExecutor(Executor):
                 "use concurrent.futures.ProcessPoolExecutor here"
             )
         if max_workers is None:
-            max_workers = min(_cpu_count(), _MOST_WORKERS)
+            max_workers = min(_cpu_count(), MOST_WORKERS)
         if max_workers <= 0:
             raise InvalidArgument(f"max_workers={max_workers}: max_workers must be greater than 0")
-        if max_workers > _MOST_WORKERS:
+        if max_workers > MOST_WORKERS:
             raise InvalidArgument(f"max_workers={max_workers}: max_workers must be <= 128")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
@@ -103,7 +105,7 @@ class ProcessPoolExecutor(Executor):
                 raise TypeError(f"max_tasks_per_child={max_tasks_per_child!r} must be an integer")
             if max_tasks_per_child <= 0:
                 raise InvalidArgument(f"max_tasks_per_child={max_tasks_per_child} must be >= 1")
-        _check_retries("max_retries", max_retries)
+        check_retries("max_retries", max_retries)
         if max_memory_per_worker is not None:
             max_memory_per_worker = operator.index(max_memory_per_worker)
             if max_memory_per_worker < 1 << 20:
@@ -316,7 +318,7 @@ class PoolView:
     """A pool with another number of retries: see :meth:`ProcessPoolExecutor.options`."""
 
     def __init__(self, pool: ProcessPoolExecutor, retries: int) -> None:
-        _check_retries("retries", retries)
+        check_retries("retries", retries)
         self._pool = pool
         self._retries = retries
 
@@ -373,7 +375,7 @@ def _results(
             each.cancel()
 
 
-def _check_retries(name: str, value: int) -> None:
+def check_retries(name: str, value: int) -> None:
     if not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
     if value < 0:

@@ -74,7 +74,7 @@ class PoolStatistics:
     workers: tuple[Any, ...]
 
 
-class _BrokenTask(WorkerDied, BrokenProcessPool):
+class BrokenTask(WorkerDied, BrokenProcessPool):
     """WorkerDied, for programs that expect what the standard library's pool raises."""
 
 
@@ -136,7 +136,7 @@ class Manager:
             floor=number + 1,
             task_timeout=task_timeout,
             memory_limit=memory_limit,
-            death=_BrokenTask,
+            death=BrokenTask,
             on_message=self._heard,
             on_event=self._happened,
         )

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["unordered"]
 
-# chunksize="auto" aims at chunks that take a worker so long, in seconds.
-_CHUNK_SECONDS = 0.005
 _LARGEST_CHUNK = 1024
 _CHUNKS_A_WORKER = 4
 
@@ -110,13 +108,13 @@ class _Stream:
         """Choose the size by what one worker did of late."""
         self._count += size
         now = time.monotonic()
-        seconds = now - self._since
-        if seconds < _CHUNK_SECONDS:
+        seconds, target = now - self._since, self._pool._chunk_seconds
+        if seconds < target:
             if self._count > 16 * self._size:
                 self._size = min(self._size * 4, _LARGEST_CHUNK)
             return
         rate = self._count / seconds / self._pool._max_workers
-        self._size = max(1, min(int(rate * _CHUNK_SECONDS), self._size * 4, _LARGEST_CHUNK))
+        self._size = max(1, min(int(rate * target), self._size * 4, _LARGEST_CHUNK))
         self._since, self._count = now, 0
 
 

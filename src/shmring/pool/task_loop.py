@@ -192,7 +192,7 @@ class TaskLoop:
                 continue
             except DecodeError as error:
                 number, error = self._failures.pop() if self._failures else (-1, error)
-                self._send((number, 0, *_described(error)))
+                self._send((number, 0, *described(error)))
             else:
                 if number < 0:
                     reason = "stop"
@@ -239,7 +239,7 @@ class TaskLoop:
             self._cancellable = False
             if self._leaves_at_interrupt and isinstance(error, KeyboardInterrupt):
                 raise
-            self._send((number, 0, *_described(error)))
+            self._send((number, 0, *described(error)))
         finally:
             _current.reset(token)
         self.answered += 1
@@ -267,7 +267,7 @@ class TaskLoop:
             self._cancellable = False
             if sent < len(values):
                 self._send_part(number, sent, values[sent:])
-            self._send((number, len(values), *_described(error)))
+            self._send((number, len(values), *described(error)))
         finally:
             _current.reset(token)
         self.answered += len(items)
@@ -296,7 +296,7 @@ class TaskLoop:
         except RingClosed:
             raise
         except BaseException as error:
-            self._send((number, index, *_described(error)))
+            self._send((number, index, *described(error)))
 
     def _send(self, answer: tuple[Any, ...]) -> None:
         while True:
@@ -314,7 +314,7 @@ class TaskLoop:
             raise CancelTask
 
 
-def _described(error: BaseException) -> tuple[bytes | None, str]:
+def described(error: BaseException) -> tuple[bytes | None, str]:
     """An exception as a pickle that is known to load, or None, and its traceback as text."""
     if isinstance(error, CancelTask):
         return None, ""
@@ -385,7 +385,7 @@ def run_pool_worker(
             logging.getLogger("concurrent.futures").critical(
                 "Exception in initializer:", exc_info=True
             )
-            loop.tell("broken", _described(error)[1])
+            loop.tell("broken", described(error)[1])
             slot.release()
             return
     loop.run()
