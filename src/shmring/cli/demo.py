@@ -23,7 +23,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import heapq
 import itertools
 import multiprocessing
 import os
@@ -287,13 +286,11 @@ def _reason(error: OSError | _NoText) -> str:
 
 
 def _chunks(files: dict[str, int], number: int) -> list[list[str]]:
-    """Share files out: the largest first, each to the chunk that is smallest so far."""
-    chunks: list[tuple[int, int, list[str]]] = [(0, index, []) for index in range(number)]
-    for path in sorted(files, key=files.__getitem__, reverse=True):
-        size, index, paths = chunks[0]
-        paths.append(path)
-        heapq.heapreplace(chunks, (size + files[path], index, paths))
-    return [paths for _, _, paths in chunks if paths]
+    """Share files out by size; neighbours stay together, since they share words."""
+    share = max(1, sum(files.values())) / number
+    before = itertools.accumulate(files.values(), initial=0)
+    groups = itertools.groupby(zip(files, before, strict=False), lambda each: each[1] // share)
+    return [[path for path, _ in group] for _, group in groups]
 
 
 # -- counting -----------------------------------------------------------------------------
