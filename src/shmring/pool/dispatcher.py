@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import _RemoteTraceback  # as programs know it
+from operator import attrgetter
 from typing import Any
 
 from shmring._backend import backend
@@ -107,7 +108,7 @@ class Dispatcher:
         self._window = self._room = _FIRST_WINDOW * floor
         self._window_filled = 0.0
         self._undecodable = PoolCodec().install(answers).failures
-        PoolCodec().install(tasks)
+        self._unreadable = PoolCodec().install(tasks).failures
         self._on_message = on_message
         self._on_event = on_event
         self._oldest_position = 0
@@ -191,9 +192,11 @@ class Dispatcher:
             self._window = self._room = self._floor
             found: list[Task] = []
             sent = self.table.sent
-            while messages := _take_all(self._tasks, 0):
+            # What cannot be unpickled here is taken back too: a worker may be able to.
+            while messages := [*_take_all(self._tasks, 0), *self._unreadable]:
+                self._unreadable.clear()
                 found += [sent[each[0]] for each in messages if each[0] in sent]
-            for task in reversed(found):
+            for task in sorted(found, key=attrgetter("position"), reverse=True):
                 self.table.requeue(task)
 
     # -- answers in ------------------------------------------------------------------------
@@ -264,9 +267,11 @@ class Dispatcher:
                     self._part(*answer)
                 elif len(answer) == 4:
                     self._raised(*answer)
+        count = len(answers)
         while self._undecodable:
+            count += 1
             self._fail(*self._undecodable.pop(0))
-        return len(answers)
+        return count
 
     def _part(self, number: int, index: int, values: list[Any]) -> None:
         with self.lock:
