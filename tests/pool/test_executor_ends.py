@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_executor import note_and_wait, pool, square, times_begun
+from test_executor import die_once, log_something, note_and_wait, pool, square, times_begun
 
 import shmring
 from shmring import ProcessPoolExecutor
-from support import wait_for
+from support import wait_for, within
 
 __all__ = ["pool"]
 
@@ -97,3 +97,108 @@ def test_a_log_record_that_does_not_arrive_costs_no_task_its_result() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         work = [pool.submit(log_with, os.getpid()), *(pool.submit(square, n) for n in range(60))]
         assert [each.exception(30) for each in work] == [None] * 61
+
+
+class Frozen(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} is frozen")
+
+
+def raise_frozen() -> None:
+    raise Frozen("cold")
+
+
+def test_an_exception_whose_class_refuses_attributes_arrives(pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(Frozen, match="cold") as caught:
+        pool.submit(raise_frozen).result(30)
+    assert "raise_frozen" in str(caught.value.__cause__)
+    assert pool.submit(square, 3).result(30) == 9
+
+
+# ---- on_event, log handlers --------------------------------------------------------------------
+
+
+def test_on_event_may_raise(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def fail(event: Any) -> None:
+        seen.append(event.kind)
+        raise ValueError(event.kind)
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), on_event=fail) as pool:
+        assert pool.submit(die_once, tmp_path, 0).result(30) == 0
+    assert seen == ["started", "retried", "died", "started"]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_on_event_may_submit(tmp_path: Path, start_method: str) -> None:
+    more: list[Any] = []
+
+    def submit(event: Any) -> None:
+        more.append(pool.submit(square, 3))
+
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(2, context, on_event=submit) as pool:
+        work = [pool.submit(die_once, tmp_path, number) for number in range(2)]
+        assert [each.result(60) for each in work] == [0, 1]
+        wait_for(lambda: len(more) >= 6, 30)  # two started, each retried, died, replaced
+        assert {each.result(60) for each in more} == {9}
+        pids = [row.pid for row in pool.statistics().workers]
+    assert len(pids) == len(set(pids)) == 2 + pool.statistics().died
+
+
+def test_a_log_filter_that_raises_costs_no_task_its_result() -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError("refused")
+
+    logger = logging.getLogger("some.library")
+    logger.addFilter(refuse)
+    try:
+        # Spawned: the filter is the parent's alone.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(log_something).result(60)
+            assert pool.submit(square, 3).result(30) == 9
+            assert not pool._broken
+    finally:
+        logger.removeFilter(refuse)
+
+
+# ---- shutdown while others submit, forked children ---------------------------------------------
+
+
+def test_a_task_that_was_taken_in_as_the_pool_shuts_down_is_done() -> None:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    start = pool._manager._start
+
+    def shut_down_first(unanswered: int) -> None:
+        pool._manager._start = start  # type: ignore[method-assign]
+        pool.shutdown(wait=False)
+        start(unanswered)
+
+    pool._manager._start = shut_down_first  # type: ignore[method-assign]
+    assert pool.submit(square, 3).result(30) == 9
+    pool.shutdown()
+
+
+def use_inherited(pool: ProcessPoolExecutor, work: list[Any], said: Any) -> None:
+    stopped = [each.cancel() or each.cancel_running() for each in work]
+    pool.shutdown(cancel_futures=True)
+    pool.kill_workers()
+    said.put((stopped, pool.statistics().workers))
+
+
+def test_a_forked_child_takes_no_task_of_its_parent(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(6)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    context = multiprocessing.get_context("fork")
+    with shmring.Queue[Any]() as said:
+        # At the worst moment: the locks are held, by a thread that the child does not have.
+        with pool._manager._start_lock, pool._manager.dispatcher.lock:
+            child = context.Process(target=use_inherited, args=(pool, work, said))
+            within(30, child.start)
+        assert said.get(timeout=30) == ([False] * 6, ())
+        child.join(30)
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in work] == list(range(6))

@@ -80,6 +80,10 @@ class Dispatcher:
         death: the class of the error of a task whose workers died.
         on_message: called with (kind, worker id, content) of what answers no task.
         on_event: called with (kind, task number or None, departure or worker id).
+
+    Attributes:
+        closed: whether tasks are refused; set while `lock` is held, so that each task
+            was either refused or stands in the table.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Dispatcher:
         self.task_timeout = task_timeout
         self.memory_limit = memory_limit
         self.died = 0
+        self.closed = False
         self._tasks = tasks
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
@@ -120,18 +125,25 @@ class Dispatcher:
 
     # -- tasks out -------------------------------------------------------------------------
 
-    def submit(self, task: Task) -> None:
-        """Take in a task; it is sent at once if the window has room for it."""
+    def submit(self, task: Task) -> bool:
+        """Take in a task; it is sent at once if the window has room for it.
+
+        Returns:
+            False if `closed` is set: no more are taken in.
+        """
         table = self.table
         with self.lock:
+            if self.closed:
+                return False
             task.number = table.submitted
             table.submitted += 1
             if table.backlog or len(table.sent) >= self._room:
                 table.backlog.append(task)
-                return
+                return True
             failure = self._send(task)
         if failure is not None:
             task.done(failure)
+        return True
 
     def fill(self) -> None:
         """Send from the backlog what the window has room for."""
@@ -198,6 +210,13 @@ class Dispatcher:
                 found += [sent[each[0]] for each in messages if each[0] in sent]
             for task in sorted(found, key=attrgetter("position"), reverse=True):
                 self.table.requeue(task)
+
+    def disown(self) -> None:
+        """Leave queues and tasks to the process from which this one was forked."""
+        self.lock = threading.RLock()  # any thread may have held it
+        self.closed = True
+        self._foreign = self.table  # kept: to free it would copy the memory it stands in
+        self.table = TaskTable()
 
     # -- answers in ------------------------------------------------------------------------
 
@@ -286,9 +305,10 @@ class Dispatcher:
         else:
             try:
                 error = _loaded(pickled)
-            except Exception as problem:
-                error = RemoteError(f"an exception that cannot be unpickled here: {problem}")
-            error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
+            except BaseException as problem:
+                error = RemoteError(f"an exception that cannot be unpickled here: {problem!r}")
+            cause = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
+            BaseException.__setattr__(error, "__cause__", cause)  # its class may refuse
         task = self.table.sent.get(number)
         if task is not None and task.results is not None:
             task.failed = True

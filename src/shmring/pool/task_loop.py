@@ -322,7 +322,7 @@ def _described(error: BaseException) -> tuple[bytes | None, str]:
 
     text = "".join(traceback.format_exception(error))
     try:
-        error.__traceback__ = None
+        error.with_traceback(None)
         pickled = pickle.dumps(error)
         pickle.loads(pickled)  # many exceptions can be pickled and not unpickled
     except Exception:

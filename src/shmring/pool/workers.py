@@ -316,7 +316,8 @@ class ChildWorkers:
         self._start_ticks: dict[int, int] = {}
         self._false_starts = 0.0
         self._poll = _Sentinels()
-        self._lock = threading.Lock()  # any thread that submits may start some
+        self._lock = threading.RLock()  # any thread that submits may start some
+        self._starting = False
 
     @property
     def missing(self) -> bool:
@@ -331,7 +332,13 @@ class ChildWorkers:
             ShmringError: workers keep dying before they have done anything.
         """
         with self._lock:
-            self._start(unanswered)
+            if self._starting:
+                return  # called by what `on_start` calls: the caller goes on with it
+            self._starting = True
+            try:
+                self._start(unanswered)
+            finally:
+                self._starting = False
 
     def _start(self, unanswered: int) -> None:
         wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
