@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from concurrent import futures
@@ -12,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_executor import die_once, log_something, note_and_wait, pool, square, times_begun
+from test_executor import (
+    die_once,
+    is_alive,
+    log_something,
+    note_and_wait,
+    number_in,
+    pool,
+    square,
+    start_child_and_wait,
+    times_begun,
+)
 
 import shmring
-from shmring import ProcessPoolExecutor
+from shmring import ProcessPoolExecutor, WorkerDied
 from support import wait_for, within
 
 __all__ = ["pool"]
@@ -202,3 +213,38 @@ def test_a_forked_child_takes_no_task_of_its_parent(
         child.join(30)
     (tmp_path / "go").touch()
     assert [each.result(30) for each in work] == list(range(6))
+
+
+# ---- the end of a worker -----------------------------------------------------------------------
+
+
+def fork_and_die(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    (folder / "child").write_text(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_noticed_while_what_it_forked_lives(
+    start_method: str, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(1, context, max_retries=0) as pool:
+        with pytest.raises(WorkerDied):
+            pool.submit(fork_and_die, tmp_path).result(30)
+        wait_for(lambda: not is_alive(number_in(tmp_path / "child")), 10)
+
+
+def test_what_a_worker_started_ends_with_it_whatever_reaps_the_worker(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, max_retries=0) as pool:
+        running = pool.submit(start_child_and_wait, tmp_path)
+        child = number_in(tmp_path / "child")
+        (worker,) = pool._processes
+        with pool._manager.workers._lock:  # the pool reaps after multiprocessing
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: not multiprocessing.active_children(), 10)
+        with pytest.raises(WorkerDied):
+            running.result(30)
+        wait_for(lambda: not is_alive(child), 10)
