@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -248,3 +249,35 @@ def test_what_a_worker_started_ends_with_it_whatever_reaps_the_worker(tmp_path: 
         with pytest.raises(WorkerDied):
             running.result(30)
         wait_for(lambda: not is_alive(child), 10)
+
+
+def test_statistics_can_be_read_while_workers_are_replaced(
+    pool: ProcessPoolExecutor,
+) -> None:
+    failures: list[Exception] = []
+    enough = threading.Event()
+
+    def read() -> None:
+        while not enough.is_set():
+            try:
+                pool.statistics()
+            except Exception as error:
+                failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    try:
+        for each in readers:
+            each.start()
+        for _ in range(12):
+            for pid in list(pool._processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert pool.submit(square, 3).result(30) == 9
+    finally:
+        enough.set()
+        for each in readers:
+            each.join()
+        sys.setswitchinterval(interval)
+    assert failures == []

@@ -254,12 +254,13 @@ class Dispatcher:
             if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
                 self._window = min(_WIDEST_WINDOW, self._window * 4)
             self._window_filled = now
-        self._room = self._window
-        if sent:
-            self._oldest_position = next(iter(sent.values())).position
-            newest = next(reversed(sent.values())).position
-            if newest - self._oldest_position > _WINDOW_NBYTES:
-                self._room = self._floor
+        with self.lock:  # other threads submit
+            self._room = self._window
+            if sent:
+                self._oldest_position = next(iter(sent.values())).position
+                newest = next(reversed(sent.values())).position
+                if newest - self._oldest_position > _WINDOW_NBYTES:
+                    self._room = self._floor
 
     def take_in(self, timeout: float) -> int:
         """Wait for answers, and deal with all that are there."""

@@ -230,7 +230,7 @@ class _SeenWorkers:
 
     def of_process(self, pid: int) -> RegistryEntry | None:
         """The worker of this process, as it was last seen."""
-        for entry in reversed(self.last_seen.values()):
+        for entry in reversed(list(self.last_seen.values())):  # another thread may look too
             if entry.pid == pid:
                 return entry
         return None
@@ -247,7 +247,7 @@ class _SeenWorkers:
                 state=_state_of(entry),
                 exitcode=exitcodes.get(entry.pid),
             )
-            for entry in self.last_seen.values()
+            for entry in list(self.last_seen.values())
         ]
 
     def _entries(self) -> list[RegistryEntry]:
@@ -551,7 +551,7 @@ class ChildWorkers:
         seen = {row.pid for row in rows}
         rows += [
             WorkerReport(name, pid, 0, 0, "dead", self._exitcodes.get(pid))
-            for pid, name in self._names.items()
+            for pid, name in list(self._names.items())
             if pid not in seen
         ]
         return rows
