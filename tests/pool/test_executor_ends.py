@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ from test_executor import (
 )
 
 import shmring
-from shmring import ProcessPoolExecutor, WorkerDied
+from shmring import ProcessPoolExecutor, RemoteError, SharedMemoryFull, WorkerDied
 from support import wait_for, within
 
 __all__ = ["pool"]
@@ -281,3 +282,50 @@ def test_statistics_can_be_read_while_workers_are_replaced(
             each.join()
         sys.setswitchinterval(interval)
     assert failures == []
+
+
+# ---- what does not fit into shared memory ------------------------------------------------------
+
+SMALL, LARGE = 1 << 18, 8 << 20
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
+
+
+def raise_large(nbytes: int) -> None:
+    raise ValueError("x" * nbytes)
+
+
+def test_a_result_without_room_fails_its_own_call_only() -> None:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, initializer=limit_files, max_retries=0) as pool:
+        with pytest.raises(SharedMemoryFull):
+            pool.submit(bytes, LARGE).result(30)
+        with pytest.raises(RemoteError, match="the ValueError of the task"):
+            pool.submit(raise_large, LARGE).result(30)
+        results = pool.map(bytes, [1, 2, LARGE, 3], chunksize=4)
+        assert [next(results), next(results)] == [bytes(1), bytes(2)]
+        with pytest.raises(SharedMemoryFull):
+            next(results)
+        assert pool.submit(square, 3).result(30) == 9
+        assert pool.statistics().died == 0
+
+
+def test_an_argument_without_room_fails_its_own_call_only(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    running = [pool.submit(note_and_wait, tmp_path, number) for number in range(40)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    limit_files()
+    try:
+        large = [pool.submit(len, bytes(LARGE)) for _ in range(20)]
+        after = pool.submit(square, 3)
+        (tmp_path / "go").touch()
+        assert {type(each.exception(30)) for each in large} == {SharedMemoryFull}
+        assert after.result(30) == 9
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [each.result(30) for each in running] == list(range(40))
+    assert pool.submit(len, bytes(LARGE)).result(30) == LARGE

@@ -37,6 +37,7 @@ from shmring.errors import (
     MessageTooLarge,
     NotSupportedByFallback,
     RemoteError,
+    SharedMemoryFull,
     ShmringError,
     TaskTimeout,
     WorkerDied,
@@ -154,7 +155,11 @@ class Dispatcher:
                 if not table.backlog or len(table.sent) >= self._room:
                     return
                 task = table.backlog.popleft()
-                failure = self._send(task)
+                try:
+                    failure = self._send(task)
+                except BaseException:
+                    table.backlog.appendleft(task)  # it fails with the others, by the caller
+                    raise
                 if task.position < 0 and failure is None:
                     return  # no room in shared memory
             if failure is not None:
@@ -167,7 +172,10 @@ class Dispatcher:
         except Full:
             self.table.backlog.appendleft(task)
             return None
-        except (EncodeError, MessageTooLarge) as error:
+        except (EncodeError, MessageTooLarge, OSError) as error:
+            if isinstance(error, SharedMemoryFull) and self.table.sent:
+                self.table.backlog.appendleft(task)  # until what is there gives room
+                return None
             return Failure(error)
         task.position = position
         self.table.sent[task.number] = task
