@@ -166,6 +166,6 @@ def _number_in(head: bytes) -> int:
     import pickletools  # not needed where nothing fails
 
     for opcode, argument, _ in pickletools.genops(head):
-        if opcode.name.startswith(("BININT", "LONG")) and isinstance(argument, int):
-            return argument
+        if opcode.name not in ("PROTO", "FRAME", "MARK"):
+            return argument if isinstance(argument, int) else -1
     return -1

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import _RemoteTraceback  # as programs know it
+from operator import attrgetter
 from typing import Any
 
 from shmring._backend import backend
@@ -36,6 +37,7 @@ from shmring.errors import (
     MessageTooLarge,
     NotSupportedByFallback,
     RemoteError,
+    SharedMemoryFull,
     ShmringError,
     TaskTimeout,
     WorkerDied,
@@ -79,6 +81,10 @@ class Dispatcher:
         death: the class of the error of a task whose workers died.
         on_message: called with (kind, worker id, content) of what answers no task.
         on_event: called with (kind, task number or None, departure or worker id).
+
+    Attributes:
+        closed: whether tasks are refused; set while `lock` is held, so that each task
+            was either refused or stands in the table.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Dispatcher:
         self.task_timeout = task_timeout
         self.memory_limit = memory_limit
         self.died = 0
+        self.closed = False
         self._tasks = tasks
         self._answers = answers
         self._put = tasks._put_position if backend == "ring" else self._put_without_position
@@ -107,7 +114,7 @@ class Dispatcher:
         self._window = self._room = _FIRST_WINDOW * floor
         self._window_filled = 0.0
         self._undecodable = PoolCodec().install(answers).failures
-        PoolCodec().install(tasks)
+        self._unreadable = PoolCodec().install(tasks).failures
         self._on_message = on_message
         self._on_event = on_event
         self._oldest_position = 0
@@ -119,18 +126,25 @@ class Dispatcher:
 
     # -- tasks out -------------------------------------------------------------------------
 
-    def submit(self, task: Task) -> None:
-        """Take in a task; it is sent at once if the window has room for it."""
+    def submit(self, task: Task) -> bool:
+        """Take in a task; it is sent at once if the window has room for it.
+
+        Returns:
+            False if `closed` is set: no more are taken in.
+        """
         table = self.table
         with self.lock:
+            if self.closed:
+                return False
             task.number = table.submitted
             table.submitted += 1
             if table.backlog or len(table.sent) >= self._room:
                 table.backlog.append(task)
-                return
+                return True
             failure = self._send(task)
         if failure is not None:
             task.done(failure)
+        return True
 
     def fill(self) -> None:
         """Send from the backlog what the window has room for."""
@@ -141,7 +155,11 @@ class Dispatcher:
                 if not table.backlog or len(table.sent) >= self._room:
                     return
                 task = table.backlog.popleft()
-                failure = self._send(task)
+                try:
+                    failure = self._send(task)
+                except BaseException:
+                    table.backlog.appendleft(task)  # it fails with the others, by the caller
+                    raise
                 if task.position < 0 and failure is None:
                     return  # no room in shared memory
             if failure is not None:
@@ -154,7 +172,10 @@ class Dispatcher:
         except Full:
             self.table.backlog.appendleft(task)
             return None
-        except (EncodeError, MessageTooLarge) as error:
+        except (EncodeError, MessageTooLarge, OSError) as error:
+            if isinstance(error, SharedMemoryFull) and self.table.sent:
+                self.table.backlog.appendleft(task)  # until what is there gives room
+                return None
             return Failure(error)
         task.position = position
         self.table.sent[task.number] = task
@@ -191,10 +212,19 @@ class Dispatcher:
             self._window = self._room = self._floor
             found: list[Task] = []
             sent = self.table.sent
-            while messages := _take_all(self._tasks, 0):
+            # What cannot be unpickled here is taken back too: a worker may be able to.
+            while messages := [*_take_all(self._tasks, 0), *self._unreadable]:
+                self._unreadable.clear()
                 found += [sent[each[0]] for each in messages if each[0] in sent]
-            for task in reversed(found):
+            for task in sorted(found, key=attrgetter("position"), reverse=True):
                 self.table.requeue(task)
+
+    def disown(self) -> None:
+        """Leave queues and tasks to the process from which this one was forked."""
+        self.lock = threading.RLock()  # any thread may have held it
+        self.closed = True
+        self._foreign = self.table  # kept: to free it would copy the memory it stands in
+        self.table = TaskTable()
 
     # -- answers in ------------------------------------------------------------------------
 
@@ -232,12 +262,13 @@ class Dispatcher:
             if self.table.backlog and now - self._window_filled < _WINDOW_SECONDS:
                 self._window = min(_WIDEST_WINDOW, self._window * 4)
             self._window_filled = now
-        self._room = self._window
-        if sent:
-            self._oldest_position = next(iter(sent.values())).position
-            newest = next(reversed(sent.values())).position
-            if newest - self._oldest_position > _WINDOW_NBYTES:
-                self._room = self._floor
+        with self.lock:  # other threads submit
+            self._room = self._window
+            if sent:
+                self._oldest_position = next(iter(sent.values())).position
+                newest = next(reversed(sent.values())).position
+                if newest - self._oldest_position > _WINDOW_NBYTES:
+                    self._room = self._floor
 
     def take_in(self, timeout: float) -> int:
         """Wait for answers, and deal with all that are there."""
@@ -264,9 +295,11 @@ class Dispatcher:
                     self._part(*answer)
                 elif len(answer) == 4:
                     self._raised(*answer)
+        count = len(answers)
         while self._undecodable:
+            count += 1
             self._fail(*self._undecodable.pop(0))
-        return len(answers)
+        return count
 
     def _part(self, number: int, index: int, values: list[Any]) -> None:
         with self.lock:
@@ -281,9 +314,10 @@ class Dispatcher:
         else:
             try:
                 error = _loaded(pickled)
-            except Exception as problem:
-                error = RemoteError(f"an exception that cannot be unpickled here: {problem}")
-            error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
+            except BaseException as problem:
+                error = RemoteError(f"an exception that cannot be unpickled here: {problem!r}")
+            cause = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
+            BaseException.__setattr__(error, "__cause__", cause)  # its class may refuse
         task = self.table.sent.get(number)
         if task is not None and task.results is not None:
             task.failed = True

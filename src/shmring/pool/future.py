@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED, FINISHED, LOGGER, PENDING
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmring.pool.task_table import Failure, Task, TaskCancelled
@@ -20,16 +21,12 @@ __all__ = ["TaskFuture"]
 
 T = TypeVar("T")
 
-# As in concurrent.futures._base, whose functions compare them.
-_FINISHED = "FINISHED"
-_PENDING = "PENDING"
-
 
 class TaskFuture(Future[T]):
     """What :meth:`~shmring.ProcessPoolExecutor.submit` returns."""
 
     # What most futures never change stands here once: making one is on the fast path.
-    _state = _PENDING
+    _state = PENDING
     _result: Any = None
     _exception: BaseException | None = None
 
@@ -47,7 +44,6 @@ class TaskFuture(Future[T]):
 
     def _finish(self, outcome: Any) -> None:
         """Store a result or a Failure, and tell those that wait."""
-        self._task = self._dispatcher = None
         failed = type(outcome) is Failure
         if failed:
             if isinstance(outcome.error, TaskCancelled):
@@ -56,7 +52,8 @@ class TaskFuture(Future[T]):
             self._exception = outcome.error
         else:
             self._result = outcome
-        self._state = _FINISHED
+        self._state = FINISHED
+        self._task = self._dispatcher = None  # last: cancel() takes a future without for cancelled
         if "_condition" not in self.__dict__:
             return
         with self._condition:
@@ -68,6 +65,17 @@ class TaskFuture(Future[T]):
             self._condition.notify_all()
         self._invoke_callbacks()
 
+    def _invoke_callbacks(self) -> None:
+        """As in the base class, but SystemExit does not end the thread of the pool."""
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException as error:
+                in_main = threading.current_thread() is threading.main_thread()
+                if in_main and not isinstance(error, Exception):
+                    raise
+                LOGGER.exception("exception calling callback for %r", self)
+
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result, at most `timeout` seconds.
 
@@ -76,7 +84,7 @@ class TaskFuture(Future[T]):
             CancelledError: the task was cancelled.
             BaseException: what the task raised, or why it was given up.
         """
-        if self._state == _FINISHED and self._exception is None:
+        if self._state == FINISHED and self._exception is None:
             value: T = self._result
             return value
         return super().result(timeout)
@@ -84,7 +92,7 @@ class TaskFuture(Future[T]):
     def running(self) -> bool:
         """Whether the task was sent to the workers and has no answer."""
         task = self._task
-        return self._state == _PENDING and task is not None and task.position >= 0
+        return self._state == PENDING and task is not None and task.position >= 0
 
     def cancel(self) -> bool:
         """Cancel the task if no worker has taken it.
@@ -121,5 +129,7 @@ class TaskFuture(Future[T]):
         self._task = self._dispatcher = None
         done = super().cancel()
         if done:
-            self.set_running_or_notify_cancel()
+            with self._condition:
+                if self._state == CANCELLED:  # no other call has told the waiters
+                    self.set_running_or_notify_cancel()
         return done

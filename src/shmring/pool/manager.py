@@ -21,7 +21,7 @@ from shmring.pool.dispatcher import Dispatcher
 from shmring.pool.slots import PoolSlots
 from shmring.pool.task_loop import run_pool_worker
 from shmring.pool.task_table import Failure, Task
-from shmring.pool.workers import ChildWorkers, Departure
+from shmring.pool.workers import ChildWorkers, Departure, WorkerReport
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
 from shmring.queues.queue import Queue
@@ -104,12 +104,12 @@ class Manager:
     ) -> None:
         self.pid = os.getpid()
         self.broken: BrokenProcessPool | None = None
-        self.closing = False
         self.killing = False
         self._on_event = on_event
         self._thread: threading.Thread | None = None
-        self._start_lock = threading.Lock()
+        self._start_lock = threading.RLock()  # on_event, a finalizer or a signal may come back
         self._ended = False
+        self._rows: list[WorkerReport] = []
         with contextlib.ExitStack() as undo:
             self._tasks: Queue[Any] = Queue()
             undo.callback(self._tasks.close)
@@ -152,9 +152,8 @@ class Manager:
             BrokenProcessPool: the pool is broken.
             RuntimeError: it was shut down, or was made in another process.
         """
-        if self.closing:
+        if not self.dispatcher.submit(task):
             raise self._refusal()
-        self.dispatcher.submit(task)
         if self.workers.missing:
             self._start(len(self.dispatcher.table))
 
@@ -176,10 +175,12 @@ class Manager:
             except Exception as error:
                 self._break(str(error), error)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="shmring-pool-manager", daemon=True
                 )
-                self._thread.start()
+                if self._thread is None:  # making one may collect garbage, which may submit
+                    self._thread = thread
+                    thread.start()
 
     def close(self, cancel: bool) -> list[Task]:
         """Let the work that is there be done, then end.
@@ -191,20 +192,23 @@ class Manager:
             the tasks that were taken back.
         """
         cancelled: list[Task] = []
+        if self.pid != os.getpid():
+            return cancelled
         dispatcher = self.dispatcher
-        if cancel and self.pid == os.getpid() and not self._ended:
-            with dispatcher.lock:
+        with dispatcher.lock:
+            dispatcher.closed = True
+            if cancel and not self._ended:
                 with contextlib.suppress(RingClosed):
                     dispatcher.recall()
                 cancelled = list(dispatcher.table.backlog)
                 dispatcher.table.backlog.clear()
-        self.closing = True
         with self._start_lock:
-            started = self._thread is not None
-        if started:
-            self._wake()
-        elif self.pid == os.getpid():
-            self._end()
+            if self._thread is not None:
+                self._wake()
+            elif len(dispatcher.table):  # its submit() has not come so far
+                self._start(len(dispatcher.table))
+            else:
+                self._end()
         return cancelled
 
     def kill(self, signum: int) -> None:
@@ -213,8 +217,8 @@ class Manager:
         Args:
             signum: SIGTERM or SIGKILL.
         """
-        self.closing = self.killing = True
         if self.pid == os.getpid() and not self._ended:
+            self.dispatcher.closed = self.killing = True
             self.workers.signal_all(signum)
             self._wake()
 
@@ -251,12 +255,12 @@ class Manager:
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
-                if self.closing and not len(table):
+                if self.dispatcher.closed and not len(table):
                     break
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
         except BaseException as error:
-            _LOG.exception("the manager of a pool failed")
             self._break(f"the manager of the pool failed: {error!r}", error)
+            _LOG.exception("the manager of a pool failed")  # last: a handler of it may raise
         try:
             if self.killing:
                 self._break("the workers of the pool were terminated by the caller", None)
@@ -295,7 +299,7 @@ class Manager:
         with dispatcher.lock:
             if self.broken is None:
                 self.broken = error
-            self.closing = True
+            dispatcher.closed = True
             failed = dispatcher.table.take_all()
         for task in failed:
             task.done(Failure(error))
@@ -305,20 +309,28 @@ class Manager:
             content.processName = worker_id
             logger = logging.getLogger(content.name)
             if logger.isEnabledFor(content.levelno):
-                logger.handle(content)
+                try:
+                    logger.handle(content)
+                except Exception as error:  # of a filter
+                    sys.stderr.write(f"a log record of {worker_id} is lost: {error!r}\n")
         elif kind == "broken":
             self._break(
                 f"the initializer of {worker_id} failed, the pool is not usable:\n{content}", None
             )
 
     def _started(self, worker_id: str, pid: int) -> None:
-        if self._on_event is not None:
-            self._on_event(Event("started", worker_id, pid, None))
+        self._report(Event("started", worker_id, pid, None))
 
     def _happened(self, kind: str, task: int | None, about: Any) -> None:
+        name = about.worker_id if isinstance(about, Departure) else about.process_id
+        self._report(Event(kind, name, about.pid, task))
+
+    def _report(self, event: Event) -> None:
         if self._on_event is not None:
-            name = about.worker_id if isinstance(about, Departure) else about.process_id
-            self._on_event(Event(kind, name, about.pid, task))
+            try:
+                self._on_event(event)
+            except Exception:
+                _LOG.exception("on_event raised at %r", event)
 
     def _leave(self) -> None:
         """At the end of the program: as ``shutdown()``; after Ctrl-C at once."""
@@ -340,8 +352,10 @@ def _keep_in_child() -> None:
     _inherited.extend(_managers)
     _managers.clear()
     for manager in _inherited:
-        manager._ended = manager.closing = True
+        manager._ended = True
+        manager._start_lock = threading.RLock()
         manager._exit.cancel()
+        manager.dispatcher.disown()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

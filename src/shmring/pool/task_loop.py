@@ -55,6 +55,8 @@ SLICE = 0.25
 _FLUSH_NS = 1_000_000
 # Freed memory that a worker keeps: arrays of one task are the room for those of the next.
 _KEPT_NBYTES = 128 << 20
+# What a put raises because of the object: OSError where /dev/shm has no room for it.
+_UNSENDABLE = (EncodeError, MessageTooLarge, OSError)
 
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current", default=None)
 
@@ -192,7 +194,7 @@ class TaskLoop:
                 continue
             except DecodeError as error:
                 number, error = self._failures.pop() if self._failures else (-1, error)
-                self._send((number, 0, *described(error)))
+                self._send_error(number, 0, error)
             else:
                 if number < 0:
                     reason = "stop"
@@ -239,7 +241,7 @@ class TaskLoop:
             self._cancellable = False
             if self._leaves_at_interrupt and isinstance(error, KeyboardInterrupt):
                 raise
-            self._send((number, 0, *described(error)))
+            self._send_error(number, 0, error)
         finally:
             _current.reset(token)
         self.answered += 1
@@ -267,7 +269,7 @@ class TaskLoop:
             self._cancellable = False
             if sent < len(values):
                 self._send_part(number, sent, values[sent:])
-            self._send((number, len(values), *described(error)))
+            self._send_error(number, len(values), error)
         finally:
             _current.reset(token)
         self.answered += len(items)
@@ -276,7 +278,7 @@ class TaskLoop:
     def _send_all(self, number: int, values: list[Any]) -> None:
         try:
             self._send((number, values))
-        except (EncodeError, MessageTooLarge):
+        except _UNSENDABLE:
             self._send_part(number, 0, values)
 
     def _send_part(self, number: int, first: int, values: list[Any]) -> None:
@@ -285,7 +287,7 @@ class TaskLoop:
             return
         try:
             self._send((number, first, values))
-        except (EncodeError, MessageTooLarge):
+        except _UNSENDABLE:
             for index, value in enumerate(values):  # the error is told of the right one
                 self._send_part(number, first + index, [value])
 
@@ -296,7 +298,14 @@ class TaskLoop:
         except RingClosed:
             raise
         except BaseException as error:
+            self._send_error(number, index, error)
+
+    def _send_error(self, number: int, index: int, error: BaseException) -> None:
+        try:
             self._send((number, index, *described(error)))
+        except _UNSENDABLE as problem:
+            instead = RemoteError(f"the {type(error).__name__} of the task: {problem}")
+            self._send((number, index, *described(instead)))
 
     def _send(self, answer: tuple[Any, ...]) -> None:
         while True:
@@ -322,7 +331,7 @@ def described(error: BaseException) -> tuple[bytes | None, str]:
 
     text = "".join(traceback.format_exception(error))
     try:
-        error.__traceback__ = None
+        error.with_traceback(None)
         pickled = pickle.dumps(error)
         pickle.loads(pickled)  # many exceptions can be pickled and not unpickled
     except Exception:

@@ -1,7 +1,7 @@
 """Workers as the dispatcher sees them: started, found dead, replaced.
 
 Two kinds. :class:`ChildWorkers` are started, replaced, killed and joined here; their
-end is proved by their sentinels. :class:`ExternalWorkers` are started elsewhere; they
+end is proved by their pidfds. :class:`ExternalWorkers` are started elsewhere; they
 are known from the registry, and their end is proved by what stands there.
 """
 
@@ -230,7 +230,7 @@ class _SeenWorkers:
 
     def of_process(self, pid: int) -> RegistryEntry | None:
         """The worker of this process, as it was last seen."""
-        for entry in reversed(self.last_seen.values()):
+        for entry in reversed(list(self.last_seen.values())):  # another thread may look too
             if entry.pid == pid:
                 return entry
         return None
@@ -247,7 +247,7 @@ class _SeenWorkers:
                 state=_state_of(entry),
                 exitcode=exitcodes.get(entry.pid),
             )
-            for entry in self.last_seen.values()
+            for entry in list(self.last_seen.values())
         ]
 
     def _entries(self) -> list[RegistryEntry]:
@@ -315,8 +315,9 @@ class ChildWorkers:
         self._names: dict[int, str] = {}
         self._start_ticks: dict[int, int] = {}
         self._false_starts = 0.0
-        self._poll = _Sentinels()
-        self._lock = threading.Lock()  # any thread that submits may start some
+        self._ends = _Ends()
+        self._lock = threading.RLock()  # any thread that submits may start some
+        self._starting = False
 
     @property
     def missing(self) -> bool:
@@ -331,7 +332,13 @@ class ChildWorkers:
             ShmringError: workers keep dying before they have done anything.
         """
         with self._lock:
-            self._start(unanswered)
+            if self._starting:
+                return  # called by what `on_start` calls: the caller goes on with it
+            self._starting = True
+            try:
+                self._start(unanswered)
+            finally:
+                self._starting = False
 
     def _start(self, unanswered: int) -> None:
         wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
@@ -358,7 +365,7 @@ class ChildWorkers:
                 self._names[process.pid or 0] = worker_id
                 self._start_ticks[process.pid or 0] = process_start_ticks(process.pid or 0)
                 self.processes[index] = process
-                self._poll.add(process)
+                self._ends.add(process, method)
             if self._on_start is not None:
                 self._on_start(worker_id, process.pid or 0)
         except (AttributeError, TypeError, ValueError) as error:
@@ -376,8 +383,8 @@ class ChildWorkers:
         )
 
     def departed(self) -> list[Departure]:
-        """Those that have ended since the last call; not reaped yet, so no PID can return."""
-        ended = self._poll.ended()
+        """Those that have ended since the last call; not reaped here yet."""
+        ended = self._ends.ended()
         if not ended:
             return []
         self._seen.look()
@@ -389,7 +396,7 @@ class ChildWorkers:
         return Departure(
             process.name,
             pid,
-            process_start_ticks(pid),
+            self._start_ticks.get(pid, 0),
             clean=entry is not None and entry.state is ProcessState.EXITED,
             item=entry.task_item if entry is not None else 0,
             useful=entry is not None and entry.state is not ProcessState.STARTING,
@@ -409,7 +416,7 @@ class ChildWorkers:
                         self._signal_group(process, signal.SIGKILL)
                     process.join()
                     self._exitcodes[departure.pid] = process.exitcode
-                    self._poll.remove(process)
+                    self._ends.remove(process)
                     del self.processes[index]
         if useful or departure.clean:
             self._false_starts = 0.0
@@ -418,7 +425,7 @@ class ChildWorkers:
             self._false_starts += _KILLED_WEIGHT if killed else 1
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """None: the sentinels tell of all."""
+        """None: :meth:`departed` tells of all."""
         return []
 
     def exitcode_of(self, pid: int) -> int | None:
@@ -453,7 +460,7 @@ class ChildWorkers:
 
     def all_gone(self) -> bool:
         """Whether all have ended."""
-        return len(self._poll.ended()) == len(self.processes)
+        return len(self._ends.ended()) == len(self.processes)
 
     def kill(self, seen: RegistryEntry) -> bool:
         """Kill one with SIGKILL if it still is at the call of this look.
@@ -487,7 +494,7 @@ class ChildWorkers:
     def close(self) -> None:
         """Give back what was used for starting them and looking after them."""
         self._args = ()
-        self._poll.close()
+        self._ends.close()
 
     def stop(self, grace: float) -> None:
         """Wait for all to end; terminate, then kill, those that do not.
@@ -505,10 +512,7 @@ class ChildWorkers:
 
     def wait_for_one(self, seconds: float) -> None:
         """Wait until one more has ended."""
-        ended = self._poll.ended()
-        connection.wait(
-            [each.sentinel for each in self.processes.values() if each not in ended], seconds
-        )
+        self._ends.wait_for_one(seconds)
 
     def _wait(self, seconds: float) -> None:
         """Wait for all to end, without reaping: until then a PID means what it meant."""
@@ -525,19 +529,20 @@ class ChildWorkers:
         for process in self.processes.values():
             process.join()
             self._exitcodes[process.pid or 0] = process.exitcode
-            self._poll.remove(process)
+            self._ends.remove(process)
         self.processes.clear()
 
     def _signal_group(self, process: BaseProcess, signum: int) -> None:
         """Send a signal to a worker and, if it leads a group of its own, to what it started."""
         pid = process.pid or 0
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # Alive or not reaped: otherwise the number may be another's by now.
-            if process_start_ticks(pid) == self._start_ticks.get(pid):
-                if os.getpgid(pid) == pid:
-                    os.killpg(pid, signum)
-                else:
-                    os.kill(pid, signum)
+            started = process_start_ticks(pid)
+            if started == self._start_ticks.get(pid) and os.getpgid(pid) != pid:
+                os.kill(pid, signum)
+            # 0: reaped, by multiprocessing or the fork server. No process gets the number
+            # as long as its group has members; with another start time one has got it.
+            elif started in (0, self._start_ticks.get(pid)):
+                os.killpg(pid, signum)
 
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
@@ -546,30 +551,50 @@ class ChildWorkers:
         seen = {row.pid for row in rows}
         rows += [
             WorkerReport(name, pid, 0, 0, "dead", self._exitcodes.get(pid))
-            for pid, name in self._names.items()
+            for pid, name in list(self._names.items())
             if pid not in seen
         ]
         return rows
 
 
-class _Sentinels:
-    """The children that have ended, by one system call however many there are."""
+class _Ends:
+    """The children that have ended, by one system call however many there are.
+
+    By pidfd where there is one: the sentinel of a forked or spawned child is a pipe,
+    which what the child forked keeps open.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._fds: dict[BaseProcess, int] = {}
 
-    def add(self, process: BaseProcess) -> None:
-        self._selector.register(process.sentinel, selectors.EVENT_READ, process)
+    def add(self, process: BaseProcess, method: str) -> None:
+        fd = process.sentinel
+        if method != "forkserver" and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # out of descriptors, or an old kernel
+                fd = os.pidfd_open(process.pid or 0)
+        self._selector.register(fd, selectors.EVENT_READ, process)
+        self._fds[process] = fd
 
     def remove(self, process: BaseProcess) -> None:
-        self._selector.unregister(process.sentinel)
+        fd = self._fds.pop(process)
+        self._selector.unregister(fd)
+        if fd != process.sentinel:
+            os.close(fd)
 
     def ended(self) -> list[BaseProcess]:
-        if not self._selector.get_map():
+        if not self._fds:
             return []
         return [key.data for key, _ in self._selector.select(0)]
 
+    def wait_for_one(self, seconds: float) -> None:
+        """Wait until one more has ended."""
+        ended = self.ended()
+        connection.wait([fd for each, fd in self._fds.items() if each not in ended], seconds)
+
     def close(self) -> None:
+        for process in list(self._fds):
+            self.remove(process)
         self._selector.close()
 
 

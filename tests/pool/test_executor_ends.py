@@ -1,0 +1,331 @@
+"""ProcessPoolExecutor: what callbacks, forks, other threads and odd objects must not break."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_executor import (
+    die_once,
+    is_alive,
+    log_something,
+    note_and_wait,
+    number_in,
+    pool,
+    square,
+    start_child_and_wait,
+    times_begun,
+)
+
+import shmring
+from shmring import ProcessPoolExecutor, RemoteError, SharedMemoryFull, WorkerDied
+from support import wait_for, within
+
+__all__ = ["pool"]
+
+pytestmark = pytest.mark.skipif(shmring.backend != "ring", reason="a pipe cannot carry a pool")
+
+
+# ---- futures -----------------------------------------------------------------------------------
+
+
+def test_a_cancelled_future_can_be_cancelled_again(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    running = [pool.submit(note_and_wait, tmp_path, number) for number in (0, 1)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    waiting = pool.submit(square, 2)
+    again: list[bool] = []
+    waiting.add_done_callback(lambda done: again.append(done.cancel()))
+    assert waiting.cancel()
+    assert waiting.cancel()
+    assert waiting.cancel_running()  # type: ignore[attr-defined]
+    assert again == [True]
+    assert futures.wait([waiting], 30).done
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in running] == [0, 1]
+
+
+def test_a_callback_that_exits_costs_no_other_task_its_result(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    called = threading.Event()
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(10)]
+    for each in work:
+        each.add_done_callback(lambda done: sys.exit(3))
+        each.add_done_callback(lambda done: called.set())
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in work] == list(range(10))
+    assert called.wait(30)
+
+
+# ---- what cannot be unpickled ------------------------------------------------------------------
+
+
+class LoadsElsewhere:
+    """Can be unpickled in any process but one."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def __reduce__(self) -> Any:
+        return load_elsewhere, (self.pid,)
+
+
+def load_elsewhere(pid: int) -> int:
+    if os.getpid() == pid:
+        raise ValueError("not in this process")
+    return pid
+
+
+def log_with(parent: int) -> None:
+    for level in range(10, 60, 10):
+        logging.getLogger().log(level, "odd", extra={"odd": LoadsElsewhere(parent)})
+
+
+def test_a_cancel_loses_no_task_whose_arguments_load_in_workers_only(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    running = [pool.submit(note_and_wait, tmp_path, number) for number in (0, 1)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    odd = [pool.submit(abs, LoadsElsewhere(os.getpid())) for _ in range(3)]
+    waiting = pool.submit(square, 2)
+    assert waiting.cancel()
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in running] == [0, 1]
+    assert [each.result(30) for each in odd] == [os.getpid()] * 3
+
+
+def test_a_log_record_that_does_not_arrive_costs_no_task_its_result() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        work = [pool.submit(log_with, os.getpid()), *(pool.submit(square, n) for n in range(60))]
+        assert [each.exception(30) for each in work] == [None] * 61
+
+
+class Frozen(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} is frozen")
+
+
+def raise_frozen() -> None:
+    raise Frozen("cold")
+
+
+def test_an_exception_whose_class_refuses_attributes_arrives(pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(Frozen, match="cold") as caught:
+        pool.submit(raise_frozen).result(30)
+    assert "raise_frozen" in str(caught.value.__cause__)
+    assert pool.submit(square, 3).result(30) == 9
+
+
+# ---- on_event, log handlers --------------------------------------------------------------------
+
+
+def test_on_event_may_raise(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def fail(event: Any) -> None:
+        seen.append(event.kind)
+        raise ValueError(event.kind)
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), on_event=fail) as pool:
+        assert pool.submit(die_once, tmp_path, 0).result(30) == 0
+    assert seen == ["started", "retried", "died", "started"]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_on_event_may_submit(tmp_path: Path, start_method: str) -> None:
+    more: list[Any] = []
+
+    def submit(event: Any) -> None:
+        more.append(pool.submit(square, 3))
+
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(2, context, on_event=submit) as pool:
+        work = [pool.submit(die_once, tmp_path, number) for number in range(2)]
+        assert [each.result(60) for each in work] == [0, 1]
+        wait_for(lambda: len(more) >= 6, 30)  # two started, each retried, died, replaced
+        assert {each.result(60) for each in more} == {9}
+        pids = [row.pid for row in pool.statistics().workers]
+    assert len(pids) == len(set(pids)) == 2 + pool.statistics().died
+
+
+def test_a_log_filter_that_raises_costs_no_task_its_result() -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError("refused")
+
+    logger = logging.getLogger("some.library")
+    logger.addFilter(refuse)
+    try:
+        # Spawned: the filter is the parent's alone.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(log_something).result(60)
+            assert pool.submit(square, 3).result(30) == 9
+            assert not pool._broken
+    finally:
+        logger.removeFilter(refuse)
+
+
+# ---- shutdown while others submit, forked children ---------------------------------------------
+
+
+def test_a_task_that_was_taken_in_as_the_pool_shuts_down_is_done() -> None:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    start = pool._manager._start
+
+    def shut_down_first(unanswered: int) -> None:
+        pool._manager._start = start  # type: ignore[method-assign]
+        pool.shutdown(wait=False)
+        start(unanswered)
+
+    pool._manager._start = shut_down_first  # type: ignore[method-assign]
+    assert pool.submit(square, 3).result(30) == 9
+    pool.shutdown()
+
+
+def use_inherited(pool: ProcessPoolExecutor, work: list[Any], said: Any) -> None:
+    stopped = [each.cancel() or each.cancel_running() for each in work]
+    pool.shutdown(cancel_futures=True)
+    pool.kill_workers()
+    said.put((stopped, pool.statistics().workers))
+
+
+def test_a_forked_child_takes_no_task_of_its_parent(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(6)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    context = multiprocessing.get_context("fork")
+    with shmring.Queue[Any]() as said:
+        # At the worst moment: the locks are held, by a thread that the child does not have.
+        with pool._manager._start_lock, pool._manager.dispatcher.lock:
+            child = context.Process(target=use_inherited, args=(pool, work, said))
+            within(30, child.start)
+        assert said.get(timeout=30) == ([False] * 6, ())
+        child.join(30)
+    (tmp_path / "go").touch()
+    assert [each.result(30) for each in work] == list(range(6))
+
+
+# ---- the end of a worker -----------------------------------------------------------------------
+
+
+def fork_and_die(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    (folder / "child").write_text(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_noticed_while_what_it_forked_lives(
+    start_method: str, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(1, context, max_retries=0) as pool:
+        with pytest.raises(WorkerDied):
+            pool.submit(fork_and_die, tmp_path).result(30)
+        wait_for(lambda: not is_alive(number_in(tmp_path / "child")), 10)
+
+
+def test_what_a_worker_started_ends_with_it_whatever_reaps_the_worker(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, max_retries=0) as pool:
+        running = pool.submit(start_child_and_wait, tmp_path)
+        child = number_in(tmp_path / "child")
+        (worker,) = pool._processes
+        with pool._manager.workers._lock:  # the pool reaps after multiprocessing
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: not multiprocessing.active_children(), 10)
+        with pytest.raises(WorkerDied):
+            running.result(30)
+        wait_for(lambda: not is_alive(child), 10)
+
+
+def test_statistics_can_be_read_while_workers_are_replaced(
+    pool: ProcessPoolExecutor,
+) -> None:
+    failures: list[Exception] = []
+    enough = threading.Event()
+
+    def read() -> None:
+        while not enough.is_set():
+            try:
+                pool.statistics()
+            except Exception as error:
+                failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    try:
+        for each in readers:
+            each.start()
+        for _ in range(12):
+            for pid in list(pool._processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert pool.submit(square, 3).result(30) == 9
+    finally:
+        enough.set()
+        for each in readers:
+            each.join()
+        sys.setswitchinterval(interval)
+    assert failures == []
+
+
+# ---- what does not fit into shared memory ------------------------------------------------------
+
+SMALL, LARGE = 1 << 18, 8 << 20
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
+
+
+def raise_large(nbytes: int) -> None:
+    raise ValueError("x" * nbytes)
+
+
+def test_a_result_without_room_fails_its_own_call_only() -> None:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, initializer=limit_files, max_retries=0) as pool:
+        with pytest.raises(SharedMemoryFull):
+            pool.submit(bytes, LARGE).result(30)
+        with pytest.raises(RemoteError, match="the ValueError of the task"):
+            pool.submit(raise_large, LARGE).result(30)
+        results = pool.map(bytes, [1, 2, LARGE, 3], chunksize=4)
+        assert [next(results), next(results)] == [bytes(1), bytes(2)]
+        with pytest.raises(SharedMemoryFull):
+            next(results)
+        assert pool.submit(square, 3).result(30) == 9
+        assert pool.statistics().died == 0
+
+
+def test_an_argument_without_room_fails_its_own_call_only(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    running = [pool.submit(note_and_wait, tmp_path, number) for number in range(40)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    limit_files()
+    try:
+        large = [pool.submit(len, bytes(LARGE)) for _ in range(20)]
+        after = pool.submit(square, 3)
+        (tmp_path / "go").touch()
+        assert {type(each.exception(30)) for each in large} == {SharedMemoryFull}
+        assert after.result(30) == 9
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [each.result(30) for each in running] == list(range(40))
+    assert pool.submit(len, bytes(LARGE)).result(30) == LARGE
