@@ -86,6 +86,9 @@ if typing.TYPE_CHECKING:
         SharedMemoryManager as SharedMemoryManager,
     )
     from shmring.context import get_context
+    from shmring.coordinator.coordinator import Progress, Report, coordinator_process
+    from shmring.coordinator.example import multiprocessing_example
+    from shmring.coordinator.worker import Worker, worker_process
     from shmring.errors import (
         AccessRefused,
         DecodeError,
@@ -113,17 +116,14 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.high_performance_ipc import HighPerformanceIPC
     from shmring.ipc.message import Message, MessageType
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
-    from shmring.pool.coordinator import Progress, Report, coordinator_process
     from shmring.pool.entry import executor, register_joblib
-    from shmring.pool.example import multiprocessing_example
     from shmring.pool.executor import ProcessPoolExecutor
     from shmring.pool.manager import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
-    from shmring.pool.task_loop import current_worker
-    from shmring.pool.worker import Worker, worker_process
-    from shmring.pool.workers import WorkerReport
     from shmring.queues.codec import Codec
     from shmring.queues.statistics import IPCStatistics, RingStatistics
+    from shmring.tasks.task_loop import current_worker
+    from shmring.tasks.workers import WorkerReport
 else:
     # Names without a line below are in errors; listed as well they would stand here three times.
     __getattr__, __dir__ = _lazy.lazily(
@@ -141,28 +141,28 @@ else:
             "ProcessPoolExecutor": "pool.executor",
             "ProcessRole": "ipc.registry",
             "ProcessState": "ipc.registry",
-            "Progress": "pool.coordinator",
+            "Progress": "coordinator.coordinator",
             "SharedArray": "pool.shared",
             "share": "pool.shared",
             "Queue": "_backend",
             "RegistryEntry": "ipc.registry",
             "RegistrySlot": "ipc.registry",
-            "Report": "pool.coordinator",
+            "Report": "coordinator.coordinator",
             "Ring": "_backend",
             "RingStatistics": "queues.statistics",
             "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
             "SimpleQueue": "_backend",
-            "Worker": "pool.worker",
-            "WorkerReport": "pool.workers",
+            "Worker": "coordinator.worker",
+            "WorkerReport": "tasks.workers",
             "backend": "_backend",
             "cleanup_stale": "_backend",
-            "coordinator_process": "pool.coordinator",
-            "current_worker": "pool.task_loop",
+            "coordinator_process": "coordinator.coordinator",
+            "current_worker": "tasks.task_loop",
             "executor": "pool.entry",
             "get_context": "context",
-            "multiprocessing_example": "pool.example",
+            "multiprocessing_example": "coordinator.example",
             "register_joblib": "pool.entry",
             "wait": "_backend",
-            "worker_process": "pool.worker",
+            "worker_process": "coordinator.worker",
         },
     )

@@ -22,7 +22,18 @@ CYTHON = ROOT / "cython" / "shmring"
 # The packages, from the ground up: each imports only from those above it here.
 ORDER = [
     *("errors", "arguments", "_lazy", "_warnings", "_core", "process", "shm", "diagnostics"),
-    *("queues", "fallback", "_backend", "context", "ipc", "pool", "cli", "__main__"),
+    *(
+        "queues",
+        "fallback",
+        "_backend",
+        "context",
+        "ipc",
+        "tasks",
+        "coordinator",
+        "pool",
+        "cli",
+        "__main__",
+    ),
 ]
 # Imported when peers= is used first: the compiled wait asks process.peers for deaths.
 LATE = {("_core", "process")}

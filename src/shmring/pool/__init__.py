@@ -1,1 +1,1 @@
-"""Work spread over processes: coordinator, workers, the table of tasks."""
+"""Process pool with the interface of concurrent.futures; joblib and Dask."""

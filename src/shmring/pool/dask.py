@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 
 from shmring.arguments import checked_timeout
 from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
-from shmring.pool.channel import SPREAD
 from shmring.pool.executor import ProcessPoolExecutor, check_retries
 from shmring.pool.manager import BrokenTask, PoolStatistics
-from shmring.pool.task_loop import described
-from shmring.pool.task_table import Failure, PartialResults
+from shmring.tasks.channel import SPREAD
+from shmring.tasks.task_loop import described
+from shmring.tasks.task_table import Failure, PartialResults
 
 try:
     import cloudpickle

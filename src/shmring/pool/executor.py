@@ -29,9 +29,9 @@ from typing import Any, Literal, TypeVar
 from shmring._backend import backend
 from shmring.arguments import checked_timeout
 from shmring.errors import InvalidArgument, NotSupportedByFallback
-from shmring.pool.channel import SPREAD, FunctionReferences
 from shmring.pool.future import TaskFuture
-from shmring.pool.task_table import Failure, Task, TaskCancelled
+from shmring.tasks.channel import SPREAD, FunctionReferences
+from shmring.tasks.task_table import Failure, Task, TaskCancelled
 
 __all__ = ["ProcessPoolExecutor"]
 

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED, FINISHED, LOGGER, PENDING
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shmring.pool.task_table import Failure, Task, TaskCancelled
+from shmring.tasks.task_table import Failure, Task, TaskCancelled
 
 if TYPE_CHECKING:
-    from shmring.pool.dispatcher import Dispatcher
+    from shmring.tasks.dispatcher import Dispatcher
 
 __all__ = ["TaskFuture"]
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
 from shmring.ipc.registry import Registry
-from shmring.pool.channel import STOP
-from shmring.pool.dispatcher import Dispatcher
-from shmring.pool.slots import PoolSlots
-from shmring.pool.task_loop import run_pool_worker
-from shmring.pool.task_table import Failure, Task
-from shmring.pool.workers import ChildWorkers, Departure, WorkerReport
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
 from shmring.queues.queue import Queue
+from shmring.tasks.channel import STOP
+from shmring.tasks.dispatcher import Dispatcher
+from shmring.tasks.slots import PoolSlots
+from shmring.tasks.task_loop import run_pool_worker
+from shmring.tasks.task_table import Failure, Task
+from shmring.tasks.workers import ChildWorkers, Departure, WorkerReport
 
 __all__ = ["Event", "Manager", "PoolStatistics"]
 
@@ -87,7 +87,7 @@ class Manager:
         at_once: whether the first task starts all workers.
         task_timeout: as for the executor.
         on_event: as for the executor.
-        setting: what each worker is told: see :func:`shmring.pool.task_loop.run_pool_worker`.
+        setting: what each worker is told: see :func:`shmring.tasks.task_loop.run_pool_worker`.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.
     """
 

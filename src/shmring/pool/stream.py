@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmring.arguments import checked_int
 from shmring.errors import InvalidArgument
-from shmring.pool.task_table import Failure
+from shmring.tasks.task_table import Failure
 
 if TYPE_CHECKING:
     from shmring.pool.executor import ProcessPoolExecutor

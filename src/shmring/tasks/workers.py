@@ -208,7 +208,7 @@ def _start_servants(method: str) -> None:
     # Before 3.13 its start unblocks Ctrl-C, at whatever moment it is needed first.
     resource_tracker.ensure_running()
     if method == "forkserver":
-        # It would hand the block on to the children of everybody else. Ours do without.
+        # It would hand the block on to children of others; ours do not need it.
         forkserver.ensure_running()
 
 

@@ -43,10 +43,10 @@ from shmring.errors import (
     WorkerDied,
 )
 from shmring.ipc.registry import RegistryEntry
-from shmring.pool.channel import PoolCodec
-from shmring.pool.task_table import Failure, Task, TaskCancelled, TaskTable
-from shmring.pool.workers import Departure, Workers
 from shmring.process.liveness import is_process_stopped
+from shmring.tasks.channel import PoolCodec
+from shmring.tasks.task_table import Failure, Task, TaskCancelled, TaskTable
+from shmring.tasks.workers import Departure, Workers
 
 __all__ = ["Dispatcher"]
 
@@ -74,7 +74,7 @@ class Dispatcher:
     Args:
         tasks: the task queue.
         answers: the answer queue.
-        workers: who works.
+        workers: the processes that work.
         floor: tasks that are in the queue at least, as long as there are any.
         task_timeout: seconds after which the worker of a call is killed; None for never.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.

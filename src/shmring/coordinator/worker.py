@@ -13,8 +13,8 @@ from shmring.errors import RingNotFound
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
 from shmring.ipc.slot import ProcessRole
-from shmring.pool.channel import PoolCodec
-from shmring.pool.task_loop import SLICE, TaskLoop, echo
+from shmring.tasks.channel import PoolCodec
+from shmring.tasks.task_loop import SLICE, TaskLoop, echo
 
 __all__ = [
     "DATA_BUFFER",
@@ -158,8 +158,8 @@ def run_spawned_worker(
         queue_name: the name of the task queue.
         handler: as for :func:`worker_process`.
         namespace: the coordinator's.
-        inherited: the coordinator's own, after fork: a handle that nobody
-            closes would keep its names in /dev/shm; None otherwise.
+        inherited: the coordinator's own, after fork: a handle that is not
+            closed would keep its names in /dev/shm; None otherwise.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

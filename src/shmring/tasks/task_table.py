@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shmring.errors import ShmringError, WorkerDied
-from shmring.pool.channel import CAREFUL
+from shmring.tasks.channel import CAREFUL
 
 __all__ = ["Failure", "PartialResults", "Task", "TaskCancelled", "TaskTable"]
 

@@ -21,17 +21,17 @@ import pytest
 
 from header import is_stopped
 from shmring import Queue
+from shmring.coordinator.coordinator import _NamespaceSlots, coordinator_process
+from shmring.coordinator.worker import worker_process
 from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import registry
 from shmring.ipc import slot as layout
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.registry import ProcessRole, ProcessState
-from shmring.pool import dispatcher
-from shmring.pool.coordinator import _NamespaceSlots, coordinator_process
-from shmring.pool.task_loop import TaskLoop
-from shmring.pool.worker import worker_process
-from shmring.pool.workers import ChildWorkers, ExternalWorkers
 from shmring.process.liveness import process_start_ticks
+from shmring.tasks import dispatcher
+from shmring.tasks.task_loop import TaskLoop
+from shmring.tasks.workers import ChildWorkers, ExternalWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30

@@ -1,6 +1,6 @@
 """Coordinator: tasks to workers of a namespace, each answered exactly once.
 
-It runs a :class:`~shmring.pool.dispatcher.Dispatcher` in the calling thread, over
+It runs a :class:`~shmring.tasks.dispatcher.Dispatcher` in the calling thread, over
 queues that have names, so that workers can come from anywhere.
 """
 
@@ -15,21 +15,21 @@ from typing import Any
 
 from shmring._backend import backend
 from shmring.arguments import checked_timeout
-from shmring.errors import Full, InvalidArgument, NotSupportedByFallback, ShmringError
-from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
-from shmring.ipc.message import MessageType
-from shmring.ipc.registry import ProcessRole, RegistryEntry
-from shmring.pool.channel import PoolCodec
-from shmring.pool.dispatcher import Dispatcher
-from shmring.pool.task_loop import echo
-from shmring.pool.task_table import Failure, Task
-from shmring.pool.worker import (
+from shmring.coordinator.worker import (
     DATA_BUFFER,
     DATA_BUFFER_BYTES,
     RESULT_QUEUE,
     run_spawned_worker,
 )
-from shmring.pool.workers import ChildWorkers, ExternalWorkers, WorkerReport, Workers
+from shmring.errors import Full, InvalidArgument, NotSupportedByFallback, ShmringError
+from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
+from shmring.ipc.message import MessageType
+from shmring.ipc.registry import ProcessRole, RegistryEntry
+from shmring.tasks.channel import PoolCodec
+from shmring.tasks.dispatcher import Dispatcher
+from shmring.tasks.task_loop import echo
+from shmring.tasks.task_table import Failure, Task
+from shmring.tasks.workers import ChildWorkers, ExternalWorkers, WorkerReport, Workers
 
 __all__ = ["Progress", "Report", "WorkerReport", "coordinator_process"]
 
@@ -97,7 +97,7 @@ def coordinator_process(
     It makes a task queue, a result queue ("result_queue") and 1 MiB of shared
     memory ("data_buffer") in the namespace of ``ipc``, and removes them at the
     end, however it ends; so there is one coordinator a namespace at a time.
-    Workers are :func:`~shmring.pool.worker.worker_process`; each gets one SHUTDOWN
+    Workers are :func:`~shmring.coordinator.worker.worker_process`; each gets one SHUTDOWN
     message at the end.
 
     Args:
@@ -199,7 +199,7 @@ def _workers(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _NamespaceSlots:
-    """The registry of a namespace, for those who look after workers."""
+    """The registry of a namespace, as the slots of its workers."""
 
     ipc: HighPerformanceIPC
 

@@ -9,10 +9,10 @@ import secrets
 from typing import Any
 
 from shmring._backend import backend
+from shmring.coordinator.coordinator import Report, coordinator_process
+from shmring.coordinator.worker import worker_process
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
-from shmring.pool.coordinator import Report, coordinator_process
-from shmring.pool.task_loop import current_worker
-from shmring.pool.worker import worker_process
+from shmring.tasks.task_loop import current_worker
 
 __all__ = ["multiprocessing_example", "process_task"]
 
@@ -40,7 +40,7 @@ def process_task(task: dict[str, Any]) -> dict[str, Any]:
 def multiprocessing_example(
     num_workers: int = 4, *, method: str | None = None
 ) -> list[dict[str, Any]]:
-    """Have 100 small tasks done by other processes, and log who did what.
+    """Have 100 small tasks done by other processes, and log which did what.
 
     It starts the workers itself, with 1 MiB of shared memory beside the queues, runs
     on both back ends, and leaves nothing behind. Its namespace is its own, so that

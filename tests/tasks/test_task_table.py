@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from shmring.errors import TaskTimeout, WorkerDied
-from shmring.pool.channel import CAREFUL
-from shmring.pool.task_table import Failure, PartialResults, Task, TaskTable
+from shmring.tasks.channel import CAREFUL
+from shmring.tasks.task_table import Failure, PartialResults, Task, TaskTable
 
 pytestmark = pytest.mark.both_backends
 

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 from shmring._backend import backend
+from shmring.coordinator.coordinator import Progress, Report, coordinator_process
+from shmring.coordinator.example import multiprocessing_example
+from shmring.coordinator.worker import worker_process
 from shmring.errors import (
     DecodeError,
     EncodeError,
@@ -30,10 +33,7 @@ from shmring.errors import (
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC
 from shmring.ipc.message import MessageType
 from shmring.ipc.registry import ProcessRole
-from shmring.pool.coordinator import Progress, Report, coordinator_process
-from shmring.pool.example import multiprocessing_example
-from shmring.pool.task_loop import current_worker
-from shmring.pool.worker import worker_process
+from shmring.tasks.task_loop import current_worker
 from support import run_in_process, wait_for
 
 both_backends = pytest.mark.both_backends

@@ -41,15 +41,15 @@ from shmring.errors import (
     RingNotFound,
 )
 from shmring.ipc.slot import ITEM_STEP, RegistrySlot
-from shmring.pool.channel import CAREFUL, SPREAD, Functions, PoolCodec
+from shmring.tasks.channel import CAREFUL, SPREAD, Functions, PoolCodec
 
 if TYPE_CHECKING:
-    from shmring.pool.slots import PoolSlots
     from shmring.process.lifeline import Lifeline
+    from shmring.tasks.slots import PoolSlots
 
 __all__ = ["TaskLoop", "current_worker", "echo", "run_pool_worker"]
 
-# A waiting worker beats, and looks after whom it works for, this often, in seconds.
+# A waiting worker beats, and looks for its coordinator, this often, in seconds.
 SLICE = 0.25
 # Results of a chunk are sent on when they are older than this, in nanoseconds.
 _FLUSH_NS = 1_000_000

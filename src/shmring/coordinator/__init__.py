@@ -1,0 +1,1 @@
+"""Coordinator and workers that find each other by name."""

@@ -1,0 +1,1 @@
+"""Tasks handed to worker processes, each answered once: what pool and coordinator stand on."""
