@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -260,6 +261,8 @@ def _demo(options: argparse.Namespace) -> int:
             "--kill needs the ring, this is the fallback: there a killed worker breaks the pool",
             _IMPOSSIBLE,
         )
+    # The table shows the killed; log lines about them would stand between the bars.
+    logging.getLogger("shmring").addHandler(logging.NullHandler())
     console = None if options.json else _console()
     try:
         files, skipped = find_sources() if options.path is None else find_files(options.path)
