@@ -346,6 +346,7 @@ class _Run:
         try:
             with contextlib.suppress(ShmringError, Full):
                 if backend == "ring":
+                    dispatcher.bring_in_departed()  # a death beside the last answer counts too
                     dispatcher.recall()  # after an error tasks are left
                 for _ in range(workers.to_dismiss()):
                     self._ipc._send_control(self._queue_name, MessageType.SHUTDOWN)

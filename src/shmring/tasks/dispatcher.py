@@ -345,9 +345,7 @@ class Dispatcher:
 
     def look_after_workers(self) -> None:
         """Requeue what dead workers held, replace them, see to calls that take too long."""
-        departed = self.workers.departed()
-        if departed:
-            self._bring_in(departed)
+        self.bring_in_departed()
         now = time.monotonic()
         if backend == "ring" and now >= self._next_orphans:
             self._next_orphans = now + _ORPHANS
@@ -358,6 +356,12 @@ class Dispatcher:
                 self._bring_in(orphans)
         self._look_at_the_living()
         self.workers.start(len(self.table))
+
+    def bring_in_departed(self) -> None:
+        """Requeue what workers held that have died since the last call."""
+        departed = self.workers.departed()
+        if departed:
+            self._bring_in(departed)
 
     def _bring_in(self, departed: list[Departure]) -> None:
         """Put back what the departed held, and nothing else."""
