@@ -56,6 +56,23 @@ def test_a_cancelled_future_can_be_cancelled_again(
     assert [each.result(30) for each in running] == [0, 1]
 
 
+def die_of_interrupt(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    note_and_wait(folder, 0)
+
+
+def test_a_task_whose_worker_dies_of_its_cancel_is_cancelled(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    running = pool.submit(die_of_interrupt, tmp_path)
+    wait_for(lambda: times_begun(tmp_path), 30)
+    assert running.cancel_running(30)  # type: ignore[attr-defined]
+    with pytest.raises(futures.CancelledError):
+        running.result(30)
+    assert pool.submit(square, 3).result(30) == 9
+    assert times_begun(tmp_path) == {0: 1}
+
+
 def test_a_callback_that_exits_costs_no_other_task_its_result(
     pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

@@ -390,6 +390,9 @@ class Dispatcher:
     def _lost(self, position: int, departure: Departure) -> None:
         exitcode = self.workers.exitcode_of(departure.pid)
         with self.lock:
+            task = self.table.at(position)
+            if task is not None and task.number in self._interrupts:
+                task.expired = task.expired or TaskCancelled()  # it died of the signal
             lost = self.table.lost(position, departure.item, departure.pid, exitcode)
         if lost is None:
             return
