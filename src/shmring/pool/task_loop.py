@@ -422,6 +422,9 @@ def _is_larger_than(limit: int) -> Callable[[], bool]:
     return lambda: bool(process.memory_info().rss > limit)
 
 
+_STANDARD = [*logging.makeLogRecord({}).__dict__, "message"]  # attributes of a record
+
+
 class _ForwardRecords(logging.Handler):
     """Sends what is logged here to the pool's process."""
 
@@ -434,7 +437,11 @@ class _ForwardRecords(logging.Handler):
             text = self.format(record)  # with the exception, which may not travel
             record.msg, record.args, record.message = text, None, text
             record.exc_info = record.exc_text = record.stack_info = None
-            self._loop.tell("log", record)
+            try:
+                self._loop.tell("log", record)
+            except _UNSENDABLE:  # what `extra` holds
+                standard = {name: record.__dict__.get(name) for name in _STANDARD}
+                self._loop.tell("log", logging.makeLogRecord(standard))
         except Exception:
             self.handleError(record)
 

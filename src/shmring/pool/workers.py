@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import selectors
 import signal
@@ -31,6 +32,8 @@ __all__ = [
     "Workers",
     "interrupts_held",
 ]
+
+_LOG = logging.getLogger("shmring")
 
 # Workers that die one after another without having done anything: not tried for ever.
 _MOST_FALSE_STARTS = 3
@@ -318,6 +321,7 @@ class ChildWorkers:
         self._ends = _Ends()
         self._lock = threading.RLock()  # any thread that submits may start some
         self._starting = False
+        self._refused = False  # the system did not start the last one
 
     @property
     def missing(self) -> bool:
@@ -349,7 +353,16 @@ class ChildWorkers:
                     f"took a task (exit codes {sorted(set(self._exitcodes.values()), key=repr)}): "
                     "can they import the module of the function?"
                 )
-            self._start_one()
+            try:
+                self._start_one()
+                self._refused = False
+            except OSError as error:
+                if not self.processes:
+                    raise
+                if not self._refused:  # said once: each look at the workers tries again
+                    _LOG.warning("%d of %d workers: %s", len(self.processes), wanted, error)
+                self._refused = True
+                return
 
     def _start_one(self) -> None:
         worker_id = f"{self._prefix}{len(self._names)}"
