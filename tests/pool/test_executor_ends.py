@@ -1,4 +1,4 @@
-"""ProcessPoolExecutor: what callbacks, forks, other threads and odd objects must not break."""
+"""ProcessPoolExecutor: callbacks, forks, races, dead workers, full memory, odd objects."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Dispatcher:
     Args:
         tasks: the task queue.
         answers: the answer queue.
-        workers: who works.
+        workers: the processes that take the tasks.
         floor: tasks that are in the queue at least, as long as there are any.
         task_timeout: seconds after which the worker of a call is killed; None for never.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.

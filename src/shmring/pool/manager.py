@@ -79,7 +79,7 @@ class _BrokenTask(WorkerDied, BrokenProcessPool):
 
 
 class Manager:
-    """Everything of a pool that outlives the executor object until the work is done.
+    """Queues, workers and thread of a pool; they live on without the executor until all is done.
 
     Args:
         number: how many workers.
@@ -212,7 +212,7 @@ class Manager:
         return cancelled
 
     def kill(self, signum: int) -> None:
-        """End all workers by a signal; what they were at fails, what waits is cancelled.
+        """End all workers by a signal; tasks that have no answer fail.
 
         Args:
             signum: SIGTERM or SIGKILL.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TaskLoop", "current_worker", "echo", "run_pool_worker"]
 
-# A waiting worker beats, and looks after whom it works for, this often, in seconds.
+# A waiting worker beats, and checks that its employer lives, this often, in seconds.
 SLICE = 0.25
 # Results of a chunk are sent on when they are older than this, in nanoseconds.
 _FLUSH_NS = 1_000_000

@@ -203,7 +203,7 @@ def _stopped(pid: int) -> Iterator[None]:
 
 
 def _start_servants(method: str) -> None:
-    """Start what multiprocessing starts on the side, before Ctrl-C is blocked."""
+    """Start the helper processes of multiprocessing before Ctrl-C is blocked."""
     if method == "fork" or not hasattr(signal, "pthread_sigmask"):
         return
     from multiprocessing import forkserver, resource_tracker
@@ -211,7 +211,7 @@ def _start_servants(method: str) -> None:
     # Before 3.13 its start unblocks Ctrl-C, at whatever moment it is needed first.
     resource_tracker.ensure_running()
     if method == "forkserver":
-        # It would hand the block on to the children of everybody else. Ours do without.
+        # It would pass the block on to every child that it forks, also for other callers.
         forkserver.ensure_running()
 
 
