@@ -297,12 +297,16 @@ def test_a_call_of_a_chunk_that_raises_comes_after_the_results_before_it(
 
 
 def initialize(what: str) -> None:
-    if what == "raise":
+    if what == "linger":
+        threading.Thread(target=time.sleep, args=(60,)).start()
+    if what != "exit":
         raise ValueError("no such luck")
     os._exit(4)
 
 
-@pytest.mark.parametrize(("what", "text"), [("raise", "no such luck"), ("exit", r"\[4\]")])
+@pytest.mark.parametrize(
+    ("what", "text"), [("raise", "no such luck"), ("linger", "no such luck"), ("exit", r"\[4\]")]
+)
 def test_a_pool_that_cannot_start_is_broken_and_says_why(what: str, text: str) -> None:
     with ProcessPoolExecutor(2, initializer=initialize, initargs=(what,)) as pool:
         first = pool.submit(square, 2)

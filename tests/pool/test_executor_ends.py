@@ -1,8 +1,9 @@
-"""ProcessPoolExecutor: what callbacks, forks, other threads and odd objects must not break."""
+"""ProcessPoolExecutor: callbacks, forks, races, dead workers, full memory, odd objects."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -54,6 +55,23 @@ def test_a_cancelled_future_can_be_cancelled_again(
     assert futures.wait([waiting], 30).done
     (tmp_path / "go").touch()
     assert [each.result(30) for each in running] == [0, 1]
+
+
+def die_of_interrupt(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    note_and_wait(folder, 0)
+
+
+def test_a_task_whose_worker_dies_of_its_cancel_is_cancelled(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    running = pool.submit(die_of_interrupt, tmp_path)
+    wait_for(lambda: times_begun(tmp_path), 30)
+    assert running.cancel_running(30)  # type: ignore[attr-defined]
+    with pytest.raises(futures.CancelledError):
+        running.result(30)
+    assert pool.submit(square, 3).result(30) == 9
+    assert times_begun(tmp_path) == {0: 1}
 
 
 def test_a_callback_that_exits_costs_no_other_task_its_result(
@@ -110,6 +128,20 @@ def test_a_log_record_that_does_not_arrive_costs_no_task_its_result() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         work = [pool.submit(log_with, os.getpid()), *(pool.submit(square, n) for n in range(60))]
         assert [each.exception(30) for each in work] == [None] * 61
+
+
+def log_with_a_lock() -> None:
+    logging.getLogger("some.library").warning("hold %s", "on", extra={"held": threading.Lock()})
+
+
+def test_a_log_record_that_cannot_be_pickled_arrives_without_what_is_extra(
+    pool: ProcessPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.submit(log_with_a_lock).result(30)
+    wait_for(lambda: "hold on" in caplog.text, 30)
+    (record,) = [each for each in caplog.records if each.name == "some.library"]
+    assert (record.funcName, record.levelno) == ("log_with_a_lock", logging.WARNING)
+    assert not hasattr(record, "held")
 
 
 class Frozen(Exception):
@@ -329,3 +361,24 @@ def test_an_argument_without_room_fails_its_own_call_only(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [each.result(30) for each in running] == list(range(40))
     assert pool.submit(len, bytes(LARGE)).result(30) == LARGE
+
+
+def test_a_worker_that_the_system_does_not_start_is_tried_again(
+    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pool.submit(square, 2).result(30) == 4
+    refused = threading.Event()
+
+    def refuse() -> None:
+        refused.set()
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._manager.workers, "_start_one", refuse)
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        wait_for(lambda: len(pool._processes) == 1, 30)
+        assert pool.submit(square, 3).result(30) == 9
+        assert refused.is_set()
+    work = [pool.submit(square, n) for n in range(20)]
+    wait_for(lambda: len(pool._processes) == 2, 30)
+    assert [each.result(30) for each in work] == [n * n for n in range(20)]

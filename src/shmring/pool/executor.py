@@ -43,7 +43,7 @@ MOST_WORKERS = 128  # a queue has so many places for deliveries
 class ProcessPoolExecutor(Executor):
     """Runs calls in worker processes, as ``concurrent.futures.ProcessPoolExecutor``.
 
-    What differs on purpose: a worker that dies is replaced and what it was at runs
+    What differs on purpose: a worker that dies is replaced and its unanswered task runs
     again; a task fails alone, with :class:`~shmring.WorkerDied`, when it was tried too
     often. The pool breaks (``BrokenProcessPool``) only if an initializer fails, or
     workers keep dying before they have done anything.
@@ -62,7 +62,8 @@ class ProcessPoolExecutor(Executor):
         max_memory_per_worker: bytes of resident memory. A worker above it is replaced
             between two tasks; a call that outgrows it fails with MemoryExceeded
             (extra ``pool``).
-        on_event: called with an Event by the thread of the pool: see ``Event.kind``.
+        on_event: called with an Event: see ``Event.kind``; by the thread of the pool, or by
+            the one whose submit() starts workers. What it raises is logged.
 
     Raises:
         InvalidArgument: (a ValueError) an impossible number.
@@ -294,11 +295,11 @@ class ProcessPoolExecutor(Executor):
             self._manager.join()
 
     def terminate_workers(self) -> None:
-        """Send SIGTERM to all workers, and shut down; what they were at fails."""
+        """Send SIGTERM to all workers, and shut down; running tasks fail."""
         self._kill(signal.SIGTERM)
 
     def kill_workers(self) -> None:
-        """Send SIGKILL to all workers, and shut down; what they were at fails."""
+        """Send SIGKILL to all workers, and shut down; running tasks fail."""
         self._kill(signal.SIGKILL)
 
     def _kill(self, signum: int) -> None:

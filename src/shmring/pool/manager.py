@@ -34,6 +34,8 @@ _SLICE = 0.02
 _IDLE_SLICE = 0.1
 # How long workers that were told to stop may take, in seconds; then they are killed.
 _GRACE = 10.0
+# How long a worker whose initializer failed may take to end, in seconds.
+_FLUSH_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class BrokenTask(WorkerDied, BrokenProcessPool):
 
 
 class Manager:
-    """Everything of a pool that outlives the executor object until the work is done.
+    """Queues, workers and thread of a pool; they live on without the executor until all is done.
 
     Args:
         number: how many workers.
@@ -109,6 +111,10 @@ class Manager:
         self._thread: threading.Thread | None = None
         self._start_lock = threading.RLock()  # on_event, a finalizer or a signal may come back
         self._ended = False
+        # Workers whose initializer failed, and the tracebacks. Each is given time to end by
+        # itself, and to write what it logged.
+        self._unusable: dict[str, str] = {}
+        self._unusable_until = 0.0
         self._rows: list[WorkerReport] = []
         with contextlib.ExitStack() as undo:
             self._tasks: Queue[Any] = Queue()
@@ -212,7 +218,7 @@ class Manager:
         return cancelled
 
     def kill(self, signum: int) -> None:
-        """End all workers by a signal; what they were at fails, what waits is cancelled.
+        """End all workers by a signal; tasks that have no answer fail.
 
         Args:
             signum: SIGTERM or SIGKILL.
@@ -258,6 +264,8 @@ class Manager:
                 if self.dispatcher.closed and not len(table):
                     break
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
+                if self._unusable and time.monotonic() > self._unusable_until:
+                    self._break_for(next(iter(self._unusable)))
         except BaseException as error:
             self._break(f"the manager of the pool failed: {error!r}", error)
             _LOG.exception("the manager of a pool failed")  # last: a handler of it may raise
@@ -300,6 +308,7 @@ class Manager:
             if self.broken is None:
                 self.broken = error
             dispatcher.closed = True
+            self.workers.number = 0  # none is to be started any more
             failed = dispatcher.table.take_all()
         for task in failed:
             task.done(Failure(error))
@@ -314,9 +323,8 @@ class Manager:
                 except Exception as error:  # of a filter
                     sys.stderr.write(f"a log record of {worker_id} is lost: {error!r}\n")
         elif kind == "broken":
-            self._break(
-                f"the initializer of {worker_id} failed, the pool is not usable:\n{content}", None
-            )
+            self._unusable[worker_id] = content
+            self._unusable_until = time.monotonic() + _FLUSH_S
 
     def _started(self, worker_id: str, pid: int) -> None:
         self._report(Event("started", worker_id, pid, None))
@@ -324,6 +332,13 @@ class Manager:
     def _happened(self, kind: str, task: int | None, about: Any) -> None:
         name = about.worker_id if isinstance(about, Departure) else about.process_id
         self._report(Event(kind, name, about.pid, task))
+        if name in self._unusable:
+            self._break_for(name)
+
+    def _break_for(self, name: str) -> None:
+        """Break the pool because an initializer failed."""
+        reason = self._unusable[name]
+        self._break(f"the initializer of {name} failed, the pool is not usable:\n{reason}", None)
 
     def _report(self, event: Event) -> None:
         if self._on_event is not None:

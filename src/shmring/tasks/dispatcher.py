@@ -74,7 +74,7 @@ class Dispatcher:
     Args:
         tasks: the task queue.
         answers: the answer queue.
-        workers: the processes that work.
+        workers: the processes that take the tasks.
         floor: tasks that are in the queue at least, as long as there are any.
         task_timeout: seconds after which the worker of a call is killed; None for never.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.
@@ -394,6 +394,9 @@ class Dispatcher:
     def _lost(self, position: int, departure: Departure) -> None:
         exitcode = self.workers.exitcode_of(departure.pid)
         with self.lock:
+            task = self.table.at(position)
+            if task is not None and task.number in self._interrupts:
+                task.expired = task.expired or TaskCancelled()  # it died of the signal
             lost = self.table.lost(position, departure.item, departure.pid, exitcode)
         if lost is None:
             return

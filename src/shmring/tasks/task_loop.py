@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TaskLoop", "current_worker", "echo", "run_pool_worker"]
 
-# A waiting worker beats, and looks for its coordinator, this often, in seconds.
+# A waiting worker beats, and checks that its employer lives, this often, in seconds.
 SLICE = 0.25
 # Results of a chunk are sent on when they are older than this, in nanoseconds.
 _FLUSH_NS = 1_000_000
@@ -422,6 +422,9 @@ def _is_larger_than(limit: int) -> Callable[[], bool]:
     return lambda: bool(process.memory_info().rss > limit)
 
 
+_STANDARD = [*logging.makeLogRecord({}).__dict__, "message"]  # attributes of a record
+
+
 class _ForwardRecords(logging.Handler):
     """Sends what is logged here to the pool's process."""
 
@@ -434,7 +437,11 @@ class _ForwardRecords(logging.Handler):
             text = self.format(record)  # with the exception, which may not travel
             record.msg, record.args, record.message = text, None, text
             record.exc_info = record.exc_text = record.stack_info = None
-            self._loop.tell("log", record)
+            try:
+                self._loop.tell("log", record)
+            except _UNSENDABLE:  # what `extra` holds
+                standard = {name: record.__dict__.get(name) for name in _STANDARD}
+                self._loop.tell("log", logging.makeLogRecord(standard))
         except Exception:
             self.handleError(record)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import selectors
 import signal
@@ -31,6 +32,8 @@ __all__ = [
     "Workers",
     "interrupts_held",
 ]
+
+_LOG = logging.getLogger("shmring")
 
 # Workers that die one after another without having done anything: not tried for ever.
 _MOST_FALSE_STARTS = 3
@@ -200,7 +203,7 @@ def _stopped(pid: int) -> Iterator[None]:
 
 
 def _start_servants(method: str) -> None:
-    """Start what multiprocessing starts on the side, before Ctrl-C is blocked."""
+    """Start the helper processes of multiprocessing before Ctrl-C is blocked."""
     if method == "fork" or not hasattr(signal, "pthread_sigmask"):
         return
     from multiprocessing import forkserver, resource_tracker
@@ -208,7 +211,7 @@ def _start_servants(method: str) -> None:
     # Before 3.13 its start unblocks Ctrl-C, at whatever moment it is needed first.
     resource_tracker.ensure_running()
     if method == "forkserver":
-        # It would hand the block on to children of others; ours do not need it.
+        # It would pass the block on to every child that it forks, also for other callers.
         forkserver.ensure_running()
 
 
@@ -318,6 +321,7 @@ class ChildWorkers:
         self._ends = _Ends()
         self._lock = threading.RLock()  # any thread that submits may start some
         self._starting = False
+        self._refused = False  # the system did not start the last one
 
     @property
     def missing(self) -> bool:
@@ -349,7 +353,16 @@ class ChildWorkers:
                     f"took a task (exit codes {sorted(set(self._exitcodes.values()), key=repr)}): "
                     "can they import the module of the function?"
                 )
-            self._start_one()
+            try:
+                self._start_one()
+                self._refused = False
+            except OSError as error:
+                if not self.processes:
+                    raise
+                if not self._refused:  # said once: each look at the workers tries again
+                    _LOG.warning("%d of %d workers: %s", len(self.processes), wanted, error)
+                self._refused = True
+                return
 
     def _start_one(self) -> None:
         worker_id = f"{self._prefix}{len(self._names)}"
