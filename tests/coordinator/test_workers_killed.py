@@ -22,6 +22,7 @@ import pytest
 from header import is_stopped
 from shmring import Queue
 from shmring.coordinator.coordinator import _NamespaceSlots, coordinator_process
+from shmring.coordinator.external_workers import ExternalWorkers
 from shmring.coordinator.worker import worker_process
 from shmring.errors import TaskTimeout, WorkerDied
 from shmring.ipc import registry
@@ -31,7 +32,7 @@ from shmring.ipc.registry import ProcessRole, ProcessState
 from shmring.process.liveness import process_start_ticks
 from shmring.tasks import dispatcher
 from shmring.tasks.task_loop import TaskLoop
-from shmring.tasks.workers import ChildWorkers, ExternalWorkers
+from shmring.tasks.workers import ChildWorkers
 from support import run_in_process, wait_for
 
 TASKS = 30

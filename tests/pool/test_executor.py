@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copyreg
 import functools
 import logging
 import multiprocessing
@@ -102,6 +103,18 @@ def is_alive(pid: int) -> bool:
 def number_in(path: Path) -> int:
     wait_for(lambda: path.exists() and path.read_text(), 30)
     return int(path.read_text())
+
+
+def run_program(text: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=check,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -246,6 +259,12 @@ def give_back_a_lambda() -> Any:
     return lambda: 1
 
 
+@pytest.fixture
+def forget_reducer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of distributed, where another test imported it: it teaches pickle to carry exceptions."""
+    monkeypatch.delitem(copyreg.dispatch_table, Unfriendly, raising=False)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -272,7 +291,11 @@ def give_back_a_lambda() -> Any:
     ],
 )
 def test_a_failure_costs_its_own_task_only(
-    pool: ProcessPoolExecutor, call: Any, error: type[BaseException], text: str | None
+    forget_reducer: None,
+    pool: ProcessPoolExecutor,
+    call: Any,
+    error: type[BaseException],
+    text: str | None,
 ) -> None:
     before, failing, after = pool.submit(square, 2), pool.submit(*call), pool.submit(square, 3)
     with pytest.raises(error, match=text):
@@ -584,130 +607,6 @@ def test_statistics_count_tasks_and_workers(pool: ProcessPoolExecutor) -> None:
     statistics = pool.statistics()
     assert (statistics.submitted, statistics.answered, statistics.waiting) == (10, 10, 0)
     assert sum(row.tasks for row in statistics.workers) == 30
-
-
-# ---- the end -----------------------------------------------------------------------------------
-
-
-def run_program(text: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", text],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=check,
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-    )
-
-
-@pytest.mark.parametrize("end", ["", "pool.shutdown(wait=False)", "del pool"])
-def test_a_program_that_ends_waits_for_what_it_submitted(end: str, tmp_path: Path) -> None:
-    done = run_program(
-        "import pathlib, shmring, test_executor\n"
-        "pool = shmring.ProcessPoolExecutor(2)\n"
-        f"pool.submit(test_executor.note, pathlib.Path({str(tmp_path)!r}), 5)\n{end}\n"
-    )
-    assert done.stderr == ""
-    assert times_begun(tmp_path) == {5: 1}
-
-
-def test_submit_after_shutdown_is_refused(pool: ProcessPoolExecutor) -> None:
-    pool.shutdown()
-    pool.shutdown()
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        pool.submit(square, 2)
-
-
-def test_shutdown_cancels_what_no_worker_has_taken(
-    pool: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(50)]
-    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
-    pool.shutdown(wait=False, cancel_futures=True)
-    assert sum(each.cancelled() for each in work) == 48
-    (tmp_path / "go").touch()
-    assert sum(not each.cancelled() and each.result(30) in (0, 1) for each in work) == 2
-
-
-@pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
-def test_workers_can_be_ended_at_once(pool: ProcessPoolExecutor, tmp_path: Path, how: str) -> None:
-    running = pool.submit(start_child_and_wait, tmp_path)
-    child = number_in(tmp_path / "child")
-    getattr(pool, how)()
-    with pytest.raises(BrokenProcessPool, match="terminated by the caller"):
-        running.result(30)
-    wait_for(lambda: not is_alive(child), 10)
-
-
-def in_forked_child(pool: ProcessPoolExecutor, said: Any) -> None:
-    try:
-        pool.submit(square, 2)
-    except RuntimeError as error:
-        said.put(str(error))
-
-
-def test_a_forked_child_cannot_use_the_pool_and_does_not_end_it(pool: ProcessPoolExecutor) -> None:
-    assert pool.submit(square, 2).result(30) == 4
-    context = multiprocessing.get_context("fork")
-    with shmring.Queue[str]() as said:
-        child = context.Process(target=in_forked_child, args=(pool, said))
-        child.start()
-        assert "make one here" in said.get(timeout=30)
-        child.join(30)
-        assert child.exitcode == 0
-    assert pool.submit(square, 3).result(30) == 9
-
-
-PARENT = """
-import pathlib, shmring, sys, test_executor
-folder = pathlib.Path(sys.argv[1])
-if __name__ == "__main__":
-    with shmring.ProcessPoolExecutor(2, {method}) as pool:
-        work = [pool.submit(test_executor.start_child_and_wait, folder)]
-        work.append(pool.submit(test_executor.square, 2))
-        work[1].result()
-        (folder / "workers").write_text(" ".join(map(str, pool._processes)))
-        work[0].result()
-"""
-
-
-@contextlib.contextmanager
-def parent_of_a_pool(folder: Path, method: str) -> Iterator[tuple[Any, list[int]]]:
-    """A program with a pool, and the processes that must end with it."""
-    program = folder / "program.py"
-    program.write_text(
-        PARENT.format(method=f"__import__('multiprocessing').get_context({method!r})")
-    )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])])
-    with subprocess.Popen(
-        [sys.executable, str(program), str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-    ) as parent:
-        try:
-            child = number_in(folder / "child")
-            wait_for(lambda: (folder / "workers").exists(), 30)
-            wait_for(lambda: (folder / "workers").read_text(), 30)
-            workers = [int(pid) for pid in (folder / "workers").read_text().split()]
-            assert all(map(is_alive, [child, *workers]))
-            yield parent, [child, *workers]
-        finally:
-            parent.kill()
-
-
-@pytest.mark.fault(15)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_with_its_parent_every_worker_ends_and_what_it_started(
-    tmp_path: Path, start_method: str, number: signal.Signals
-) -> None:
-    with parent_of_a_pool(tmp_path, start_method) as (parent, others):
-        begun = time.monotonic()
-        parent.send_signal(number)
-        parent.wait(30)
-        for pid in others:
-            wait_for(lambda pid=pid: not is_alive(pid), 30)
-        assert time.monotonic() - begun < 10
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -9,9 +9,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from test_executor import (
     note_and_wait,
     number_in,
     pool,
+    run_program,
     square,
     start_child_and_wait,
     times_begun,
@@ -30,6 +35,7 @@ from test_executor import (
 
 import shmring
 from shmring import ProcessPoolExecutor, RemoteError, SharedMemoryFull, WorkerDied
+from shmring.tasks import workers
 from support import wait_for, within
 
 __all__ = ["pool"]
@@ -382,3 +388,122 @@ def test_a_worker_that_the_system_does_not_start_is_tried_again(
     work = [pool.submit(square, n) for n in range(20)]
     wait_for(lambda: len(pool._processes) == 2, 30)
     assert [each.result(30) for each in work] == [n * n for n in range(20)]
+
+
+def test_records_of_replaced_workers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_MOST_RECORDS", 3)
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
+        assert list(pool.map(abs, range(8))) == list(range(8))
+        assert 3 <= len(pool.statistics().workers) <= 5
+
+
+# ---- the end -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["", "pool.shutdown(wait=False)", "del pool"])
+def test_a_program_that_ends_waits_for_what_it_submitted(end: str, tmp_path: Path) -> None:
+    done = run_program(
+        "import pathlib, shmring, test_executor\n"
+        "pool = shmring.ProcessPoolExecutor(2)\n"
+        f"pool.submit(test_executor.note, pathlib.Path({str(tmp_path)!r}), 5)\n{end}\n"
+    )
+    assert done.stderr == ""
+    assert times_begun(tmp_path) == {5: 1}
+
+
+def test_submit_after_shutdown_is_refused(pool: ProcessPoolExecutor) -> None:
+    pool.shutdown()
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(square, 2)
+
+
+def test_shutdown_cancels_what_no_worker_has_taken(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(50)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert sum(each.cancelled() for each in work) == 48
+    (tmp_path / "go").touch()
+    assert sum(not each.cancelled() and each.result(30) in (0, 1) for each in work) == 2
+
+
+@pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
+def test_workers_can_be_ended_at_once(pool: ProcessPoolExecutor, tmp_path: Path, how: str) -> None:
+    running = pool.submit(start_child_and_wait, tmp_path)
+    child = number_in(tmp_path / "child")
+    getattr(pool, how)()
+    with pytest.raises(BrokenProcessPool, match="terminated by the caller"):
+        running.result(30)
+    wait_for(lambda: not is_alive(child), 10)
+
+
+def in_forked_child(pool: ProcessPoolExecutor, said: Any) -> None:
+    try:
+        pool.submit(square, 2)
+    except RuntimeError as error:
+        said.put(str(error))
+
+
+def test_a_forked_child_cannot_use_the_pool_and_does_not_end_it(pool: ProcessPoolExecutor) -> None:
+    assert pool.submit(square, 2).result(30) == 4
+    context = multiprocessing.get_context("fork")
+    with shmring.Queue[str]() as said:
+        child = context.Process(target=in_forked_child, args=(pool, said))
+        child.start()
+        assert "make one here" in said.get(timeout=30)
+        child.join(30)
+        assert child.exitcode == 0
+    assert pool.submit(square, 3).result(30) == 9
+
+
+PARENT = """
+import pathlib, shmring, sys, test_executor
+folder = pathlib.Path(sys.argv[1])
+if __name__ == "__main__":
+    with shmring.ProcessPoolExecutor(2, {method}) as pool:
+        work = [pool.submit(test_executor.start_child_and_wait, folder)]
+        work.append(pool.submit(test_executor.square, 2))
+        work[1].result()
+        (folder / "workers").write_text(" ".join(map(str, pool._processes)))
+        work[0].result()
+"""
+
+
+@contextlib.contextmanager
+def parent_of_a_pool(folder: Path, method: str) -> Iterator[tuple[Any, list[int]]]:
+    """A program with a pool, and the processes that must end with it."""
+    program = folder / "program.py"
+    program.write_text(
+        PARENT.format(method=f"__import__('multiprocessing').get_context({method!r})")
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])])
+    with subprocess.Popen(
+        [sys.executable, str(program), str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+    ) as parent:
+        try:
+            child = number_in(folder / "child")
+            wait_for(lambda: (folder / "workers").exists(), 30)
+            wait_for(lambda: (folder / "workers").read_text(), 30)
+            workers = [int(pid) for pid in (folder / "workers").read_text().split()]
+            assert all(map(is_alive, [child, *workers]))
+            yield parent, [child, *workers]
+        finally:
+            parent.kill()
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_with_its_parent_every_worker_ends_and_what_it_started(
+    tmp_path: Path, start_method: str, number: signal.Signals
+) -> None:
+    with parent_of_a_pool(tmp_path, start_method) as (parent, others):
+        begun = time.monotonic()
+        parent.send_signal(number)
+        parent.wait(30)
+        for pid in others:
+            wait_for(lambda pid=pid: not is_alive(pid), 30)
+        assert time.monotonic() - begun < 10

@@ -15,6 +15,7 @@ from typing import Any
 
 from shmring._backend import backend
 from shmring.arguments import checked_timeout
+from shmring.coordinator.external_workers import ExternalWorkers
 from shmring.coordinator.worker import (
     DATA_BUFFER,
     DATA_BUFFER_BYTES,
@@ -29,7 +30,7 @@ from shmring.tasks.channel import PoolCodec
 from shmring.tasks.dispatcher import Dispatcher
 from shmring.tasks.task_loop import echo
 from shmring.tasks.task_table import Failure, Task
-from shmring.tasks.workers import ChildWorkers, ExternalWorkers, WorkerReport, Workers
+from shmring.tasks.workers import ChildWorkers, WorkerReport, Workers
 
 __all__ = ["Progress", "Report", "WorkerReport", "coordinator_process"]
 

@@ -27,7 +27,7 @@ from shmring.process.liveness import is_process_dead, is_process_stopped, proces
 __all__ = [
     "ChildWorkers",
     "Departure",
-    "ExternalWorkers",
+    "SeenWorkers",
     "WorkerReport",
     "Workers",
     "interrupts_held",
@@ -39,6 +39,8 @@ _LOG = logging.getLogger("shmring")
 _MOST_FALSE_STARTS = 3
 # A worker that something killed says less about the next one.
 _KILLED_WEIGHT = 1 / 8
+# Workers that are reported: those that were started last.
+_MOST_RECORDS = 1024
 # How long a worker may take to stop, in seconds; one in a system call may be slow.
 _MOST_STOPPING = 1.0
 
@@ -215,7 +217,7 @@ def _start_servants(method: str) -> None:
         forkserver.ensure_running()
 
 
-class _SeenWorkers:
+class SeenWorkers:
     """Every worker of this run that ever had a slot."""
 
     def __init__(self, slots: Slots) -> None:
@@ -313,9 +315,10 @@ class ChildWorkers:
         self._at_once = at_once
         self._prefix = prefix
         self._on_start = on_start
-        self._seen = _SeenWorkers(slots)
+        self._seen = SeenWorkers(slots)
         self._exitcodes: dict[int, int | None] = {}
         self._names: dict[int, str] = {}
+        self._count = 0
         self._start_ticks: dict[int, int] = {}
         self._false_starts = 0.0
         self._ends = _Ends()
@@ -365,7 +368,8 @@ class ChildWorkers:
                 return
 
     def _start_one(self) -> None:
-        worker_id = f"{self._prefix}{len(self._names)}"
+        worker_id = f"{self._prefix}{self._count}"
+        self._count += 1
         index = next(each for each in range(self.number) if each not in self.processes)
         method = self._context.get_start_method()
         process = self._context.Process(
@@ -429,6 +433,7 @@ class ChildWorkers:
                         self._signal_group(process, signal.SIGKILL)
                     process.join()
                     self._exitcodes[departure.pid] = process.exitcode
+                    self._start_ticks.pop(departure.pid, None)
                     self._ends.remove(process)
                     del self.processes[index]
         if useful or departure.clean:
@@ -436,6 +441,9 @@ class ChildWorkers:
         else:
             killed = self._exitcodes.get(departure.pid) == -signal.SIGKILL
             self._false_starts += _KILLED_WEIGHT if killed else 1
+        for records in (self._names, self._exitcodes, self._seen.last_seen):
+            while len(records) > _MOST_RECORDS:
+                records.pop(next(iter(records)))
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
         """None: :meth:`departed` tells of all."""
@@ -609,121 +617,3 @@ class _Ends:
         for process in list(self._fds):
             self.remove(process)
         self._selector.close()
-
-
-class ExternalWorkers:
-    """Workers that the caller starts, wherever it likes.
-
-    Args:
-        slots: the registry of the namespace.
-        number: how many are expected.
-        patience: how long to do without any, in seconds.
-    """
-
-    def __init__(self, slots: Slots, number: int, patience: float) -> None:
-        self._number = number
-        self._patience = patience
-        self._seen = _SeenWorkers(slots)
-        self._reaped: set[int] = set()  # their keys
-        self._last_company = time.monotonic()
-
-    def start(self, unanswered: int) -> None:
-        """Only check that there are any: starting them is the caller's part.
-
-        Raises:
-            ShmringError: there have been none for longer than the patience.
-        """
-        now = time.monotonic()
-        if self.living():
-            self._last_company = now
-        elif now - self._last_company > self._patience:
-            raise ShmringError(
-                f"no worker has been attached for {self._patience:g} s: start some with "
-                "worker_process(), or let the coordinator do it with spawn=True"
-            )
-
-    def departed(self) -> list[Departure]:
-        """Those that have ended since the last call."""
-        standing = {each.key for each in self._seen.look()}
-        return [
-            Departure(
-                entry.process_id,
-                entry.pid,
-                entry.start_ticks,
-                clean=entry.state is ProcessState.EXITED,
-                key=key,
-                useful=entry.tasks > 0,
-            )
-            for key, entry in self._seen.last_seen.items()
-            # A slot is taken again only from the dead: no longer standing proves it too.
-            if key not in self._reaped and (key not in standing or entry.is_dead())
-        ]
-
-    def reap(self, departure: Departure, useful: bool) -> None:
-        """Forget one that has ended.
-
-        Args:
-            departure: from :meth:`departed`.
-            useful: of no use here.
-        """
-        self._reaped.add(departure.key)
-
-    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """Those that ended, and lost their slot to the next before the coordinator looked.
-
-        Args:
-            holders: (pid, start ticks, key) of those that have a claim slot.
-        """
-        return [
-            Departure(f"process {pid}", pid, start_ticks, clean=False, key=key)
-            for pid, start_ticks, key in sorted(set(holders))
-            if is_process_dead(pid, start_ticks) or (key != 0 and not self._seen.has_slot(key))
-        ]
-
-    def exitcode_of(self, pid: int) -> int | None:
-        """Not known: the coordinator is not the parent.
-
-        Args:
-            pid: the worker.
-        """
-        return None
-
-    def living(self) -> list[RegistryEntry]:
-        """Those with a slot that have not ended."""
-        return [each for each in self._seen.look() if not each.is_dead()]
-
-    def pids(self) -> tuple[int, ...]:
-        """The workers with a slot that have not ended."""
-        return tuple(entry.pid for entry in self.living())
-
-    def to_dismiss(self) -> int:
-        """One STOP message for each that lives, or may still come."""
-        self.departed()
-        return max(self._number - len(self._seen.last_seen), 0) + len(self.living())
-
-    def all_gone(self) -> bool:
-        """Whether as many as were expected have come, and all have gone."""
-        living = self.living()
-        return not living and len(self._seen.last_seen) >= self._number
-
-    def kill(self, seen: RegistryEntry) -> bool:
-        """Never: they are not ours."""
-        return False
-
-    def signal(self, seen: RegistryEntry, signum: int) -> bool:
-        """Never: they are not ours."""
-        return False
-
-    def stop(self, grace: float) -> None:
-        """Wait for all to go; they are not ours to end.
-
-        Args:
-            grace: how long, in seconds.
-        """
-        deadline = time.monotonic() + grace
-        while not self.all_gone() and time.monotonic() < deadline:
-            time.sleep(0.005)
-
-    def reports(self) -> list[WorkerReport]:
-        """All workers that there were."""
-        return self._seen.report({})
