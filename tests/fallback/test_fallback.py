@@ -6,6 +6,7 @@ What it has in common with the ring is tested over both: test_queue, test_codecs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -317,6 +318,19 @@ def test_a_forked_child_of_a_killed_server_does_not_hold_its_name(name: str) -> 
 def test_no_process_serves(name: str) -> None:
     with pytest.raises(RingNotFound):
         ServedQueue.attach(name, 0.05, MessageCodec())
+
+
+def test_a_server_that_has_served_a_client_hangs_up(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of multiprocessing would answer a request that it did not serve."""
+    monkeypatch.setattr(managers.Server, "accept_connection", lambda *_: None)
+    ours, theirs = multiprocessing.Pipe()
+    with contextlib.closing(ServedQueue.create(name, 0, MessageCodec())) as served, ours:
+        assert served._server is not None
+        served._server.accept_connection(theirs, "queue")
+        with pytest.raises(EOFError):
+            ours.recv()
 
 
 def test_clients_notice_the_end_of_their_server(name: str) -> None:

@@ -103,6 +103,11 @@ class _Server(managers.Server):
             self._clients.add(client)
             threading.Thread(target=self.handle_request, args=(client,), daemon=True).start()
 
+    def accept_connection(self, client: connection.Connection, name: str) -> None:
+        """Serve a client; once stopped, the original answers its next request with None."""
+        super().accept_connection(client, name)
+        client.close()
+
     def decref(self, client: connection.Connection, ident: str) -> None:
         """Keep the queue: it goes with its server, not with its last proxy."""
 
