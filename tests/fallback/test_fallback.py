@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import managers
 from typing import Any
 
 import pytest
