@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import re
@@ -13,6 +14,8 @@ import sys
 import threading
 import time
 import types
+import unittest
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent import futures
 from multiprocessing.process import BaseProcess
@@ -261,3 +264,15 @@ def remove_if_ours(name: str) -> bool:
         return False
     (SHARED_MEMORY / name).unlink(missing_ok=True)
     return True
+
+
+def interpreters_tests(name: str) -> types.ModuleType:
+    """A module of CPython's own tests; skips the file where the interpreter comes without."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except (ImportError, unittest.SkipTest) as reason:
+        import pytest  # not at the top: programs that tests start import this module too
+
+        pytest.skip(f"this interpreter's {name} cannot be run: {reason}", allow_module_level=True)

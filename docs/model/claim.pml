@@ -147,7 +147,7 @@ inline take_answers()
     t = 0
 }
 
-/* Nobody kills the coordinator: no STEP here. */
+/* The coordinator is not killed: no STEP here. */
 inline settle(w)
 {
 #ifndef LOCKS_NOT_VISITED
@@ -168,7 +168,7 @@ inline settle(w)
         :: t < TASKS ->
             if
             :: claim[w].owned && low < high && at[t] == low && !answered[t] ->
-                assert(low < rpos && holder[t] == 0);   /* claimed, and by nobody who lives, */
+                assert(low < rpos && holder[t] == 0);   /* claimed, and by no living process, */
                 assert(!committed[t]);                  /* and not answered */
                 put(t);
                 break

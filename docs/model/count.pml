@@ -1,4 +1,4 @@
-/* Is a count right that is read without the lock, whoever is killed while storing it?
+/* Is a count right that is read without the lock, whichever process is killed while storing it?
  *
  *   writer, under its lock                    reader, with no lock
  *   value = what count_at answers             stood = the side's position

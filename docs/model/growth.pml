@@ -22,7 +22,7 @@
  * attacher            open_areas (handle.pyx), which takes no lock; look_for_overlap is area_overlaps
  * ANY_MAPPING         take without asking whether its mapping is that of read_generation: no error
  *                     comes of it, since known_limit ends with the area; front asks all the same
- * init, at the end    whoever comes next: recovers the locks; no page may then be unaccounted for
+ * init, at the end    the next process: recovers the locks; no page may then be unaccounted for
  */
 #include "robust.inc"
 
@@ -41,7 +41,7 @@
 #define LARGEST  2
 #define PAGES    ((GROWTHS + 1) * LARGEST)
 #define NO_PAGE  0
-#define ZEROS    1              /* a page that nobody has written to */
+#define ZEROS    1              /* a page that was never written to */
 #define NAME(p, n)  ((p) * 16 + (n) + 1)
 
 typedef Area { byte base, capacity, offset };
@@ -227,7 +227,7 @@ proctype producer(byte p)
         :: !no_room ->
             STEP(
                 i = CELL(generation, wpos);
-                assert(page[i] != NO_PAGE);             /* else a page that nobody will give back */
+                assert(page[i] != NO_PAGE);             /* else a page that is never given back */
                 page[i] = NAME(p, n);
                 position[i] = wpos;
                 i = 0);

@@ -1,4 +1,4 @@
-/* Does everybody who lives get the lock, one at a time, whoever is killed where?
+/* Does every living process get the lock, one at a time, whichever is killed where?
  *
  *      word:  [ WAITERS | OWNER_DIED | tid ]         pending: one field a thread
  *
@@ -9,7 +9,7 @@
  *      death      the kernel: pending and the word is mine: OWNER_DIED, wake 1
  *                             pending and the word is 0:    wake 1
  *
- * A slice ends by itself when nobody else can move (`timeout`), and EARLY times at any moment;
+ * A slice ends by itself when no other process can move (`timeout`), and EARLY times at any moment;
  * the first kind is counted.  Without a kill none may be needed; each kill may cost one.
  *
  * Model                   code (sync.h)

@@ -1,4 +1,4 @@
-/* Are messages whole, in order, taken once, and counted, whoever is killed where?
+/* Are messages whole, in order, taken once, and counted, whichever process is killed where?
  *
  *   producer                            consumer
  *   lock plock                          lock clock

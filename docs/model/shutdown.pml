@@ -17,7 +17,7 @@
 #define MESSAGES 2              /* of each of two producers */
 
 byte plock, clock, wpos, rpos, shut;
-bool told;                      /* somebody got ShutDown: not in the code, */
+bool told;                      /* a process got ShutDown: not in the code, */
 byte frozen = 255;              /* nor this: what was put and taken when 2 was stored */
 
 proctype producer()
@@ -108,7 +108,7 @@ again:
     goto ended;
 died:
     atomic { kernel_releases(plock); kernel_releases(clock) };
-    goto again;                 /* somebody else does it */
+    goto again;                 /* another process does it */
 ended:
     skip
 }

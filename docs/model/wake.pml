@@ -5,7 +5,7 @@
  *   -- fence --                               announce: SLEEPING
  *   the word: SLEEPING and not WOKEN?         -- fence --
  *   CAS sequence + 1, WOKEN; wake one         look: take; else sleep on the value announced
- *   nobody woke? CAS both off; wake all       clear WOKEN, then look again
+ *   no waiter woke? CAS both off; wake all       clear WOKEN, then look again
  *                                             baton: took one, something is left: as put does
  *
  * Without kills no sleep may have to end by itself (`timeout`): a lost wake-up is then a deadlock
@@ -125,7 +125,7 @@ inline take()
     recover();
     STEP(if :: rpos != wpos -> rpos++; took = true :: else -> leaving = (leaving || shut) fi);
     UNLOCK(clock);
-#else                                           /* nobody can tell the difference */
+#else                                           /* no process can tell the difference */
     d_step { if :: rpos != wpos -> rpos++; took = true :: else -> leaving = (leaving || shut) fi };
 #endif
 #ifndef NO_BATON

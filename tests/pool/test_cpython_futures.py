@@ -6,19 +6,18 @@ there is nothing to run.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import unittest
 import warnings
 from concurrent import futures
 from concurrent.futures import process as theirs
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
 
 import shmring
+from support import interpreters_tests
 
 if shmring.backend != "ring":
     pytest.skip("a pipe cannot carry a pool", allow_module_level=True)
@@ -44,21 +43,12 @@ LEFT_OUT = {
 }
 
 
-def package(name: str) -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except (ImportError, unittest.SkipTest) as reason:
-        pytest.skip(f"this interpreter's {name} cannot be run: {reason}", allow_module_level=True)
-
-
-whole: Any = package("test.test_concurrent_futures")
+whole: Any = interpreters_tests("test.test_concurrent_futures")
 split = hasattr(whole, "__path__")  # a package from 3.12 on
 
 
 def part(name: str) -> Any:
-    return package(f"test.test_concurrent_futures.{name}") if split else whole
+    return interpreters_tests(f"test.test_concurrent_futures.{name}") if split else whole
 
 
 class OnOurs(unittest.TestCase):

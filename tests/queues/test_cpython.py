@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import gc
-import importlib
 import multiprocessing
 import multiprocessing.queues
 import queue as standard_queue
@@ -16,13 +15,11 @@ import sys
 import unittest
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import pytest
-
 import shmring
+from support import interpreters_tests
 
 # name: (why, the test of ours that covers the difference)
 LEFT_OUT = {
@@ -42,16 +39,7 @@ LEFT_OUT = {
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def package(name: str) -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except (ImportError, unittest.SkipTest) as reason:
-        pytest.skip(f"this interpreter's {name} cannot be run: {reason}", allow_module_level=True)
-
-
-theirs: Any = package("test._test_multiprocessing")
+theirs: Any = interpreters_tests("test._test_multiprocessing")
 
 
 class Quiet(unittest.TestCase):
@@ -102,7 +90,7 @@ adopt("TestSimpleQueue", theirs.TestSimpleQueue)
 
 
 if sys.version_info >= (3, 13):  # the semantics of shutdown, which multiprocessing has not
-    shutdown: Any = package("test.test_queue")
+    shutdown: Any = interpreters_tests("test.test_queue")
 
     class AsTheirs(shmring.JoinableQueue[Any]):
         """With what queue.Queue shows as attributes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import math
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["NamedBlock"]
 
 
-class NamedBlock:
+class NamedBlock(abc.ABC):
     """A block that one process creates and others connect to.
 
     A back end adds the ways to open, read and write it.
@@ -154,21 +155,21 @@ class NamedBlock:
 
     # ---- a back end's ------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _open(self, new: bool) -> None:
         """Set ``_memory``; RingExists, or RingNotFound, if that cannot be."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _is_named(self) -> bool:
         """Whether the name leads to what is open."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _view(self) -> memoryview:
         """The bytes of the block."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _detach(self, remove: bool) -> None:
         """Drop ``_memory``; the last one out, or `remove`, takes the name away."""
-        raise NotImplementedError
 
     # ---- inside ------------------------------------------------------------------------------
 
