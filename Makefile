@@ -37,7 +37,7 @@ test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on t
 	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
 
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
-	$(PYTEST) -m torture $(TEST_ARGS)
+	$(PYTEST) -m torture -o faulthandler_timeout=1200 $(TEST_ARGS)
 
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
 	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)

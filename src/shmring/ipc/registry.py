@@ -351,7 +351,7 @@ def open_segment(name: str, timeout: float = 10.0) -> RegistryStorage:
 
     Raises:
         RingNotFound: the race was lost until the deadline.
-        AccessRefused: it is another user's, or of another layout.PID namespace.
+        AccessRefused: it is another user's, or of another PID namespace.
     """
     from shmring.shm import segment  # not on the fallback
 
