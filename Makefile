@@ -22,7 +22,7 @@ SHARED := -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers report curves scaling limits budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: build $(shell sed -nE 's/^([a-z0-9-]+):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -48,6 +48,11 @@ qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (
 # spin is a program of the system's, as the compiler is: where it is missing check.py says how to get it.
 model:  ## search the models of the protocol with spin, and for mistakes in them; MODEL_ARGS="--only ring"
 	$(PYTHON) docs/model/check.py $(MODEL_ARGS)
+
+# Warnings are errors. LINKS also follows the links between the pages.
+docs: build $(VENV)/.with-docs  ## the documentation, into build/docs/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html -d build/docs-cache docs build/docs
+	@echo build/docs/index.html
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py

@@ -54,6 +54,7 @@ TOP_LEVEL = {
     "benchmarks",
     "cython",
     "docs",
+    "examples",
     "pyproject.toml",
     "setup.py",
     "src",

@@ -54,11 +54,25 @@ class Codec(Protocol):
     """A user's codec, for ``codec=``; the names "pickle", "bytes" and "msgpack" are others."""
 
     def dumps(self, obj: Any) -> Segment:
-        """Turn an object into bytes."""
+        """Turn an object into bytes.
+
+        Args:
+            obj: what was put.
+
+        Raises:
+            Exception: it cannot be encoded; ``put`` raises EncodeError.
+        """
         ...
 
     def loads(self, data: bytes) -> Any:
-        """Turn the result of :meth:`dumps` back into an object."""
+        """Turn the result of :meth:`dumps` back into an object.
+
+        Args:
+            data: the message.
+
+        Raises:
+            Exception: it cannot be decoded; ``get`` raises DecodeError.
+        """
         ...
 
 
