@@ -345,7 +345,8 @@ cdef class RingHandle(RingCore):
             wait_wake_all(&self.header.done_wait)
             if immediate and without_views:
                 with nogil:
-                    area_forget(self.fd, &self.file)
+                    if self.find_blocks() == 0:
+                        area_forget(self.header, self.blocks(), self.fd, &self.file)
         finally:
             self.leave()
 

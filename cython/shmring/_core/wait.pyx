@@ -19,8 +19,8 @@ from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, identity_of
 from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
 from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.ring cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT,
-    PARTIAL, Item, Take,
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, LENT, MAY_GROW,
+    MAY_WAIT, PARTIAL, Item, Take,
 )
 from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._core.sync cimport (
@@ -437,10 +437,13 @@ cdef class TakeWait(Waiting):
 cdef void shrink_idle(RingHandle ring, Waiting wait) noexcept nogil:
     """After a sleep in which nothing came: give memory back."""
     cdef Header *h = ring.header
-    if (wait.slept_ns >= (SYNC_SLICE_LEAST_NS if wait.asked_ns > SYNC_SLICE_NS else IDLE_NS)
-            and (load_relaxed64(&ring.read_capacity) != h.min_capacity
-                 or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
+    if wait.slept_ns < (SYNC_SLICE_LEAST_NS if wait.asked_ns > SYNC_SLICE_NS else IDLE_NS):
+        return
+    if (load_relaxed64(&ring.read_capacity) != h.min_capacity
+            or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation)):
         ring.shrink(h.min_capacity, MAY_WAIT)
+    if load_relaxed32(&h.block_slots) != 0:
+        ring.drop_idle_blocks()
 
 
 cdef int check_name(RingHandle ring) except -1:
@@ -470,7 +473,7 @@ cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) e
             ring.check_open()
         take.target_count = 0
         result = ring.take(take, 0)
-        if result == DONE or result == PARTIAL or (result == EMPTY and not block and timeout is None):
+        if result == DONE or result == PARTIAL or result == LENT or (result == EMPTY and not block and timeout is None):
             if load_relaxed64(&ring.oversized) != 0:
                 ring.give_back()
             return result
@@ -486,7 +489,7 @@ cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) e
                 result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
             finally:
                 ring.leave()
-        if ends_wait(result) and result != DONE and result != PARTIAL:
+        if ends_wait(result) and result != DONE and result != PARTIAL and result != LENT:
             ring.raise_outcome(result)
         if not ends_wait(result):
             ring.check_open()
