@@ -245,6 +245,12 @@ FAULTS = {
         "An index that answers differently when it is asked again",
         "It is asked once",
     ),
+    51: Fault(
+        "The receiver of a lent block dies, closes, forks or sends it on; its sender dies between"
+        " block and message; /dev/shm is full",
+        "The block comes back, and no view shows memory that was lent anew; where there is no"
+        " memory, buffers are copied",
+    ),
 }
 
 

@@ -274,6 +274,7 @@ def test_memory_goes_back_while_nothing_comes():
 # ---- the end of a handle ------------------------------------------------------------
 
 
+@pytest.mark.fault(51)
 def test_views_outlive_the_handle():
     queue: Queue[Any] = Queue()
     queue.put(array(1))
@@ -315,6 +316,7 @@ def test_an_immediate_shutdown_spares_what_is_lent():
         assert is_whole(got, 1)
 
 
+@pytest.mark.fault(51)
 def test_sent_on_through_another_queue_it_is_a_copy():
     with Queue() as queue, Queue() as other:
         queue.put(array(1))
@@ -341,6 +343,7 @@ def _hold_until_full(queue: Queue[Any], ready: Any) -> None:
     queue.put(array(1))  # waits for room, with its block filled
 
 
+@pytest.mark.fault(51)
 def test_the_blocks_of_a_dead_receiver_come_back():
     with Queue(max_capacity=8 * MIB) as queue, Queue() as ready:
         queue.put_many([array(i) for i in range(3)])
@@ -359,6 +362,7 @@ def test_the_blocks_of_a_dead_receiver_come_back():
         wait_for(comes_back, 30)
 
 
+@pytest.mark.fault(51)
 def test_a_sender_that_dies_before_its_message_leaves_nothing():
     with Queue(maxsize=1, max_capacity=4 * MIB) as queue, Queue() as ready:
         queue.put(b"full")
@@ -385,6 +389,7 @@ def _send(queue: Queue[Any], numbers: range) -> None:
         queue.put(array(number))
 
 
+@pytest.mark.fault(51)
 def test_what_a_dead_sender_has_put_arrives():
     with Queue() as queue:
         with run_in_process(_send, queue, range(5)) as sender:
@@ -400,10 +405,10 @@ def test_what_a_dead_sender_has_put_arrives():
 # ---- fork ------------------------------------------------------------
 
 
-def fork(body: Callable[[], bool]) -> int:
+def fork(body: Callable[..., bool], *args: Any) -> int:
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if body() else 1)
+        os._exit(0 if body(*args) else 1)
     return pid
 
 
@@ -411,18 +416,19 @@ def code_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.fault(51)
 def test_a_forked_copy_of_a_view_stays_valid():
     with Queue(max_capacity=8 * MIB) as queue:
         reader, writer = os.pipe()
         queue.put(array(1))
         got = queue.get(timeout=30)
 
-        def child() -> bool:
+        def child(kept: Any) -> bool:
             os.close(writer)
             os.read(reader, 1)
-            return is_whole(got, 1)
+            return is_whole(kept, 1)
 
-        pid = fork(child)
+        pid = fork(child, got)
         del got
         assert states(queue) == [FORKED]
         deadline = time.monotonic() + 0.3  # until the blocks of the dead were looked for
@@ -443,6 +449,7 @@ def test_a_forked_copy_of_a_view_stays_valid():
         os.close(reader)
 
 
+@pytest.mark.fault(51)
 def test_a_forked_copy_outlives_the_process_it_was_lent_to():
     with Queue(max_capacity=8 * MIB) as queue, Queue() as said:
         queue.put(array(1))
@@ -472,6 +479,7 @@ def test_a_forked_copy_outlives_the_process_it_was_lent_to():
         os.close(reader)
 
 
+@pytest.mark.fault(51)
 def test_a_child_frees_no_block_of_its_parent():
     with Queue() as queue:
         queue.put(array(1))
@@ -495,20 +503,20 @@ def test_a_child_receives_into_the_block_that_its_parent_had_at_the_fork():
         queue.put(array(1))
         got = queue.get(timeout=30)
 
-        def child() -> bool:
+        def child(kept: Any) -> bool:
             ok = True
             for number in range(20):
                 queue.put(array(number))
                 ok &= is_whole(queue.get(timeout=30), number)
-                ok &= is_whole(got, 1)
+                ok &= is_whole(kept, 1)
             return ok
 
-        pid = fork(child)
+        pid = fork(child, got)
         del got
         assert code_of(pid) == 0
 
 
-# ---- no view shows memory that was lent anew ------------------------------------------------------------
+# ---- no view shows memory that was lent anew -------------------------------------------
 
 
 def _churn(queue: Queue[Any], seed: int, count: int) -> None:
@@ -535,6 +543,7 @@ def _supply(queue: Queue[Any], base: int, count: int) -> None:
         queue.put(array(number, dice.choice([MIB // 4, MIB // 2, MIB])))
 
 
+@pytest.mark.fault(51)
 def test_no_view_shows_memory_that_was_lent_anew():
     each = 60
     with Queue() as queue:
@@ -557,6 +566,7 @@ def test_no_view_shows_memory_that_was_lent_anew():
         assert set(states(queue)) == {FREE}
 
 
+@pytest.mark.fault(51)
 def test_receivers_killed_at_random_leave_the_queue_whole():
     with Queue(max_capacity=16 * MIB) as queue:
         for turn in range(8):
@@ -583,6 +593,7 @@ def test_receivers_killed_at_random_leave_the_queue_whole():
 # ---- no memory ------------------------------------------------------------
 
 
+@pytest.mark.fault(51)
 def test_where_dev_shm_is_full_buffers_are_copied():
     program = """
 import os, sys

@@ -44,12 +44,20 @@ from shmring.errors import DecodeError, InvalidArgument, RingClosed, RingCorrupt
 
 cdef enum: SPAN_BYTES = 16384  # what one visit of get_many takes at most, over the stack
 
-cdef uint64_t LEND_BYTES = 262144  # a smaller buffer is copied through the ring
+cdef uint64_t lend_bytes = 262144  # a smaller buffer is copied through the ring
 
 sync_start()
 
 
 MOVED = object()  # instead of a message that is no longer in front
+
+
+def _set_lend_bytes(uint64_t least):
+    """For tests: lend buffers of at least so many bytes; returns what was before."""
+    global lend_bytes
+    before = lend_bytes
+    lend_bytes = least
+    return before
 
 
 @cython.binding(False)
@@ -78,7 +86,7 @@ cdef class Parcel:
     def __dealloc__(self):
         cdef int i
         if self.lending.space != NULL:
-            if not self.lending.sent:
+            if not self.lending.sent and self.lending.epoch == sync_epoch():  # a forked copy owns nothing
                 for i in range(self.lending.count):
                     block_free(self.lending.space, self.lending.indices[i], <uint64_t>monotonic_ns())
             leave_blocks(self.lending.space)
@@ -138,7 +146,7 @@ cdef class Parcel:
             return 0
         for i in range(2, self.item.count):  # behind the table and the head
             segment = &self.segments[i]
-            if segment.length < LEND_BYTES or lending.count == LENT_MOST:
+            if segment.length < lend_bytes or lending.count == LENT_MOST:
                 continue
             ring.enter()
             try:
@@ -147,6 +155,7 @@ cdef class Parcel:
                     if index >= 0:
                         if lending.space == NULL:
                             lending.space = block_space_keep(ring.space)
+                            lending.epoch = sync_epoch()
                         lending.indices[lending.count] = index
                         lending.count += 1
                         block_copy(lending.space.mappings[index].data, segment.data, segment.length)

@@ -406,6 +406,8 @@ cdef class ObjectRing(MessageRing):
         memcpy(&count, take.room, 8)
         if count < 1 or count > TABLE_MOST:
             # a table larger than the stack: take it whole, then split
+            if take.state == SHMRING_LENT:
+                raise RingCorrupted(f"a message of {count} segments names blocks: at most {TABLE_MOST} do")
             whole = self.take_whole(take)
             if whole is None:
                 return MOVED

@@ -50,6 +50,7 @@ cdef struct Lending:
     int count
     int indices[LENT_MOST]
     bint sent
+    uint32_t epoch  # of the process that holds them
 
 # A block that came with a message.
 cdef struct Lent:
