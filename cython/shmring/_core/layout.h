@@ -168,7 +168,9 @@ typedef struct {
     uint64_t lease_owner; /* 0 is no lease */
     uint64_t lease_low;
     uint64_t lease_high;
-    char pad_waiting[128 - 40];
+    uint64_t watches[2];    /* see watch.h; advisory, as the next */
+    uint64_t long_until_ns; /* some consumer may sleep for long until then */
+    char pad_waiting[128 - 64];
     /* producers */
     uint32_t producer_lock;
     uint32_t producer_holder; /* pid, or 0; see diagnostics.h */
