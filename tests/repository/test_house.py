@@ -28,6 +28,7 @@ ORDER = [
         "_backend",
         "context",
         "torch",
+        "faster_fifo",
         "ipc",
         "tasks",
         "coordinator",
