@@ -121,11 +121,13 @@ def build(source: Path, interpreter: Interpreter, target: str) -> Path:
         run(python, "-m", "pip", "install", "-q", "--upgrade", "build", *requires)
     raw = place / target
     shutil.rmtree(raw, ignore_errors=True)
-    for earlier in source.glob("build/lib.*"):  # of another target; what Cython made may stay
-        shutil.rmtree(earlier)
+    raw.mkdir(parents=True)
+    folders = raw / "folders.cfg"  # what Cython makes is the same for all
+    folders.write_text(f"[build]\nbuild_lib={raw}/lib\nbuild_temp={source}/build/c\n")
     compiler = f"{shlex.quote(sys.executable)} -m ziglang cc -target {TARGETS[target]}"
     run(
         *(python, "-m", "build", "--wheel", "--no-isolation", "--outdir", raw, source),
+        DIST_EXTRA_CONFIG=str(folders),
         CC=compiler,
         LDSHARED=f"{compiler} -shared",
         ZIG_GLOBAL_CACHE_DIR=str(PLACE / "zig"),
