@@ -22,7 +22,7 @@ SHARED := -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers report curves limits budgets torture soak qemu-aarch64 faults asan tsan lint wheel build clean
+.PHONY: build $(shell sed -nE 's/^([a-z0-9-]+):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -37,7 +37,7 @@ test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on t
 	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
 
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
-	$(PYTEST) -m torture $(TEST_ARGS)
+	$(PYTEST) -m torture -o faulthandler_timeout=1200 $(TEST_ARGS)
 
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
 	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
@@ -48,6 +48,11 @@ qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (
 # spin is a program of the system's, as the compiler is: where it is missing check.py says how to get it.
 model:  ## search the models of the protocol with spin, and for mistakes in them; MODEL_ARGS="--only ring"
 	$(PYTHON) docs/model/check.py $(MODEL_ARGS)
+
+# Warnings are errors. LINKS also follows the links between the pages.
+docs: build $(VENV)/.with-docs  ## the documentation, into build/docs/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html -d build/docs-cache docs build/docs
+	@echo build/docs/index.html
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
@@ -67,8 +72,11 @@ bench-peers: build $(VENV)/.with-bench  ## the same, and beside the packages of 
 report: build $(VENV)/.with-bench  ## every figure beside its target; REPORT_ARGS="--only small dicts"
 	$(BIN)/python -m benchmarks.report --peers $(REPORT_ARGS)
 
-curves: build $(VENV)/.with-bench  ## rates by size and by processes, round trips; CURVES_ARGS=--short
+curves: build $(VENV)/.with-bench  ## rates by size, round trips; CURVES_ARGS=--short
 	$(BIN)/python -m benchmarks.curves --peers $(CURVES_ARGS)
+
+scaling: build  ## one queue between many processes; SCALING_ARGS="--shapes 4:4 16:16"
+	$(BIN)/python -m benchmarks.scaling $(SCALING_ARGS)
 
 limits: build $(VENV)/.with-bench  ## limits of this machine, measured in C, and the share reached
 	$(BIN)/python -m benchmarks.limits $(LIMITS_ARGS)

@@ -1,7 +1,8 @@
-"""Examples of the documents: each Python block runs as a program of its own."""
+"""Code blocks of the documents: each runs, and prints what stands under it."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,29 +12,66 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Not run: sh (what installs, needs another terminal or another machine) is read by a shell.
+LANGUAGES = {"", "console", "pycon", "python", "sh", "text", "yaml", "{eval-rst}", "{toctree}"}
 
 
-def examples() -> list[tuple[str, str]]:
-    """(document and line, source) of each ```python block."""
+def blocks() -> list[tuple[str, str, str, str | None]]:
+    """(document and line, language, source, expected output) of each fenced block."""
     found = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        for block in re.finditer(r"^```(?:python|pycon)\n(.*?)^```$", text, re.M | re.S):
+        for block in re.finditer(
+            r"^```(\S*)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, re.M | re.S
+        ):
             line = text.count("\n", 0, block.start()) + 1
-            found.append((f"{path.relative_to(ROOT).as_posix()}:{line}", block[1]))
+            found.append((f"{path.relative_to(ROOT).as_posix()}:{line}", *block.groups()))
     return found
 
 
-EXAMPLES = examples()
+BLOCKS = blocks()
+PROGRAMS = [
+    pytest.param(code, output, id=where)
+    for where, language, code, output in BLOCKS
+    if language in ("python", "pycon")
+]
+COMMANDS = [
+    pytest.param(code, output, id=where)
+    for where, language, code, output in BLOCKS
+    if language == "console"
+]
+SHELL = [pytest.param(code, id=where) for where, language, code, _ in BLOCKS if language == "sh"]
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        arguments,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def test_the_readme_has_an_example_of_ten_lines() -> None:
-    (source,) = (source for where, source in EXAMPLES if where.startswith("README.md"))
+    (source,) = (
+        code
+        for where, language, code, _ in BLOCKS
+        if where.startswith("README.md") and language == "python"
+    )
     assert len([line for line in source.splitlines() if line]) == 10
 
 
-@pytest.mark.parametrize("source", [pytest.param(code, id=where) for where, code in EXAMPLES])
-def test_an_example_runs(source: str, tmp_path: Path) -> None:
+def test_each_block_has_a_language_that_is_tested() -> None:
+    assert {language for _, language, _, _ in BLOCKS} - LANGUAGES == set()
+
+
+@pytest.mark.parametrize(("source", "output"), PROGRAMS)
+def test_an_example_runs(source: str, output: str | None, tmp_path: Path) -> None:
     """A block with prompts is a doctest, and its answers are compared."""
     program = tmp_path / "example.py"
     arguments = [str(program)]
@@ -41,16 +79,27 @@ def test_an_example_runs(source: str, tmp_path: Path) -> None:
         program = tmp_path / "example.txt"
         arguments = ["-m", "doctest", str(program)]
     program.write_text(source, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run([sys.executable, *arguments], tmp_path)
+    assert output is None or done.stdout == output
+    # The pool logs which worker died.
+    assert [
+        line for line in done.stderr.splitlines() if not line.startswith("shmring-worker-")
+    ] == []
+
+
+@pytest.mark.parametrize(("source", "output"), COMMANDS)
+def test_a_command_runs(source: str, output: str | None, tmp_path: Path) -> None:
+    commands = re.findall(r"^\$ (.*)$", source, re.M)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = run(["bash", "-e", "-o", "pipefail", "-c", "\n".join(commands)], tmp_path, PATH=path)
+    assert commands
+    assert output is None or done.stdout == output
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("source", SHELL)
+def test_a_shell_block_can_be_read(source: str, tmp_path: Path) -> None:
+    run(["bash", "-n", "-c", source], tmp_path)
 
 
 def test_links_between_documents_lead_somewhere() -> None:

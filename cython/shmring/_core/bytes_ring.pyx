@@ -239,14 +239,18 @@ cdef class MessageRing(RingHandle):
 
         Args:
             max_items: how many at most, None for all that are there.
-            block, timeout, peers: as for `get`, for the first one.
+            block, timeout, peers: as for `get`, for the first one; `timeout` in seconds.
 
         Returns:
             A list of what `get` returns, at least one.
 
-        Raises: as `get`.  An exception of any kind that is raised after messages
-            were taken carries all other objects of the batch in its attribute
-            `items`: only a message that could not be decoded is lost.
+        Raises:
+            Empty: nothing came in time.
+            PeerDied: every one of `peers` is dead, and nothing is left to take.
+            DecodeError: a message was taken and could not be decoded.  Its attribute
+                `items`, as that of any exception after messages were taken, has all
+                other objects of the batch.
+            ShmringError: what else `get` raises.
         """
         cdef Py_ssize_t most = PY_SSIZE_T_MAX
         cdef char room[SPAN_BYTES]
@@ -372,16 +376,20 @@ cdef class BytesRing(MessageRing):
             raise Full
 
     def put_nowait(self, data):
-        """put(data, block=False)."""
+        """As :meth:`put` with block=False."""
         self.put(data, False)
 
     def put_many(self, messages, block=True, timeout=None, *, peers=None):
         """Put each bytes-like object of an iterable, under one lock a batch.
 
-        Args: as for `put`; `timeout` is for all of them together.
+        Args:
+            messages: bytes-like objects.
+            block, timeout, peers: as for `put`; `timeout`, in seconds, is for all of them together.
 
-        Raises: as `put`.  Whatever is raised after some of them went in has an
-            attribute `count`, how many; Full and PeerDied always have it.
+        Raises:
+            Full: no room in time; `count` tells how many went in.
+            PeerDied: every one of `peers` is dead, and there is no room; with `count`.
+            ShmringError: what else `put` raises; with `count` if some went in.
         """
         self.put_batch(messages, block, timeout if peers is None else with_peers(peers, timeout))
 
@@ -422,8 +430,15 @@ cdef class BytesRing(MessageRing):
         message is then never published, and its place is given back when the
         export dies.
 
-        Raises: as `put`, on entering; RuntimeError if this thread is inside
-            another reservation of this ring.
+        Args:
+            nbytes: the length of the message in bytes.
+            block, timeout, peers: as for `put`; `timeout` in seconds.
+
+        Raises:
+            MessageTooLarge: it can never fit into max_capacity.
+            RuntimeError: on entering, this thread is inside another reservation of
+                this ring.
+            ShmringError: on entering, what `put` raises.
         """
         self.check_open()
         nbytes = operator.index(nbytes)
@@ -441,8 +456,12 @@ cdef class BytesRing(MessageRing):
         the view lives raises BufferError; the message stays, and the lease
         ends when the export dies.
 
-        Raises: as `get`, on entering; RuntimeError if this thread is inside
-            another peek of this ring.
+        Args:
+            block, timeout, peers: as for `get`; `timeout` in seconds.
+
+        Raises:
+            RuntimeError: on entering, this thread is inside another peek of this ring.
+            ShmringError: on entering, what `get` raises.
         """
         return FrameView(self, False, 0, block, timeout if peers is None else with_peers(peers, timeout))
 

@@ -298,7 +298,7 @@ cdef class ObjectRing(MessageRing):
         return put_or_wait(self, &(<Parcel>encoded).item, 1, position, block, timeout)
 
     def put_nowait(self, obj):
-        """put(obj, block=False)."""
+        """As :meth:`put` with block=False."""
         self.put(obj, False)  # which a subclass may have overridden
 
     def _put_position(self, obj, block=True, timeout=None):
@@ -311,10 +311,14 @@ cdef class ObjectRing(MessageRing):
     def put_many(self, objects, block=True, timeout=None, *, peers=None):
         """Encode each object of an iterable, then put them under one lock a batch.
 
-        Args: as for `put`; `timeout` is for all of them together.
+        Args:
+            objects: what the codec can encode.
+            block, timeout, peers: as for `put`; `timeout`, in seconds, is for all of them together.
 
-        Raises: as `put`.  Whatever is raised after some of them went in has an
-            attribute `count`, how many; Full and PeerDied always have it.
+        Raises:
+            Full: no room in time; `count` tells how many went in.
+            PeerDied: every one of `peers` is dead, and there is no room; with `count`.
+            ShmringError: what else `put` raises; with `count` if some went in.
         """
         self.put_batch(objects, block, timeout if peers is None else with_peers(peers, timeout))
 
@@ -421,7 +425,7 @@ cdef class ObjectRing(MessageRing):
         return self.decode(take.kind & ~SHMRING_KIND_MULTI, head, buffers) if self.take_into(take) == DONE else MOVED
 
     def get_nowait(self):
-        """get(block=False)."""
+        """As :meth:`get` with block=False."""
         return self.get(False)  # which a subclass may have overridden
 
     # ---- joining ------------------------------------------------------------------------------

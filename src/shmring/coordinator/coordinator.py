@@ -44,7 +44,14 @@ _TAKEN_AT_ONCE = 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands; ``total`` is None for tasks without a length."""
+    """Where a run stands.
+
+    Attributes:
+        done: how many tasks are answered.
+        total: how many there are; None where `tasks` has no length.
+        retried: how often a task was tried again because its worker died.
+        pids: the workers.
+    """
 
     done: int
     total: int | None
@@ -98,7 +105,7 @@ def coordinator_process(
     It makes a task queue, a result queue ("result_queue") and 1 MiB of shared
     memory ("data_buffer") in the namespace of ``ipc``, and removes them at the
     end, however it ends; so there is one coordinator a namespace at a time.
-    Workers are :func:`~shmring.coordinator.worker.worker_process`; each gets one SHUTDOWN
+    Workers are :func:`~shmring.worker_process`; each gets one SHUTDOWN
     message at the end.
 
     Args:

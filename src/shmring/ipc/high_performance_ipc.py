@@ -212,7 +212,16 @@ class HighPerformanceIPC:
         self.send_by(put, msg_type, data)
 
     def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
-        """Send one message by another method of a queue than ``put``; return its result."""
+        """Send one message by another method of a queue than ``put``; return its result.
+
+        Args:
+            put: called with the message.
+            msg_type, data: as for :meth:`send_message`.
+
+        Raises:
+            TypeError: `msg_type` is no MessageType.
+            Exception: what `put` raises.
+        """
         with self._counted_errors():
             if not isinstance(msg_type, MessageType):
                 raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
@@ -418,7 +427,11 @@ class HighPerformanceIPC:
         return self._beat().registry.entries()
 
     def registry_entry(self, index: int) -> RegistryEntry | None:
-        """The entry of one slot of the registry; None if the slot is free."""
+        """The entry of one slot of the registry; None if the slot is free.
+
+        Args:
+            index: 0 to 254.
+        """
         return self._beat().registry.entry(index)
 
     @property
@@ -427,13 +440,24 @@ class HighPerformanceIPC:
         return self._registration is not None and self._pid == os.getpid()
 
     def register(self, role: ProcessRole) -> RegistrySlot:
-        """Take part in the namespace in a role; return the slot in the registry."""
+        """Take part in the namespace in a role; return the slot in the registry.
+
+        Args:
+            role: what the others see.
+
+        Raises:
+            ShmringError: living processes hold all 255 slots.
+        """
         slot = self._beat().slot
         slot.set_role(role)
         return slot
 
     def close_message_queue(self, queue_name: str) -> None:
-        """Close one queue; its creator removes it. An unknown name is no error."""
+        """Close one queue; its creator removes it.
+
+        Args:
+            queue_name: an unknown name is no error.
+        """
         queue = self.message_queues.pop(queue_name, None)
         if queue is None:
             return
@@ -446,7 +470,11 @@ class HighPerformanceIPC:
             queue.close()
 
     def close_shared_memory(self, memory_name: str) -> None:
-        """Close one block; its creator removes it. An unknown name is no error."""
+        """Close one block; its creator removes it.
+
+        Args:
+            memory_name: an unknown name is no error.
+        """
         memory = self.shared_memories.pop(memory_name, None)
         if memory is not None:
             memory.cleanup()

@@ -62,7 +62,7 @@ class Message:
         data: any object that the codec of the data carries; None costs nothing.
 
     Attributes:
-        nbytes: the size of its frame, 0 until it has been encoded or decoded;
+        nbytes: the size of its frame in bytes, 0 until it has been encoded or decoded;
             not compared.
     """
 

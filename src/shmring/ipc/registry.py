@@ -94,6 +94,25 @@ class RegistryEntry:
     """The content of one slot at one instant.
 
     Times are of ``time.monotonic_ns()``, which all processes share; 0 is never.
+
+    Attributes:
+        index: of the slot, 0 to 254.
+        pid: its process.
+        start_ticks: when that process started, in clock ticks since boot.
+        incarnation: how often the slot was taken.
+        process_id: the name that the process gave.
+        role: what it is to the others.
+        state: what it does, by its own account.
+        heartbeat_ns: its last sign of life.
+        heartbeats: how many there were.
+        waiting_on: the queue that it waits on, or did last.
+        waiting_since_ns: when it began to.
+        task: the number of the task that it is at; None without one.
+        task_item: the call of a chunk that it is at.
+        task_started_ns: when it began the task.
+        tasks: how many it has answered.
+        nbytes: bytes sent and received.
+        messages: messages sent and received.
     """
 
     index: int
@@ -128,7 +147,11 @@ class RegistryEntry:
         return max(0.0, (time.monotonic_ns() - self.heartbeat_ns) / 1e9)
 
     def is_silent(self, limit: float) -> bool:
-        """Whether no heartbeat came within `limit` seconds, which proves nothing."""
+        """Whether no heartbeat came in time, which proves nothing.
+
+        Args:
+            limit: in seconds.
+        """
         return self.silent_for() > limit
 
 
@@ -328,7 +351,7 @@ def open_segment(name: str, timeout: float = 10.0) -> RegistryStorage:
 
     Raises:
         RingNotFound: the race was lost until the deadline.
-        AccessRefused: it is another user's, or of another layout.PID namespace.
+        AccessRefused: it is another user's, or of another PID namespace.
     """
     from shmring.shm import segment  # not on the fallback
 

@@ -151,7 +151,7 @@ def task_word(number: int, item: int = 0) -> int:
 
 
 class RegistrySlot:
-    """The calling process's own slot; get one from :meth:`Registry.register`.
+    """The calling process's own slot; get one from :meth:`HighPerformanceIPC.register`.
 
     Attributes:
         key: the number of this registration, unique in the registry; never 0.
@@ -172,7 +172,11 @@ class RegistrySlot:
         words[base + HEARTBEATS] = (words[base + HEARTBEATS] + 1) & U64
 
     def set_role(self, role: ProcessRole) -> None:
-        """Store what the process is to the others."""
+        """Store what the process is to the others.
+
+        Args:
+            role: the new one.
+        """
         self._words[self._base + ROLE] = role
 
     def idle(self) -> None:
@@ -183,7 +187,11 @@ class RegistrySlot:
         self.beat()
 
     def waiting(self, on: str) -> None:
-        """Store that the process begins to wait on a queue; call :meth:`beat` while it does."""
+        """Store that the process begins to wait; call :meth:`beat` while it does.
+
+        Args:
+            on: the name of a queue; its first 64 bytes are kept.
+        """
         words, base = self._words, self._base
         write_text(words, base, ON_OFFSET, on.encode()[:ON_BYTES])
         words[base + ON_LENGTH] = min(len(on.encode()), ON_BYTES)
@@ -192,7 +200,7 @@ class RegistrySlot:
         self.beat()
 
     def task_words(self) -> TaskWords:
-        """What a worker stores for every call; :func:`task_word` says which it is at."""
+        """What a worker stores for every call."""
         base = self._base
         places = (TASK_STARTED, HEARTBEAT, TASK, STATE, TASKS)
         return TaskWords(
@@ -203,7 +211,13 @@ class RegistrySlot:
         )
 
     def count(self, *, tasks: int = 0, nbytes: int = 0, messages: int = 0) -> None:
-        """Add tasks answered, and bytes and messages sent or received."""
+        """Add to the counts of the slot.
+
+        Args:
+            tasks: answered.
+            nbytes: bytes sent or received.
+            messages: sent or received.
+        """
         words, base = self._words, self._base
         for word, more in ((TASKS, tasks), (BYTES, nbytes), (MESSAGES, messages)):
             if more:

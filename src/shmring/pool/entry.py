@@ -35,7 +35,7 @@ def executor(address: str = "local", **options: Any) -> ProcessPoolExecutor:
 def register_joblib() -> None:
     """Make ``joblib.parallel_config("shmring")`` known (extra ``joblib``).
 
-    Importing :mod:`shmring.pool.joblib_backend` does the same.
+    Importing ``shmring.pool.joblib_backend`` does the same.
 
     Raises:
         ImportError: joblib is not installed.

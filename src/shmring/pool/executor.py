@@ -152,6 +152,9 @@ class ProcessPoolExecutor(Executor):
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Schedule ``fn(*args, **kwargs)``.
 
+        Args:
+            fn, args, kwargs: pickled by the calling thread.
+
         Returns:
             its future. An argument that cannot be pickled is the future's exception.
 
@@ -178,7 +181,10 @@ class ProcessPoolExecutor(Executor):
             retries: how often a task whose worker died is tried again; 0 is at most once.
 
         Returns:
-            an object with ``submit``, ``map`` and ``map_unordered``.
+            an object with ``submit`` and ``map``.
+
+        Raises:
+            InvalidArgument: a negative number.
         """
         return PoolView(self, retries)
 
@@ -259,6 +265,10 @@ class ProcessPoolExecutor(Executor):
 
         Returns:
             an iterator; closing it cancels what no worker has taken.
+
+        Raises:
+            InvalidArgument: an impossible chunksize or buffersize.
+            ImportError: `progress` is True and the extra is not installed.
         """
         from shmring.pool.stream import unordered
 

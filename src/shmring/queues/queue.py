@@ -28,9 +28,7 @@ from shmring.queues.aio import AwaitableRing
 from shmring.queues.codec import (
     BytesCodec,
     PickleCodec,
-    ReusedPickler,
     decode_error,
-    encode_error,
     find_codec,
     portable,
 )
@@ -87,9 +85,9 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
                 found.decode,
                 raw,
                 True,
-                ReusedPickler,
+                found.new_pickler,
                 pickle.loads,
-                encode_error,
+                found.explain_encode,
                 decode_error,
             )
         else:
@@ -125,6 +123,9 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
 
         Args:
             immediate: drop what is there, and give its memory back.
+
+        Raises:
+            RingClosed: this handle was closed.
         """
         self._shutdown(immediate, without_views=True)
 
@@ -168,6 +169,13 @@ class Queue(_ObjectQueue[T], multiprocessing.queues.Queue):  # type: ignore[type
             memory and cgroup allow.
         name: a file in /dev/shm, by which other processes attach; None makes an
             anonymous queue that leaves nothing behind.
+
+    Attributes:
+        name: the file in /dev/shm; an anonymous queue gets one when first asked.
+        capacity: bytes of the area that producers write to now.
+        max_capacity: bytes to which it may grow.
+        largest: bytes of the largest message that can ever fit.
+        closed: whether this handle was closed.
 
     Raises:
         RingExists: the name is in use.

@@ -23,6 +23,13 @@ class Ring(SharedHandle, BytesRing):
 
     Use it where messages are bytes already; :class:`shmring.Queue` carries
     objects.  Make one with :meth:`create` or :meth:`attach`.
+
+    Attributes:
+        name: the file in /dev/shm; an anonymous ring gets one when first asked.
+        capacity: bytes of the area that producers write to now.
+        max_capacity: bytes to which it may grow.
+        largest: bytes of the largest message that can ever fit.
+        closed: whether this handle was closed.
     """
 
     _user_kind = 1
@@ -98,7 +105,7 @@ class Ring(SharedHandle, BytesRing):
         return self._qsize()
 
     def shutdown(self, immediate: bool = False) -> None:
-        """Refuse further puts in every process; gets when empty, or at once."""
+        """As :meth:`shmring.Queue.shutdown`; memory is kept until the last close."""
         self._shutdown(immediate)
 
 

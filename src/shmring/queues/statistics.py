@@ -23,9 +23,13 @@ class RingStatistics:
         consumers_waiting, producers_waiting: whether one sleeps, or did last.
         shut_down: puts are refused.
         poisoned: every call is refused.
-        waiters: see :func:`shmring.diagnostics.snapshot.waiters`.
-        holders: see :func:`shmring.diagnostics.snapshot.holders`.
-        deaths: see :func:`shmring.diagnostics.snapshot.deaths`.
+        waiters: one dict a thread that sleeps in a call, longest first, 32 at most: ``pid``,
+            ``tid``, ``state`` ("alive" or "stopped"), ``call``, ``waits_for``,
+            ``since_ns`` (of ``time.monotonic_ns()``) and ``seconds`` (until now).
+        holders: one dict a thread that holds a lock, the reservation in front, or a peek:
+            ``pid``, ``tid``, ``state`` (also "dead": the next call recovers) and ``holds``.
+        deaths: one dict for the last owner that was found dead of each lock, reservation
+            and peek: ``pid``, ``held``, ``when_ns`` and ``seconds`` (since then).
     """
 
     capacity: int
@@ -47,7 +51,17 @@ class RingStatistics:
 
 
 class IPCStatistics(TypedDict):
-    """The result of :meth:`HighPerformanceIPC.get_stats`."""
+    """The result of :meth:`HighPerformanceIPC.get_stats`.
+
+    Attributes:
+        messages_sent, messages_received: of this process.
+        bytes_transferred: of messages and of shared memory, in and out.
+        errors: calls that raised.
+        process_id: the name of this process.
+        alive_processes: how many others were seen so far.
+        last_heartbeat: when :meth:`HighPerformanceIPC.send_heartbeat` was last called, in
+            seconds since the epoch; 0.0 is never.
+    """
 
     messages_sent: int
     messages_received: int

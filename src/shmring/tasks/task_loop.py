@@ -173,6 +173,9 @@ class TaskLoop:
         Args:
             kind: "log", "left" or "broken".
             content: anything that can be pickled.
+
+        Raises:
+            RingClosed: the queue of answers was closed.
         """
         self._send((None, kind, self.worker_id, content))
 
@@ -317,7 +320,14 @@ class TaskLoop:
                     raise RingClosed("the pool is gone, nothing takes answers") from None
 
     def cancel(self, signum: int, frame: Any) -> None:
-        """Signal handler: end the task that is running, if it is at a point to be ended."""
+        """Signal handler: end the task that is running, if it is at a point to be ended.
+
+        Args:
+            signum, frame: not used.
+
+        Raises:
+            CancelTask: in the running task.
+        """
         if self._cancellable:
             self._cancellable = False
             raise CancelTask

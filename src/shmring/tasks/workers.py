@@ -59,10 +59,15 @@ class Slots(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker, as it stood on the board when it was last seen.
+    """One worker, as it stood in the registry when it was last seen.
 
-    ``state`` is "exited", "dead" or what the living one was doing; ``exitcode``
-    is as in multiprocessing, None where the coordinator is not its parent.
+    Attributes:
+        worker_id: its name.
+        pid: its process.
+        tasks: how many it answered.
+        heartbeats: how many it stored.
+        state: "exited", "dead", or what the living one was doing.
+        exitcode: as in multiprocessing; None where the coordinator is not its parent.
     """
 
     worker_id: str
