@@ -31,6 +31,7 @@ ORDER = [
         "torch",
         "ipc",
         "observer",
+        "metrics",
         "tasks",
         "coordinator",
         "pool",
