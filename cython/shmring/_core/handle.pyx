@@ -103,6 +103,8 @@ cdef class RingHandle(RingCore):
         h.max_messages = max_messages
         h.pid_namespace = pid_namespace
         h.user_kind = user_kind
+        h.created_ns = <uint64_t>monotonic_ns()
+        h.creator = self.myself()
         h.token = token
         h.named = name != b""
         memcpy(h.name, <char *>name, len(name) if len(name) < 256 else 0)
