@@ -22,7 +22,7 @@ SHARED := -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fallback bench bench-peers report curves limits budgets torture soak qemu-aarch64 docs faults asan tsan lint wheel build clean
+.PHONY: build $(shell sed -nE 's/^([a-z0-9-]+):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -72,8 +72,11 @@ bench-peers: build $(VENV)/.with-bench  ## the same, and beside the packages of 
 report: build $(VENV)/.with-bench  ## every figure beside its target; REPORT_ARGS="--only small dicts"
 	$(BIN)/python -m benchmarks.report --peers $(REPORT_ARGS)
 
-curves: build $(VENV)/.with-bench  ## rates by size and by processes, round trips; CURVES_ARGS=--short
+curves: build $(VENV)/.with-bench  ## rates by size, round trips; CURVES_ARGS=--short
 	$(BIN)/python -m benchmarks.curves --peers $(CURVES_ARGS)
+
+scaling: build  ## one queue between many processes; SCALING_ARGS="--shapes 4:4 16:16"
+	$(BIN)/python -m benchmarks.scaling $(SCALING_ARGS)
 
 limits: build $(VENV)/.with-bench  ## limits of this machine, measured in C, and the share reached
 	$(BIN)/python -m benchmarks.limits $(LIMITS_ARGS)

@@ -5,7 +5,9 @@
     costs.py          rows of the report: the drop-in, resources
     recovery.py       rows of the report: how soon messages flow again after a kill
     pools.py          rows of the report: process pools
-    curves.py         `make curves`: rates by size and by processes, round trips, plots
+    curves.py         `make curves`: rates by size, round trips, plots
+    scaling.py        `make scaling`: rates by number of processes, CPU a message, a plot
+    plots.py          plots as SVG
     limits.py         `make limits`: limits of the machine, measured in C (limits.c)
     instructions.py   `make budgets`: instructions a call
     work.py           messages, and the loops that send, receive and check them
@@ -24,9 +26,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ import shmring
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SYSTEM = Path("/sys/devices/system")
 
 
 def machine() -> dict[str, str]:
@@ -45,10 +48,34 @@ def machine() -> dict[str, str]:
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "numpy": version("numpy"),
+        "places": _places(),
+        "numpy": _version("numpy"),
         "shmring": f"{shmring.__version__} ({shmring.backend})",
         "load average": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _places() -> str:
+    """Name the NUMA nodes and the hyper-threads of a core, where there are several."""
+    nodes = _lists(SYSTEM.glob("node/node[0-9]*/cpulist"))
+    cores = _lists(SYSTEM.glob("cpu/cpu[0-9]*/topology/thread_siblings_list"))
+    threads = [core for core in cores if not core.isdecimal()]
+    numa = f"{len(nodes)} NUMA nodes ({'; '.join(nodes)})" if len(nodes) > 1 else "one NUMA node"
+    return f"{numa}, " + (
+        f"hyper-threads ({'; '.join(threads)})" if threads else "one thread a core"
+    )
+
+
+def _lists(files: Iterable[Path]) -> list[str]:
+    """Return the distinct lists of CPUs in some files."""
+    return sorted({file.read_text().strip() for file in files}, key=lambda text: (len(text), text))
 
 
 def machine_line() -> str:

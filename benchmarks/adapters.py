@@ -8,28 +8,38 @@ its documentation shows, with space for as many messages as shmring has.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
+import mmap
 import multiprocessing
 import pickle
 import queue
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 import shmring
-from benchmarks.work import Work, WrongContent
+from benchmarks import progress
+from benchmarks.work import BATCH, STOP, Work, WrongContent
+
+with contextlib.suppress(ImportError):  # only arrays need it
+    import numpy as np
 
 FORK = multiprocessing.get_context("fork")
 
 _RING_BYTES = 1 << 20  # for small messages; arrays get space for four
 _RECORD_BYTES = 256  # for a pickled dict, where all messages have one size
+_LARGEST_BYTES = 1 << 30  # of one transport
+_SUBETHA_BYTES = 64  # of a slot; a shorter message is padded
+_SUBETHA_SLOTS = 4096
+_SUBETHA_ENDS = 18  # producers, and as many consumers: 16, and the process that stops them
 _TIMEOUT_S = 50.0  # of calls that no signal interrupts: below the deadline of a session
 
 
@@ -91,6 +101,11 @@ class Transport:
 
     def flush(self) -> None:
         """Wait until everything is sent; in a producer, after its last put."""
+
+    def stop(self, consumers: int) -> None:
+        """Send each consumer a `STOP`, after all that the producers sent."""
+        for _ in range(consumers):
+            self.put(STOP)
 
     def close(self) -> None:
         """Release it; in the process that made it, at the end."""
@@ -474,6 +489,135 @@ class Iceoryx2InPlace(Iceoryx2):
         return float(np.frombuffer(memoryview(view), np.float32).sum())
 
 
+class KickmsgTopic(BytesPeer):
+    """Publish and subscribe: what is not read in time is overwritten, so there is space for all."""
+
+    label = "kickmsg"
+    package = "kickmsg"
+    carries = frozenset({"bytes", "object"})
+    shared = False  # each subscriber receives everything
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        package = self._module()
+        settings = package.Config()
+        settings.max_subscribers = 1
+        messages = 4 * max(16, int(work.count * self.share))  # four: of a longer run
+        settings.sub_ring_capacity = 1 << messages.bit_length()
+        settings.pool_size = 2 * settings.sub_ring_capacity
+        settings.max_payload_size = work.nbytes or _RECORD_BYTES
+        if settings.pool_size * settings.max_payload_size > _LARGEST_BYTES:
+            raise ValueError(f"{messages} messages of {work.nbytes} bytes would not fit at once")
+        self._region = package.SharedRegion.create(
+            f"/{_name()}", package.ChannelType.PubSub, settings
+        )
+        # Before the first message, or that would not be kept.
+        subscriber, timeout = package.Subscriber(self._region), timedelta(seconds=_TIMEOUT_S)
+        self._receives(functools.partial(subscriber.receive, timeout))
+
+    def as_producer(self) -> None:
+        self._sends(self._module().Publisher(self._region).send)
+
+    def close(self) -> None:
+        self._region.unlink()
+
+
+class SubethaSpscRing(BytesPeer):
+    """One producer, one consumer; slots of 64 bytes."""
+
+    label = "subetha SpscRing (busy polling)"
+    package = "subetha"
+    carries = frozenset({"bytes"})
+    batches = True
+    shared = False
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        if work.nbytes != _SUBETHA_BYTES:
+            raise ValueError(f"{work.nbytes} bytes for a slot of {_SUBETHA_BYTES}")
+        self._folder = tempfile.mkdtemp(prefix="shmring-subetha-", dir="/dev/shm")
+        self._open()
+
+    def _open(self) -> None:
+        ring = self._module().SpscRing(f"{self._folder}/ring", _SUBETHA_SLOTS)
+        self.put, self.get = _until_true(ring.push), _until_some(ring.pop)
+
+        def put_many(messages: list[bytes]) -> None:
+            while (sent := ring.push_many(messages)) < len(messages):
+                messages = messages[sent:]
+
+        def get_many() -> Any:
+            while not (messages := ring.pop_many(BATCH)):
+                pass
+            return messages
+
+        self.put_many, self.get_many = put_many, get_many
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SubethaRing(SubethaSpscRing):
+    """Registered producers and consumers; no order between two producers."""
+
+    label = "subetha Ring (busy polling)"
+    batches = False
+    shared = True
+
+    def _open(self) -> None:
+        self._ended = mmap.mmap(-1, 1)
+        arguments = (f"{self._folder}/ring", _SUBETHA_SLOTS, _SUBETHA_ENDS, _SUBETHA_ENDS)
+        self._ring = functools.partial(self._module().Ring.open, *arguments)
+        self._first = self._module().Ring(*arguments)
+
+    def as_producer(self) -> None:
+        ring = self._ring()
+        self.put = _until_true(functools.partial(ring.send, ring.register_producer()))
+
+        def flush() -> None:
+            while not ring.is_empty():
+                time.sleep(0.0001)
+
+        self.flush = flush
+
+    def as_consumer(self) -> None:
+        ring, ended = self._ring(), self._ended
+        receive = functools.partial(ring.recv, ring.register_consumer())
+
+        def get() -> Any:
+            while (message := receive()) is None:
+                if ended[0]:
+                    return STOP
+            return message
+
+        self.get = get
+
+    def stop(self, consumers: int) -> None:
+        # The ring decides which consumer a message is for; it is empty now.
+        self._ended[0] = 1
+
+
+class PySharedMemory(Transport):
+    """A block of shared memory for each message, its name through `multiprocessing.Queue`."""
+
+    label = "py-sharedmemory"
+    package = "py_sharedmemory"
+    shared = False  # one producer
+
+    def __init__(self, work: Work) -> None:
+        messages = max(4, min(1000, _RING_BYTES // (work.nbytes or _RECORD_BYTES)))
+        pair = self._module().create_shared_memory_pair(messages, ctx=FORK)
+        self._sender, self._receiver = pair
+        self.put, self.get = self._sender.put, self._receiver.get
+
+    def flush(self) -> None:
+        self._sender.wait_for_all_ack()
+
+    def close(self) -> None:
+        self._sender.close()
+        self._receiver.close()
+
+
 TRANSPORTS: tuple[type[Transport], ...] = (
     ShmringQueue,
     ShmringRing,
@@ -488,6 +632,10 @@ TRANSPORTS: tuple[type[Transport], ...] = (
     Cloudtoid,
     Membridge,
     ShmQueue3,
+    KickmsgTopic,
+    SubethaSpscRing,
+    SubethaRing,
+    PySharedMemory,
 )
 
 
@@ -504,3 +652,21 @@ def able(kind: str, *, shared: bool = False, threads: bool = False) -> list[type
         for one in TRANSPORTS
         if kind in one.carries and (one.shared or not shared) and (threads or not one.threads_only)
     ]
+
+
+def present(kind: str, *, peers: bool, shared: bool = False) -> list[type[Transport]]:
+    """Return those transports that can be used here, and say which cannot.
+
+    Args:
+        kind, shared: as for `able`.
+        peers: include the packages from PyPI.
+    """
+    found = []
+    for one in able(kind, shared=shared):
+        if one.package is not None and not peers:
+            continue
+        if reason := one.missing():
+            progress(f"left out: {one.label}: {reason}")
+        else:
+            found.append(one)
+    return found

@@ -37,15 +37,16 @@ from benchmarks import per_second, progress
 from benchmarks.adapters import FORK, Transport
 from benchmarks.work import (
     BATCH,
-    STOP,
     Work,
     WrongContent,
     receive_any,
+    receive_any_batches,
     receive_batches,
     receive_each,
     receive_sums,
     send_batches,
     send_each,
+    send_each_timed,
 )
 
 DEADLINE_S = 60.0  # below pytest's faulthandler_timeout, so that the session names what hung
@@ -139,6 +140,7 @@ class Session(ABC):
         self.count = count or max(BATCH // 10, int(work.count * transport.share * scale))
         self.pids: list[int] = []  # of the children, in the order of their start
         self.trips_ns: list[int] = []  # of each round trip, where those are measured
+        self.puts_ns: list[int] = []  # of each put of one producer, likewise
         self.cpu_us: float | None = None  # a message, of all children, where that is measured
         self._transport = transport
         self._deadline_s = deadline_s
@@ -347,7 +349,8 @@ class OneProcess(Session):
 class ManyToMany(Session):
     """Several processes send, several receive, over one shared transport.
 
-    The clock stops when every consumer has received `STOP`.
+    The clock stops when every consumer has received `STOP`.  With `batches`, a transport that has
+    put_many and get_many uses them.  With `timed`, the first producer times each of its puts.
     """
 
     def __init__(
@@ -357,18 +360,26 @@ class ManyToMany(Session):
         *,
         producers: int = 2,
         consumers: int = 2,
+        batches: bool = False,
+        timed: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(transport, work, **options)
         self.producers, self.consumers = producers, consumers
         self.label += f", {producers}:{consumers}"
-        self.count = producers * math.ceil(self.count / producers)
+        self._batches = batches and transport.batches
+        self._timed = timed
+        unit = producers * (BATCH if self._batches else 1)
+        self.count = unit * math.ceil(self.count / unit)
 
     def _prepare(self) -> None:
         (way,) = self._ways
         self._receiving = [self._fork(self._consume, way) for _ in range(self.consumers)]
         _expect_ready(*self._receiving)
-        self._sending = [self._fork(self._produce, way) for _ in range(self.producers)]
+        self._sending = [
+            self._fork(self._produce, way, self._timed and number == 0)
+            for number in range(self.producers)
+        ]
         _expect_ready(*self._sending)
         way.as_producer()
 
@@ -378,9 +389,10 @@ class ManyToMany(Session):
         start = time.perf_counter()
         for control in self._sending:
             control.send("go")
+        if self._timed:
+            self.puts_ns = self._sending[0].recv()
         _expect_ready(*self._sending)
-        for _ in range(self.consumers):
-            way.put(STOP)
+        way.stop(self.consumers)
         received = sum(control.recv() for control in self._receiving)
         seconds = time.perf_counter() - start
         if received != self.count:
@@ -388,21 +400,37 @@ class ManyToMany(Session):
         self.cpu_us = (cpu_ns(self.pids) - before) / self.count / 1e3
         return seconds
 
-    def _produce(self, control: Connection, way: Transport) -> None:
+    def _produce(self, control: Connection, way: Transport, timed: bool) -> None:
+        pool, count = self.work.pool, self.count // self.producers
         way.as_producer()
         control.send("ready")
         control.recv()
-        send_each(way.put, self.work.pool, self.count // self.producers)
+        if timed:
+            control.send(send_each_timed(way.put, pool, count))
+        elif self._batches:
+            send_batches(way.put_many, pool, count)
+        else:
+            send_each(way.put, pool, count)
         way.flush()
         control.send("ready")
 
     def _consume(self, control: Connection, way: Transport) -> None:
         way.as_consumer()
         control.send("ready")
-        control.send(receive_any(way.get, self.work.pool))
+        if self._batches:
+            control.send(receive_any_batches(way.get_many, way.put, self.work.pool))
+        else:
+            control.send(receive_any(way.get, self.work.pool))
 
 
 # ---- turns ----------------------------------------------------------------------------------
+
+
+def quantiles_us(nanoseconds: Iterable[int], *shares: float) -> list[float]:
+    """Return quantiles in microseconds."""
+    ordered = sorted(nanoseconds)
+    last = len(ordered) - 1
+    return [ordered[min(int(share * len(ordered)), last)] / 1000 for share in shares]
 
 
 @dataclass
@@ -411,6 +439,7 @@ class Runs:
 
     rates: list[float] = field(default_factory=list)  # messages a second
     trips_ns: list[int] = field(default_factory=list)  # the round trips of all runs
+    puts_ns: list[int] = field(default_factory=list)  # the puts of one producer, of all runs
     cpu_us: list[float] = field(default_factory=list)  # a message
     error: Exception | None = None  # what ended the last run; there are no more
 
@@ -421,9 +450,14 @@ class Runs:
 
     def trips_us(self, *shares: float) -> list[float]:
         """Return quantiles of the round trips."""
-        ordered = sorted(self.trips_ns)
-        last = len(ordered) - 1
-        return [ordered[min(int(share * len(ordered)), last)] / 1000 for share in shares]
+        return quantiles_us(self.trips_ns, *shares)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the rates and what a message costs, or the error."""
+        if self.error is not None:
+            return {"error": repr(self.error)}
+        rates = {"median": self.median, "slowest": min(self.rates), "fastest": max(self.rates)}
+        return rates | ({"cpu_us_a_message": statistics.median(self.cpu_us)} if self.cpu_us else {})
 
 
 def take_turns(
@@ -443,6 +477,7 @@ def take_turns(
                 with session(transport, *args, **options) as running:
                     one.rates.append(running.count / running.run())
                     one.trips_ns += running.trips_ns
+                    one.puts_ns += running.puts_ns
                     one.cpu_us += [running.cpu_us] if running.cpu_us is not None else []
                     text = f"{running.label}: {per_second(one.rates[-1])}"
             except Exception as error:  # the caller decides what an error means

@@ -7,12 +7,15 @@ enough to check the first and the last message of each pass through the pool.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+with contextlib.suppress(ImportError):  # only arrays need it
+    import numpy as np
 
 BATCH = 100
 STOP = b"stop"  # shorter than any message
@@ -95,6 +98,17 @@ def send_each(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> 
         put(message)
 
 
+def send_each_timed(put: Callable[[Any], object], pool: Sequence[Any], count: int) -> list[int]:
+    """The same; return the nanoseconds that each call took."""
+    clock = time.perf_counter_ns
+    took = []
+    for message in itertools.islice(itertools.cycle(pool), count):
+        start = clock()
+        put(message)
+        took.append(clock() - start)
+    return took
+
+
 def receive_each(get: Callable[[], Any], pool: Sequence[Any], count: int) -> None:
     """Get `count` messages, one call each."""
     passes, rest = divmod(count, len(pool))
@@ -122,6 +136,27 @@ def receive_any(get: Callable[[], Any], pool: Sequence[Any]) -> int:
         if some[0] not in expected or some[-1] not in expected:
             raise WrongContent(f"{some[0]!r:.80} or {some[-1]!r:.80} was never sent")
     return received
+
+
+def receive_any_batches(
+    get_many: Callable[[], Any], put: Callable[[Any], object], pool: Sequence[Any]
+) -> int:
+    """The same with as many a call as are there; a `STOP` too many is put back."""
+    expected = frozenset(pool)
+    received = 0
+    while True:
+        messages = get_many()
+        ended = STOP in messages
+        if ended:
+            place = messages.index(STOP)
+            for _ in messages[place + 1 :]:
+                put(STOP)
+            del messages[place:]
+        received += len(messages)
+        if messages and (messages[0] not in expected or messages[-1] not in expected):
+            raise WrongContent(f"{messages[0]!r:.80} or {messages[-1]!r:.80} was never sent")
+        if ended:
+            return received
 
 
 def send_batches(put_many: Callable[[Any], object], pool: Sequence[Any], count: int) -> None:

@@ -29,18 +29,22 @@ __all__ = ["get_context"]
 _POOLS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
 
 
-class _Queues:
+class QueueMethods:
     """The methods that replace multiprocessing's."""
 
     stock: multiprocessing.context.BaseContext  # the context that this one stands for
 
+    def defaults(self) -> dict[str, Any]:
+        """Options of the queues that are made here, where the caller gives none."""
+        return {}
+
     def Queue(self, maxsize: int = 0, **options: Any) -> Queue[Any]:
         """A :class:`shmring.Queue`; `options` are those of its constructor."""
-        return Queue(maxsize, ctx=self.stock, **options)
+        return Queue(maxsize, ctx=self.stock, **{**self.defaults(), **options})
 
     def JoinableQueue(self, maxsize: int = 0, **options: Any) -> JoinableQueue[Any]:
         """A :class:`shmring.JoinableQueue`; `options` are those of its constructor."""
-        return JoinableQueue(maxsize, ctx=self.stock, **options)
+        return JoinableQueue(maxsize, ctx=self.stock, **{**self.defaults(), **options})
 
     def SimpleQueue(self, **options: Any) -> Any:
         """A :class:`shmring.SimpleQueue`; `options` are those of its constructor.
@@ -49,21 +53,32 @@ class _Queues:
         """
         if not options and sys._getframe(1).f_globals.get("__name__") in _POOLS:
             return self.stock.SimpleQueue()
-        return SimpleQueue(ctx=self.stock, **options)
+        return SimpleQueue(ctx=self.stock, **{**self.defaults(), **options})
 
     def Pool(self, *args: Any, **options: Any) -> Any:
         """multiprocessing's Pool, with the standard library's queues inside."""
         return self.stock.Pool(*args, **options)
 
     def get_context(self, method: str | None = None) -> Any:
-        """This context, or shmring's of another start method."""
-        return self if method is None else get_context(method)
+        """This context, or the same kind of another start method."""
+        return self if method is None else context_with(type(self).__bases__[0], method)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return get_context, (self.stock.get_start_method(),)
+        return context_with, (type(self).__bases__[0], self.stock.get_start_method())
 
 
-_contexts: dict[str, Any] = {}
+_contexts: dict[tuple[type, str], Any] = {}
+
+
+def context_with(methods: type[QueueMethods], method: str | None) -> Any:
+    """The context of a start method with these methods; the same object each time."""
+    stock = multiprocessing.get_context(method)
+    key = methods, stock.get_start_method()
+    if key not in _contexts:
+        kind = type(stock)
+        ours = type(kind.__name__, (methods, kind), {"__module__": __name__, "stock": stock})
+        _contexts.setdefault(key, ours())
+    return _contexts[key]
 
 
 def get_context(method: str | None = None) -> Any:
@@ -80,10 +95,4 @@ def get_context(method: str | None = None) -> Any:
     Raises:
         ValueError: this platform has no such start method.
     """
-    stock = multiprocessing.get_context(method)
-    name = stock.get_start_method()
-    if name not in _contexts:
-        kind = type(stock)
-        ours = type(kind.__name__, (_Queues, kind), {"__module__": __name__, "stock": stock})
-        _contexts.setdefault(name, ours())
-    return _contexts[name]
+    return context_with(QueueMethods, method)

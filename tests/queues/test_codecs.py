@@ -154,12 +154,12 @@ def test_messages_share_one_pickler(monkeypatch):
     made = []
 
     class Counted(codec_module.ReusedPickler):
-        def __init__(self):
+        def __init__(self, table):
             made.append(self)
-            super().__init__()
+            super().__init__(table)
 
     monkeypatch.setattr(codec_module, "ReusedPickler", Counted)
-    monkeypatch.setattr(codec_module, "_spare_picklers", [])
+    monkeypatch.setattr(PickleCodec, "_spare_picklers", [])
     codec = MessageCodec()
     for i in range(20):
         data = [{i, 2}, np.full(1000, i)]  # neither is a tree of builtins

@@ -25,7 +25,8 @@ for needed in ("numpy", "matplotlib", "pytest_benchmark"):
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402  (the path first)
-from benchmarks import Target, costs, curves, instructions, limits, report
+import benchmarks
+from benchmarks import Target, costs, curves, instructions, limits, report, scaling
 from benchmarks.adapters import FasterFifo, Membridge, MultiprocessingPipe, ShmringQueue, able
 from benchmarks.sessions import ManyToMany, OneWay, Runs, Session, take_turns
 from benchmarks.work import Work, WrongContent, arrays, bytes_of
@@ -171,15 +172,42 @@ def test_the_best_peer_is_a_package_from_pypi() -> None:
 
 def test_curves_are_measured_and_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "SIZES", (8, 4096))
-    monkeypatch.setattr(curves, "SHAPES", ("1:1", "2:3"))
-    monkeypatch.setattr(curves, "able", lambda kind: [ShmringQueue, Broken])
+    monkeypatch.setattr(curves, "present", lambda kind, peers: [ShmringQueue, Broken])
     options = ["--runs", "1", "--scale", "0.002", "--short", "--results", str(tmp_path)]
     assert curves.main(options) == 0
     found = json.loads((tmp_path / "curves.json").read_text())
     assert "no such thing here" in found["by_size"]["rates"]["broken"][0]["error"]
-    assert found["by_processes"]["rates"]["shmring.Queue"][1]["cpu_us_a_message"] > 0
-    for name in ("rate_by_size", "rate_by_processes", "round_trip_free"):
+    for name in ("rate_by_size", "round_trip_free"):
         assert "shmring.Queue" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_scaling_is_measured_and_plotted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "WAITING", "2:1")
+    monkeypatch.setattr(scaling, "present", lambda kind, **options: [ShmringQueue, Broken])
+    options = ["--runs", "1", "--scale", "0.002", "--results", str(tmp_path)]
+    assert scaling.main([*options, "--shapes", "1:1", "2:3"]) == 0
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert "no such thing here" in found["rates"]["broken"][0]["error"]
+    for label in ("shmring.Queue", scaling.BATCHES):
+        assert found["rates"][label][1]["cpu_us_a_message"] > 0
+    assert list(found["puts_us"]["2:1"]) == ["shmring.Queue"]
+    output = capsys.readouterr().out
+    assert "NUMA node" in output
+    assert "| 2:3 |" in output
+    assert "shmring.Queue" in (tmp_path / "scaling.svg").read_text()
+
+
+def test_the_places_of_cpus_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(4):
+        topology = tmp_path / "cpu" / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+        (tmp_path / "node" / f"node{cpu % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "node" / f"node{cpu % 2}" / "cpulist").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    monkeypatch.setattr(benchmarks, "SYSTEM", tmp_path)
+    assert benchmarks.machine()["places"] == "2 NUMA nodes (0,2; 1,3), hyper-threads (0,2; 1,3)"
 
 
 @needs_compiler

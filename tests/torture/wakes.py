@@ -23,7 +23,7 @@ from walking import die_some_day, end
 
 __all__ = ["HALF", "WAKERS", "WOKEN", "Feeder"]
 
-LIMIT = 60.0  # seconds for a call that nobody may have to wait so long for
+LIMIT = 20.0  # seconds, four times what a call may have to wait
 HALF = 3000  # more than half of a ring of 4096 bytes: one fits, two do not
 
 
@@ -184,11 +184,12 @@ class BothSleep(WakeStage):
             raise Harm(HUNG, f"the other had nothing within {AT_ONCE} s")
         if answer[1] not in left:
             raise Harm(TORN, f"the other had {answer[1][:64].hex(' ', 8)}")
-        by_victim = left.index(answer[1])
-        self.take(*left[by_victim + 1 :])
-        seconds = 0.0 if by_victim == self.messages else max(0.0, answer[0] - since)
+        left.remove(answer[1])
+        by_victim = self.ring.qsize() < len(left)
+        self.take(*left[by_victim:])
+        seconds = 0.0 if by_victim and self.messages == 1 else max(0.0, answer[0] - since)
         said = "taken" if by_victim else "left to the other"
-        return self.finding(said, locked, seconds, len(left))
+        return self.finding(said, locked, seconds, len(left) + 1)
 
     def close(self) -> None:
         if self.feeder is not None:

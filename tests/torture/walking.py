@@ -24,6 +24,7 @@ from shmring import Queue, Ring
 
 __all__ = [
     "Arrival",
+    "OperationFailed",
     "Walker",
     "Way",
     "build_stepper",
@@ -46,6 +47,10 @@ def build_stepper(folder: Path) -> Path:
     source = Path(__file__).with_name("stepper.c")
     subprocess.run(["gcc", *flags, include, str(source), "-o", str(built)], check=True)
     return built
+
+
+class OperationFailed(Exception):
+    """A victim that was not killed did not succeed."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,15 @@ class Walker:
             os._exit(code)
 
     def trace(self, pid: int) -> Way:
-        """Step a victim through its whole operation, in which it must succeed."""
+        """Step a victim through its whole operation.
+
+        Raises:
+            OperationFailed: it raised, in the victim.
+        """
         status, stops = self._stepper.trace(pid)
         assert os.WIFEXITED(status), f"the operation itself was killed: {status:#x}"
-        assert os.WEXITSTATUS(status) == 0, "the operation itself failed"
+        if os.WEXITSTATUS(status) != 0:
+            raise OperationFailed(f"exit status {os.WEXITSTATUS(status)} of the operation itself")
         return Way(stops)
 
     def hold(self, pid: int, way: Way, n: int) -> Arrival:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pickle import PickleBuffer
 from typing import Any
 
-__all__ = ["IN_BAND_BYTES", "array_reducers"]
+__all__ = ["IN_BAND_BYTES", "array_reducers", "by_strides"]
 
 IN_BAND_BYTES = 512  # a smaller buffer costs less inside the pickle
 
@@ -40,10 +40,10 @@ def reduce_array(array: Any) -> Any:
     if array.flags.f_contiguous and not array.flags.c_contiguous:
         order = "F"
     elif not array.flags.c_contiguous:
-        laid = _by_strides(array)
+        laid = by_strides(array)
         if not laid.flags.c_contiguous:  # reversed, or with gaps
             array = array.copy("K")
-            laid = _by_strides(array)
+            laid = by_strides(array)
         strides = array.strides
     simple = dtype.char in _SIMPLE and dtype.isnative and dtype.metadata is None
     described = dtype.char if simple else dtype
@@ -59,7 +59,7 @@ def reduce_array(array: Any) -> Any:
     return type(array), (array.shape, described, data, 0, strides, order)
 
 
-def _by_strides(array: Any) -> Any:
+def by_strides(array: Any) -> Any:
     """A view with the axes in the order of memory: C-contiguous if they were only swapped."""
     axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     return array.transpose(axes)

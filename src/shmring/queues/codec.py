@@ -11,10 +11,10 @@ import contextlib
 import copyreg
 import importlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType, SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from shmring.errors import DecodeError, EncodeError, InvalidArgument
 from shmring.queues.arrays import IN_BAND_BYTES, array_reducers
@@ -90,6 +90,9 @@ class ReusedPickler:
     It has the reducers that were registered (ForkingPickler, copyreg) when it was
     made.  Not for two users at a time.
 
+    Args:
+        table: makes its reducers, by type, from what is registered.
+
     Attributes:
         watched: tells whether reducers were registered since; None on the fallback.
         chunks: the pickle, usually one piece; the caller empties it.
@@ -98,7 +101,7 @@ class ReusedPickler:
 
     __slots__ = ("buffers", "chunks", "clear_memo", "dump", "watched")
 
-    def __init__(self) -> None:
+    def __init__(self, table: Callable[[], Mapping[type, Reducer]] = reducers) -> None:
         chunks: list[bytes] = []
         buffers: list[memoryview] = []
 
@@ -120,22 +123,35 @@ class ReusedPickler:
         if core is not None:  # before they are copied: what is registered meanwhile is noticed
             awaited = None if array_reducers() else "numpy"
             self.watched = core.Watched((copyreg.dispatch_table, _registered), awaited)
-        pickler.dispatch_table = reducers()
+        pickler.dispatch_table = table()
         self.chunks = chunks
         self.buffers = buffers
         self.dump: Callable[[Any], None] = pickler.dump
         self.clear_memo: Callable[[], None] = pickler.clear_memo
 
 
-# One user takes one: a thread, or an object that encodes while it is being pickled.
-_spare_picklers: list[ReusedPickler] = []
-
-
 class PickleCodec:
     """Pickle protocol 5 with large buffers out of band; the default.
 
-    Trees of exact builtins have a faster encoding of their own.
+    Trees of exact builtins have a faster encoding of their own.  A subclass with
+    other reducers has a list of picklers of its own.
     """
+
+    # One user takes one: a thread, or an object that encodes while it is being pickled.
+    _spare_picklers: ClassVar[list[ReusedPickler]] = []
+
+    @staticmethod
+    def reducers() -> Mapping[type, Reducer]:
+        """The reducers of this codec, by type."""
+        return reducers()
+
+    def new_pickler(self) -> ReusedPickler:
+        """A pickler with these reducers."""
+        return ReusedPickler(self.reducers)
+
+    def explain_encode(self, obj: Any, error: BaseException) -> EncodeError:
+        """The exception for an object that could not be pickled."""
+        return encode_error(obj, error, self.reducers)
 
     def encode(self, obj: Any) -> tuple[int, list[Segment]]:
         """Encode builtins as such, other objects as a pickle and its out-of-band buffers.
@@ -145,19 +161,19 @@ class PickleCodec:
         """
         if core is not None and (encoded := core.encode_builtins(obj)) is not None:
             return KIND_BUILTINS, [encoded]
-        pickler = _spare_picklers.pop() if _spare_picklers else ReusedPickler()
+        pickler = self._spare_picklers.pop() if self._spare_picklers else self.new_pickler()
         if pickler.watched is None or pickler.watched.changed():
-            pickler = ReusedPickler()
+            pickler = self.new_pickler()
         try:
             pickler.dump(obj)
         except Exception as error:  # the pickler is in an unknown state, and dropped
-            raise encode_error(obj, error) from error
+            raise self.explain_encode(obj, error) from error
         chunks, buffers = pickler.chunks, pickler.buffers
         segments: list[Segment] = [chunks[0] if len(chunks) == 1 else b"".join(chunks), *buffers]
         chunks.clear()
         buffers.clear()
         pickler.clear_memo()
-        _spare_picklers.append(pickler)
+        self._spare_picklers.append(pickler)
         return KIND_PICKLE, segments
 
     def decode(self, kind: int, head: bytes, buffers: Sequence[Any]) -> Any:
@@ -302,14 +318,16 @@ def find_codec(codec: Any) -> Any:
     )
 
 
-def encode_error(obj: Any, error: BaseException) -> EncodeError:
+def encode_error(
+    obj: Any, error: BaseException, table: Callable[[], Mapping[type, Reducer]] = reducers
+) -> EncodeError:
     """The exception for an object that could not be pickled; names the part, if it is found."""
     part = None
     with contextlib.suppress(Exception):  # the import fails where descriptors have run out
         # Not at the top: seldom needed, and it imports much.
         from shmring.queues.pickle_errors import unpicklable_part
 
-        part = unpicklable_part(obj, reducers())
+        part = unpicklable_part(obj, table())
     where = f": {part} is the part that cannot travel" if part else ""
     return EncodeError(f"{_a(obj)} cannot be put ({_text(error)}){where}")
 

@@ -28,9 +28,7 @@ from shmring.queues.aio import AwaitableRing
 from shmring.queues.codec import (
     BytesCodec,
     PickleCodec,
-    ReusedPickler,
     decode_error,
-    encode_error,
     find_codec,
     portable,
 )
@@ -87,9 +85,9 @@ class _ObjectQueue(SharedHandle, AwaitableRing, Generic[T]):
                 found.decode,
                 raw,
                 True,
-                ReusedPickler,
+                found.new_pickler,
                 pickle.loads,
-                encode_error,
+                found.explain_encode,
                 decode_error,
             )
         else:
