@@ -151,6 +151,7 @@ cdef class RingHandle(RingCore):
             raise AccessRefused(
                 "created in another PID namespace, where process ids mean other processes: the death of a"
                 " peer could not be seen; share the namespace (for containers: --pid)"
+                " (docs: containers#pid-namespaces)"
             )
         if (h.min_capacity < SHMRING_MIN_CAPACITY or h.min_capacity > h.max_capacity
                 or h.max_capacity > SHMRING_MAX_CAPACITY):
