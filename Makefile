@@ -113,7 +113,9 @@ wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the whee
 	ls -l wheelhouse
 	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest -q $(SHARED) $(OF_THE_TREE) $(TEST_ARGS)
 
+# Bytecode too: each process that a test or a benchmark starts would compile the modules again.
 build: $(VENV)/.built
+	@$(BIN)/python -m compileall -q src tests benchmarks
 
 $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace

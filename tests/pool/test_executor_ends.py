@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,84 @@ def test_a_task_whose_worker_dies_of_its_cancel_is_cancelled(
         running.result(30)
     assert pool.submit(square, 3).result(30) == 9
     assert times_begun(tmp_path) == {0: 1}
+
+
+@contextlib.contextmanager
+def raising(signum: signal.Signals) -> Iterator[type[Exception]]:
+    """A handler that raises, and what it raises."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signum, interrupt)
+    try:
+        yield Interrupted
+    finally:
+        signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("how", ["cancel", "shutdown"])
+def test_a_signal_handler_that_raises_in_a_cancel_loses_no_task(
+    pool: ProcessPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(12)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    dispatcher = pool._manager.dispatcher
+    recall = dispatcher.recall
+
+    def recall_and_signal() -> None:
+        recall()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        if threading.current_thread() is threading.main_thread():
+            wait_for(lambda: False, 1)  # the handler runs here
+
+    monkeypatch.setattr(dispatcher, "recall", recall_and_signal)
+    cancel = work[7].cancel if how == "cancel" else partial(pool.shutdown, cancel_futures=True)
+    with raising(signal.SIGUSR1) as interrupted, pytest.raises(interrupted):
+        cancel()
+    (tmp_path / "go").touch()
+    cancelled = {7} if how == "cancel" else set(range(2, 12))
+    assert not futures.wait(work, 30).not_done
+    pool.shutdown()
+    assert {number for number, each in enumerate(work) if each.cancelled()} == cancelled
+    assert {number for number in range(12) if (tmp_path / str(number)).exists()} == (
+        {*range(12)} - cancelled
+    )
+
+
+def test_ctrl_c_as_a_worker_starts_leaves_no_worker_unknown(
+    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread receives the signal, between the fork and the note of the process."""
+    enough = threading.Event()
+    other = threading.Thread(target=enough.wait)
+    other.start()
+    receiver, sender = socket.socketpair()
+    start_ticks = workers.process_start_ticks
+
+    def interrupted(pid: int) -> int:
+        signal.pthread_kill(other.ident, signal.SIGINT)
+        receiver.recv(1)  # the handler is about to run
+        monkeypatch.undo()
+        return start_ticks(pid)
+
+    with receiver, sender:
+        receiver.settimeout(10)
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno())
+        try:
+            monkeypatch.setattr(workers, "process_start_ticks", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pool.submit(square, 2)
+        finally:
+            signal.set_wakeup_fd(before)
+            enough.set()
+            other.join()
+    assert set(pool._processes) == {each.pid for each in multiprocessing.active_children()} != set()
+    assert pool.submit(square, 3).result(30) == 9
 
 
 def test_a_callback_that_exits_costs_no_other_task_its_result(
