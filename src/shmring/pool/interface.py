@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from shmring.errors import InvalidArgument
 from shmring.tasks.channel import SPREAD
@@ -96,7 +96,7 @@ class TaskCalls(abc.ABC):
         next(results)
         if chunksize == 1:
             return results
-        chained: _Chained[T] = _Chained.from_iterable(_successful(results))
+        chained = cast("_Chained[T]", _Chained.from_iterable(_successful(results)))
         chained.chunks = results
         return chained
 

@@ -500,9 +500,12 @@ class Dispatcher:
             False if it is answered.
         """
         with self.lock:
-            if task.number not in self.table.sent:
+            if task.position == UNSENT:
+                task.withdrawn = True  # its worker has died meanwhile
+            elif task.number in self.table.sent:
+                self._interrupts[task.number] = grace, None
+            else:
                 return False
-            self._interrupts[task.number] = grace, None
             return True
 
     def _interrupt(self, entry: RegistryEntry) -> None:

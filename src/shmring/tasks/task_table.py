@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from shmring.errors import ShmringError, WorkerDied
@@ -69,7 +69,7 @@ class Task(abc.ABC):
     ) -> None:
         self.function = function
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs: dict[str, Any] | int | None = kwargs
         self.retries = retries
         if type(kwargs) is int:
             self.results = []
@@ -126,10 +126,6 @@ class TaskTable:
 
     def __len__(self) -> int:
         return len(self.backlog) + len(self.sent)
-
-    def __iter__(self) -> Iterator[Task]:
-        yield from self.sent.values()
-        yield from self.backlog
 
     def take_all(self) -> list[Task]:
         """Take out all tasks."""
