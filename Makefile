@@ -48,10 +48,10 @@ qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (
 model:  ## search the models of the protocol with spin, and for mistakes in them; MODEL_ARGS="--only ring"
 	$(PYTHON) docs/model/check.py $(MODEL_ARGS)
 
-# Warnings are errors. LINKS also follows the links between the pages.
+# Anew each time: pages that were not read again would neither be checked nor know new pages.
 docs: build $(VENV)/.with-docs  ## the documentation, into build/docs/index.html
-	$(BIN)/sphinx-build -q -W --keep-going -b html -d build/docs-cache docs build/docs
-	@echo build/docs/index.html
+	$(BIN)/sphinx-build -q -E -W --keep-going -d build/docs-cache docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
@@ -126,7 +126,9 @@ sdist: $(VENV)/.with-wheel  ## make the sdist, and build and test what it holds
 	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
 	$(MAKE) -C build/sdist test test-fallback
 
+# Bytecode too: each process that a test or a benchmark starts would compile the modules again.
 build: $(VENV)/.built
+	@$(BIN)/python -m compileall -q src tests benchmarks
 
 $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace
