@@ -253,7 +253,7 @@ def test_what_runs_on_both_back_ends_can_be_collected_without_the_extension() ->
 
 
 def test_types_travel_with_the_package() -> None:
-    """Run against the wheel by `make wheel`, against src otherwise."""
+    """`make wheels` looks for the same in each wheel."""
     installed = {entry.name for entry in resources.files("shmring").iterdir()}
     assert "py.typed" in installed
     stubs = {f"{path.stem}.pyi" for path in SOURCES}
