@@ -206,10 +206,11 @@ class Observer:
                 known.producers.add(each["pid"])
             elif each["waits_for"] in _GETS:
                 known.consumers.add(each["pid"])
-        if header["producer_lock"] and header["producer_holder"]:
-            known.producers.add(header["producer_holder"])
-        if header["consumer_lock"] and header["consumer_holder"]:
-            known.consumers.add(header["consumer_holder"])
+        for seen, words in (
+            (known.producers, ("last_producer", "producer_holder")),
+            (known.consumers, ("last_consumer", "consumer_holder")),
+        ):
+            seen.update(pid for word in words if (pid := header[word]))
 
 
 def _is_at_rest(facts: dict[str, Any]) -> bool:

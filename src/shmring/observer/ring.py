@@ -34,9 +34,11 @@ _LAYOUT = {
     " pid_namespace:Q ready:I user_kind:I created_ns:Q creator:Q",
     LAYOUT["WAITING_OFFSET"]: "data_wait:I space_wait:I shutdown:I poisoned:I lease_owner:Q",
     LAYOUT["PRODUCERS_OFFSET"]: "producer_lock:I producer_holder:I write_position:Q"
-    " write_generation:Q puts_before:Q puts:Q puts_at:Q",
+    " write_generation:Q puts_before:Q puts:Q puts_at:Q starved_producer:Q reserved_space:Q"
+    " reserved_until_ns:Q shrunk_ns:Q patience:I producer_cpu:I last_producer:I",
     LAYOUT["CONSUMERS_OFFSET"]: "consumer_lock:I consumer_holder:I read_position:Q"
-    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q",
+    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q empty_position:Q needed_ns:Q"
+    " last_consumer:I",
     LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I",
 }
 _NAMES: list[str] = []
