@@ -29,6 +29,7 @@ ORDER = [
         "context",
         "drop_in",
         "torch",
+        "faster_fifo",
         "ipc",
         "observer",
         "metrics",

@@ -151,6 +151,7 @@ cdef class RingHandle(RingCore):
             raise AccessRefused(
                 "created in another PID namespace, where process ids mean other processes: the death of a"
                 " peer could not be seen; share the namespace (for containers: --pid)"
+                " (docs: containers#pid-namespaces)"
             )
         if (h.min_capacity < SHMRING_MIN_CAPACITY or h.min_capacity > h.max_capacity
                 or h.max_capacity > SHMRING_MAX_CAPACITY):
@@ -347,7 +348,8 @@ cdef class RingHandle(RingCore):
             wait_wake_all(&self.header.done_wait)
             if immediate and without_views:
                 with nogil:
-                    area_forget(self.fd, &self.file)
+                    if self.find_blocks() == 0:
+                        area_forget(self.header, self.blocks(), self.fd, &self.file)
         finally:
             self.leave()
 
