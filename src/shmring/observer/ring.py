@@ -39,7 +39,8 @@ _LAYOUT = {
     LAYOUT["CONSUMERS_OFFSET"]: "consumer_lock:I consumer_holder:I read_position:Q"
     " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q empty_position:Q needed_ns:Q"
     " last_consumer:I",
-    LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I",
+    LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I block_slots:I"
+    " blocks_offset:Q",
 }
 _NAMES: list[str] = []
 _FORMAT = "<"
