@@ -33,7 +33,7 @@ __all__ = ["LoggedFrame", "decoded", "last_frames"]
 _MULTI = 0x80000000
 _BLOCK_BYTES = 1 << 20
 _MOST_WALKED = 64 << 20
-_LENT = 4  # a frame's state: whole, and large segments lie in blocks of the file
+_LENT = LAYOUT["LENT"]  # whole, and large segments lie in blocks of the file
 _STATES = {
     LAYOUT["WHOLE"]: "waiting",
     LAYOUT["RESERVED"]: "reserved",
@@ -41,7 +41,7 @@ _STATES = {
     _LENT: "waiting",
 }
 _BLOCK = struct.Struct("<4Q32x")  # holder, position, offset, capacity
-_IN_BLOCK, _INDEX_SHIFT, _MOST_BLOCKS = 1 << 63, 48, 64  # of a segment's entry in the table
+_IN_BLOCK, _INDEX_SHIFT = 1 << 63, 48  # of a segment's entry in the table
 _KINDS = {
     KIND_BYTES: "bytes",
     KIND_PICKLE: "pickle",
@@ -159,7 +159,7 @@ def _read_frame(fd: int, area: Area, position: int, header: Header, most_bytes: 
 
 
 def _with_blocks(fd: int, header: Header, position: int, payload: bytes, most: int) -> bytes:
-    """The payload with its lent segments in place; as it is, if one is gone or they are too large."""
+    """The payload with its lent segments in place; unchanged if one is gone or too large."""
     count = int.from_bytes(payload[:8], "little")
     if len(payload) < 8 or not 1 <= count <= (len(payload) - 8) // 8:
         return payload
@@ -186,7 +186,7 @@ def _with_blocks(fd: int, header: Header, position: int, payload: bytes, most: i
 def _block_bytes(fd: int, header: Header, position: int, index: int, nbytes: int) -> bytes:
     """The first bytes of a block that the message at a position names; empty if it is another's."""
     limit = LAYOUT["MAX_CAPACITY"]
-    if index >= _MOST_BLOCKS or not 0 < header["blocks_offset"] < limit:
+    if index >= LAYOUT["BLOCK_COUNT"] or not 0 < header["blocks_offset"] < limit:
         return b""
     record = os.pread(fd, _BLOCK.size, header["blocks_offset"] + _BLOCK.size * index)
     if len(record) < _BLOCK.size:
@@ -256,9 +256,7 @@ def _segments(payload: bytes) -> list[Any]:
     for index in range(count):
         length = int.from_bytes(payload[8 + 8 * index : 16 + 8 * index], "little")
         if length & _IN_BLOCK:
-            raise DecodeError(
-                "a large buffer of it was given back, or is too large to be read here"
-            )
+            raise DecodeError("a large buffer was given back, or is too large to be read here")
         if length > len(payload) - at:
             raise DecodeError(f"segment {index} of {length} bytes reaches past the message")
         part = payload[at : at + length]
