@@ -29,7 +29,7 @@ from shmring.shm import segment
 
 __all__ = ["Observer", "listing"]
 
-_MOST_SCANNING = 0.005  # of the time; what looking for files may take
+_MOST_SCANNING = 0.003  # of the time; what looking for files may take
 _RATE_S = 0.03  # for a rate that is measured between two looks
 _GETS = frozenset({"a message", "the end of a peek", "the end of a reserve"})
 
