@@ -18,6 +18,7 @@ from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
 from shmring.ipc.registry import Registry
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
+from shmring.process.liveness import process_start_ticks
 from shmring.queues.queue import Queue
 from shmring.tasks.channel import STOP
 from shmring.tasks.dispatcher import Dispatcher
@@ -125,6 +126,12 @@ class Manager:
             undo.callback(self._registry.close)
             self._lifeline = Lifeline()
             undo.pop_all()
+        self._slots = slots
+        slots.tell(
+            self.pid,
+            process_start_ticks(self.pid),
+            *(queue._identity()[1] for queue in (self._tasks, self._answers)),
+        )
         self.workers = ChildWorkers(
             self._registry,
             number,
@@ -258,12 +265,17 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        told = (0, 0, 0, 0)  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
                 if self.dispatcher.closed and not len(table):
                     break
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
+                counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
+                if counts != told:
+                    self._slots.tell(*counts, start=4)
+                    told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
         except BaseException as error:
