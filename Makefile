@@ -126,7 +126,9 @@ sdist: $(VENV)/.with-wheel  ## make the sdist, and build and test what it holds
 	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
 	$(MAKE) -C build/sdist test test-fallback
 
+# Bytecode too: each process that a test or a benchmark starts would compile the modules again.
 build: $(VENV)/.built
+	@$(BIN)/python -m compileall -q src tests benchmarks
 
 $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace

@@ -639,7 +639,7 @@ cdef class RingCore:
                     announced = wait_announce(word)
                     index = block_take(self.space, self.myself(), bytes)
                     if index < 0:
-                        wait_sleep(&word, &announced, 1, NULL, BLOCK_SLEEP_NS)
+                        wait_sleep(&word, &announced, 1, NULL, BLOCK_SLEEP_NS, SYNC_SLICE_NS)
                         index = block_take(self.space, self.myself(), bytes)
         if index < 0:
             index = self.make_block(bytes, MAY_WAIT if patient else BRIEFLY)
