@@ -8,13 +8,13 @@ import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from shmring.errors import InvalidArgument
 from shmring.tasks.channel import SPREAD
-from shmring.tasks.task_table import Failure
+from shmring.tasks.task_table import Failure, PartialResults
 
 if TYPE_CHECKING:
     from shmring.pool.manager import PoolStatistics
@@ -35,7 +35,7 @@ class TaskCalls(abc.ABC):
     def _submit(
         self, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any] | int, retries: int
     ) -> Future[Any]:
-        """Schedule a call, or a chunk of calls: a list of items, and flags."""
+        """Schedule a call, or a chunk of calls: a tuple of items, and flags."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Schedule ``fn(*args, **kwargs)``.
@@ -91,7 +91,8 @@ class TaskCalls(abc.ABC):
         else:
             spread = len(iterables) != 1
             items = zip(*iterables, strict=False) if spread else iter(iterables[0])
-            chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
+            # Tuples, also as results: garbage collection leaves those of simple objects alone.
+            chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
             flags = SPREAD if spread else 0
             ahead = (submit(fn, chunk, flags, retries) for chunk in chunks)
         first = collections.deque(itertools.islice(ahead, buffersize))
@@ -226,11 +227,11 @@ def _results(
             each.cancel()
 
 
-def _successful(chunks: Generator[list[Any]]) -> Iterator[list[Any]]:
+def _successful(chunks: Generator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """Results of chunks, up to the first call that failed: its exception is raised."""
     with contextlib.closing(chunks):
         for results in chunks:
-            if type(results) is list:
+            if type(results) is not PartialResults:
                 yield results
                 continue
             for index, each in enumerate(results):
