@@ -35,6 +35,11 @@ test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
 test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
 	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
 
+# With a few hundred MB of packages, which `make test` does without.
+test-loaders: build $(VENV)/.with-test-loaders  ## tensors, DataLoader, pandas, loguru, faster-fifo
+	$(PYTEST) $(SHARED) tests/tensors tests/hooks tests/repository/test_documents.py \
+	  tests/repository/test_examples.py tests/repository/test_house.py $(TEST_ARGS)
+
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
 	$(PYTEST) -m torture -o faulthandler_timeout=1200 $(TEST_ARGS)
 
@@ -126,7 +131,9 @@ sdist: $(VENV)/.with-wheel  ## make the sdist, and build and test what it holds
 	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
 	$(MAKE) -C build/sdist test test-fallback
 
+# Bytecode too: each process that a test or a benchmark starts would compile the modules again.
 build: $(VENV)/.built
+	@$(BIN)/python -m compileall -q src tests benchmarks
 
 $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace

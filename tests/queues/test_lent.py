@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 from header import BLOCKS_AT, LAYOUT, READ_POSITION, blocks, first_frame, lock_word, word
 from shmring import ProcessPoolExecutor, Queue, RingClosed, RingCorrupted, ShutDown
+from shmring._core import bytes_ring
 from shmring._core.bytes_ring import LentBuffer
 from shmring.errors import DecodeError, Empty, Full
 from support import run_in_process, run_with_mounts, wait_for
@@ -27,6 +28,14 @@ np = pytest.importorskip("numpy")
 
 MIB = 1 << 20
 FREE, FORKED = 0, 1
+
+
+@pytest.fixture(autouse=True)
+def lend_more() -> Iterator[None]:
+    """Smaller buffers than a program's are lent, which takes less memory."""
+    before = bytes_ring._set_lend_bytes(MIB // 4)
+    yield
+    bytes_ring._set_lend_bytes(before)
 
 
 def array(number: int, nbytes: int = MIB) -> Any:

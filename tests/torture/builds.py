@@ -88,7 +88,7 @@ CORE, WAIT = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/wait.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
 WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
-BLOCK = "cython/shmring/_core/block.h"
+BLOCK, LENDING = "cython/shmring/_core/block.h", "cython/shmring/_core/lending.pxd"
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
@@ -162,8 +162,13 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            block_lend(self.space, take.lent[j].index, self.myself())\n",
-                "            pass\n",
+                "cimport block_recover, block_return",
+                "cimport block_lend, block_recover, block_return",
+            ),
+            Patch(
+                LENDING,
+                "        block_lend(ring.space, take.lent[j].index, ring.myself())\n",
+                "        pass\n",
             ),
             Patch(
                 CORE,
@@ -180,8 +185,8 @@ BUILDS = {
         [
             Patch(
                 BLOCK,
-                "            || (position != SHMRING_NO_POSITION && position >= read))\n",
-                "            || (position == SHMRING_NO_POSITION && position > read))\n",
+                "        if (position != SHMRING_NO_POSITION && position >= read)\n",
+                "        if (position == SHMRING_NO_POSITION && position < read)\n",
             ),
         ],
     ),

@@ -37,8 +37,6 @@ BUFFER = 2 * LENT_BYTES
 ALL = 4  # blocks of 64 KiB in half of max_capacity
 BLOCKS_AT = LAYOUT["JOINING_OFFSET"] + 32
 
-bytes_ring._set_lend_bytes(LENT_BYTES)
-
 
 class Sheet:
     """An object with one large buffer."""
@@ -146,6 +144,7 @@ class Desk(Stage):
 
 
 def desk() -> Desk:
+    bytes_ring._set_lend_bytes(LENT_BYTES)
     return Desk(Queue(max_capacity=2 * ALL << 16))
 
 

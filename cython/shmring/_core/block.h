@@ -38,9 +38,13 @@
 #define F_OFD_SETLK 37
 #endif
 
+#define BLOCK_FORKED 1  /* states in the place of an owner, which has a start time above its pid */
+#define BLOCK_RETIRED 2
+
 #define BLOCK_PIECE ((uint64_t)256 << 10)        /* copied at once: more would bypass the cache */
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
+#define BLOCK_WAKE_BYTES ((uint64_t)1 << 20)
 #define BLOCK_LATELY_NS ((uint64_t)200000000)    /* provided that one came back lately */
 #define BLOCK_IDLE_NS ((uint64_t)2000000000)     /* not used for so long: its memory goes */
 #define BLOCK_REAP_NS ((uint64_t)100000000)      /* between two looks for the dead, */
@@ -114,7 +118,7 @@ static void block_before_fork(void)
             if (load_acquire32(&m->lent) != sync_epoch() || m->pinned)
                 continue;
             if (block_pin(space, m) != 0)
-                store_release64(&space->blocks[i].holder, SHMRING_BLOCK_RETIRED);
+                store_release64(&space->blocks[i].holder, BLOCK_RETIRED);
             m->pinned = 1;
         }
 }
@@ -266,11 +270,13 @@ SYNC_SLOW int block_map(block_space *space, int i)
 SYNC_SLOW void block_free(block_space *space, int i, uint64_t freed_ns)
 {
     shmring_block *block = &space->blocks[i];
+    uint64_t capacity = load_relaxed64(&block->capacity);
     store_relaxed64(&block->freed_ns, freed_ns);
     store_release64(&block->position, SHMRING_NO_POSITION);
     store_release64(&block->holder, 0);
     fence_full();
-    if (wait_wants_wake(&space->header->space_wait))
+    /* a producer that waits for a smaller one looks by itself: a wake-up for each would cost more */
+    if (capacity >= BLOCK_WAKE_BYTES && wait_wants_wake(&space->header->space_wait))
         wait_wake_one(&space->header->space_wait);
 }
 
@@ -344,18 +350,19 @@ SYNC_SLOW void block_reap(block_space *space, uint64_t me)
     uint64_t alive = me;
     for (int i = 0, slots = (int)block_slots(space); i < slots; i++) {
         shmring_block *block = &space->blocks[i];
-        uint64_t position = load_acquire64(&block->position);
-        /* in this order: a receiver stores itself before the message is read */
-        uint64_t read = load_acquire64(&space->header->read_position);
         uint64_t holder = load_acquire64(&block->holder);
-        uint64_t capacity = load_relaxed64(&block->capacity);
-        if (holder == 0 || holder == alive || holder == SHMRING_BLOCK_RETIRED
-            || (position != SHMRING_NO_POSITION && position >= read))
+        if (holder == 0 || holder == alive || holder == BLOCK_RETIRED)
             continue;
-        if (holder != SHMRING_BLOCK_FORKED && !owner_is_dead(holder)) {
+        if (holder != BLOCK_FORKED && !owner_is_dead(holder)) {
             alive = holder;
             continue;
         }
+        /* after the proof: it may have put its message, and died, in between */
+        uint64_t position = load_acquire64(&block->position);
+        uint64_t read = load_acquire64(&space->header->read_position);
+        uint64_t capacity = load_relaxed64(&block->capacity);
+        if (position != SHMRING_NO_POSITION && position >= read)
+            continue;
         if (capacity != 0 && block_is_pinned(space, load_relaxed64(&block->offset), capacity))
             continue;
         if (compare_exchange64(&block->holder, holder, me))
@@ -529,7 +536,7 @@ SYNC_SLOW void block_return(block_space *space, int i, char *data, uint64_t capa
         block_free(space, i, (uint64_t)monotonic_ns());
     else if (load_acquire64(&space->blocks[i].holder) == me) {
         store_release64(&space->blocks[i].position, SHMRING_NO_POSITION);
-        store_release64(&space->blocks[i].holder, SHMRING_BLOCK_FORKED);
+        store_release64(&space->blocks[i].holder, BLOCK_FORKED);
     }
 }
 

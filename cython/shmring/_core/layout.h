@@ -84,9 +84,9 @@
 
 /* An entry in the table of segments: its length, or, of a segment that lies in a block,
  * LENT | index of the block << 48 | length. */
-#define SHMRING_SEGMENT_LENT ((uint64_t)1 << 63)
+#define SHMRING_SEGMENT_LENT 0x8000000000000000
 #define SHMRING_SEGMENT_INDEX_SHIFT 48
-#define SHMRING_SEGMENT_LENGTH (((uint64_t)1 << SHMRING_SEGMENT_INDEX_SHIFT) - 1)
+#define SHMRING_SEGMENT_LENGTH 0xffffffffffff /* the bits below the index */
 
 /* States of a frame. */
 #define SHMRING_WHOLE 1
@@ -111,13 +111,11 @@ typedef struct {
     uint64_t spare;
 } shmring_area;
 
-#define SHMRING_NO_POSITION UINT64_MAX
-#define SHMRING_BLOCK_FORKED 1  /* no process's owner word: see block.h */
-#define SHMRING_BLOCK_RETIRED 2
+#define SHMRING_NO_POSITION 0xffffffffffffffff
 
 /* A block: memory for one large buffer, a cache line each. */
 typedef struct {
-    uint64_t holder;   /* 0 is free; an owner, or one of the two above */
+    uint64_t holder;   /* 0 is free; an owner, or a state of block.h */
     uint64_t position; /* of the message that names it, or NO_POSITION; counts once committed */
     uint64_t offset;   /* where it lies in the file, */
     uint64_t capacity; /* and its bytes; 0 is an empty slot */

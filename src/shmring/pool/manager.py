@@ -195,26 +195,20 @@ class Manager:
                     self._thread = thread
                     thread.start()
 
-    def close(self, cancel: bool) -> list[Task]:
+    def close(self, cancel: bool) -> None:
         """Let the work that is there be done, then end.
 
         Args:
             cancel: take back what no worker has taken.
-
-        Returns:
-            the tasks that were taken back.
         """
-        cancelled: list[Task] = []
         if self.pid != os.getpid():
-            return cancelled
+            return
         dispatcher = self.dispatcher
         with dispatcher.lock:
             dispatcher.closed = True
-            if cancel and not self._ended:
-                with contextlib.suppress(RingClosed):
-                    dispatcher.recall()
-                cancelled = list(dispatcher.table.backlog)
-                dispatcher.table.backlog.clear()
+        if cancel and not self._ended:
+            with contextlib.suppress(RingClosed):
+                dispatcher.cancel_all()
         with self._start_lock:
             if self._thread is not None:
                 self._wake()
@@ -222,7 +216,6 @@ class Manager:
                 self._start(len(dispatcher.table))
             else:
                 self._end()
-        return cancelled
 
     def kill(self, signum: int) -> None:
         """End all workers by a signal; tasks that have no answer fail.
@@ -323,7 +316,7 @@ class Manager:
             self.workers.number = 0  # none is to be started any more
             failed = dispatcher.table.take_all()
         for task in failed:
-            task.done(Failure(error))
+            task.finish(Failure(error))
 
     def _heard(self, kind: str, worker_id: str, content: Any) -> None:
         if kind == "log":
