@@ -46,6 +46,9 @@ torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
 	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
+matrix:  ## the suite on several interpreters, in one table; MATRIX="3.12 3.14d musl /path/to/python"
+	$(PYTHON) tests/platforms/matrix.py $(MATRIX) $(MATRIX_ARGS)
+
 qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (Debian)
 	$(BIN)/python tests/aarch64/emulated.py --install
 

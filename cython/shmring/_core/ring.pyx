@@ -29,13 +29,11 @@ from shmring._core.frame cimport frame_begin, frame_is_possible
 from shmring._core.lending cimport adopt_blocks
 from shmring._core.layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC,
-    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT,
-    SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_DEATHS_OFFSET,
-    SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
+    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT,
+    SHMRING_DEATHS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
     SHMRING_LENT, SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET,
-    SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITER_COUNT, SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, Block, Frame, Header,
-    shmring_area_of,
-    shmring_frame_span,
+    SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITER_COUNT, SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET,
+    SHMRING_WHOLE, Block, Claim, Frame, Header, shmring_area_of, shmring_frame_span,
 )
 from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
@@ -537,13 +535,19 @@ cdef class RingCore:
         store_release64(&h.read_position, pos)  # the commit
 
     @cython.final
+    cdef bint claim_is_held(self) noexcept nogil:
+        cdef Claim *claim = self.claim
+        return claim != NULL and load_acquire64(&claim.low) < load_relaxed64(&claim.high)
+
+    @cython.final
     cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil:
         """Claim and commit what was copied out."""
         cdef Header *h = self.header
-        if self.claim != NULL:
+        cdef Claim *claim = self.claim  # once: another thread may end the claiming
+        if claim != NULL:
             # counts only up to read_position: valid with the commit, not before
-            store_release64(&self.claim.low, h.read_position)
-            store_release64(&self.claim.high, following)
+            store_release64(&claim.low, h.read_position)
+            store_release64(&claim.high, following)
         self.commit_read(following, count)
         if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
             RingCore.note_empty(self, following)
@@ -559,7 +563,7 @@ cdef class RingCore:
         cdef int result = RingCore.lock_consumers(self, flags)
         if result != DONE:
             return result
-        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
+        if self.claim_is_held():
             result = CLAIM_HELD
         else:
             result = self.first_frame(take)
@@ -682,7 +686,7 @@ cdef class RingCore:
         if result != DONE:
             return result
         bytes[0] = 0
-        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
+        if self.claim_is_held():
             result = CLAIM_HELD
         else:
             result = self.first_frame(&found)
