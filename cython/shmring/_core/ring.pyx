@@ -45,7 +45,7 @@ from shmring._core.sync cimport (
 )
 from shmring._core.diagnostics cimport (
     HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, death_record, holder_show,
-    holder_pid, holder_hide,
+    holder_pid, holder_hide, user_show,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -330,6 +330,7 @@ cdef class RingCore:
             count_on(&h.put_count, start, pos, at - done[0])
             if start & (CPU_BYTES - 1) < pos - start:
                 store_relaxed32(&h.producer_cpu, current_cpu())
+                user_show(&h.last_producer)
             store_release64(&h.write_position, pos)  # the commit
             if h.starved_producer != 0 and h.starved_producer == self.starved_name():
                 h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
@@ -460,6 +461,7 @@ cdef class RingCore:
         if limit - pos > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_limit = limit
+        user_show(&h.last_consumer)
         return EMPTY if limit == pos else DONE
 
     @cython.final
