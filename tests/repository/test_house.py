@@ -213,6 +213,7 @@ def test_no_test_takes_a_name_that_another_worker_would_take() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         if re.search(r"(?:^|['\"]|/dev/shm/)test-[\w-]*\w(?:$|['\"])", node.value)
+        and node.value not in ("test-command", "test-extras")  # of cibuildwheel
     ]
     assert not fixed
 
