@@ -41,7 +41,6 @@
 #define BLOCK_FORKED 1  /* states in the place of an owner, which has a start time above its pid */
 #define BLOCK_RETIRED 2
 
-#define BLOCK_PIECE ((uint64_t)256 << 10)        /* copied at once: more would bypass the cache */
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
 #define BLOCK_WAKE_BYTES ((uint64_t)1 << 20)
@@ -478,13 +477,6 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
         return slot;
     block_free(space, slot, 0);
     return -2;
-}
-
-/* In pieces, which stay in the cache that the receiver reads from. */
-static inline void block_copy(char *to, const char *from, uint64_t bytes)
-{
-    for (uint64_t done = 0; done < bytes; done += BLOCK_PIECE)
-        memcpy(to + done, from + done, bytes - done < BLOCK_PIECE ? bytes - done : BLOCK_PIECE);
 }
 
 /* Under the producers' lock, after its owner died: what was not committed is in no message. */

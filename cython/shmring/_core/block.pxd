@@ -32,7 +32,6 @@ cdef extern from "block.h" nogil:
     int block_drop_idle(BlockSpace *space, uint64_t me, uint64_t since_ns) noexcept
     bint block_any_idle(BlockSpace *space, uint64_t since_ns) noexcept
     int block_create(BlockSpace *space, uint64_t me, uint64_t bytes) noexcept
-    void block_copy(char *to, const char *source, uint64_t bytes) noexcept
     void block_recover(BlockSpace *space, uint64_t write_position) noexcept
     int block_check(BlockSpace *space, uint64_t index, uint64_t position, uint64_t length) noexcept
     void block_lend(BlockSpace *space, int index, uint64_t me) noexcept
