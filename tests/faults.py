@@ -37,7 +37,7 @@ FAULTS = {
     ),
     3: Fault(
         "A producer is killed after the message is committed and before a waiter is woken",
-        "No sleep lasts longer than 90 ms, and a waiter that wakes up takes the message",
+        "Two of the consumers that sleep look every 90 ms, and one that looks takes the message",
     ),
     4: Fault(
         "A process is killed while it recovers from another's death",

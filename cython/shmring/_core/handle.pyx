@@ -103,6 +103,8 @@ cdef class RingHandle(RingCore):
         h.max_messages = max_messages
         h.pid_namespace = pid_namespace
         h.user_kind = user_kind
+        h.created_ns = <uint64_t>monotonic_ns()
+        h.creator = self.myself()
         h.token = token
         h.named = name != b""
         memcpy(h.name, <char *>name, len(name) if len(name) < 256 else 0)
@@ -149,6 +151,7 @@ cdef class RingHandle(RingCore):
             raise AccessRefused(
                 "created in another PID namespace, where process ids mean other processes: the death of a"
                 " peer could not be seen; share the namespace (for containers: --pid)"
+                " (docs: containers#pid-namespaces)"
             )
         if (h.min_capacity < SHMRING_MIN_CAPACITY or h.min_capacity > h.max_capacity
                 or h.max_capacity > SHMRING_MAX_CAPACITY):

@@ -157,7 +157,9 @@ typedef struct {
     uint64_t pid_namespace; /* inode of the creator's; owners are named by pid */
     uint32_t ready;         /* stored last; an attacher waits for it */
     uint32_t user_kind;     /* which class laid it out, so that attach refuses another */
-    char pad_identity[SHMRING_WAITING_OFFSET - 56];
+    uint64_t created_ns;    /* these two are diagnostics only; 0 is unknown */
+    uint64_t creator;       /* an owner, see owner.h */
+    char pad_identity[SHMRING_WAITING_OFFSET - 72];
     /* waiting: mostly read */
     uint32_t data_wait;  /* consumers sleep here */
     uint32_t space_wait; /* producers sleep here */
@@ -166,7 +168,9 @@ typedef struct {
     uint64_t lease_owner; /* 0 is no lease */
     uint64_t lease_low;
     uint64_t lease_high;
-    char pad_waiting[128 - 40];
+    uint64_t watches[2];    /* see watch.h; advisory, as the next */
+    uint64_t long_until_ns; /* some consumer may sleep for long until then */
+    char pad_waiting[128 - 64];
     /* producers */
     uint32_t producer_lock;
     uint32_t producer_holder; /* pid, or 0; see diagnostics.h */

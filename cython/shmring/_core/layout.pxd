@@ -86,6 +86,8 @@ cdef extern from "layout.h" nogil:
         uint64_t pid_namespace
         uint32_t ready  # stored last; an attacher waits for it
         uint32_t user_kind  # which class laid it out
+        uint64_t created_ns  # diagnostics only, as creator
+        uint64_t creator
         uint32_t data_wait  # consumers sleep here
         uint32_t space_wait  # producers sleep here
         uint32_t shutdown  # 0 open, 1 drain, 2 immediate

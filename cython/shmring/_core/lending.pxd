@@ -19,7 +19,7 @@ from shmring._core.ring cimport (
     BRIEFLY, DONE, LENT, LENT_MOST, MAY_WAIT, POISON_AREA, POISON_FRAME, RingCore, Take,
 )
 from shmring._core.sync cimport (
-    load_relaxed32, load_relaxed64, monotonic_ns, store_relaxed64, wait_announce, wait_sleep,
+    SYNC_SLICE_NS, load_relaxed32, load_relaxed64, monotonic_ns, store_relaxed64, wait_announce, wait_sleep,
 )
 
 cdef enum:
@@ -55,7 +55,7 @@ cdef inline int await_block(RingCore ring, uint64_t bytes) noexcept nogil:
         announced = wait_announce(word)
         index = block_take(ring.space, ring.myself(), bytes)
         if index < 0:
-            wait_sleep(&word, &announced, 1, NULL, BLOCK_SLEEP_NS)
+            wait_sleep(&word, &announced, 1, NULL, BLOCK_SLEEP_NS, SYNC_SLICE_NS)
             index = block_take(ring.space, ring.myself(), bytes)
     return index
 
