@@ -27,7 +27,7 @@ from support import run_in_process, run_with_mounts, wait_for
 np = pytest.importorskip("numpy")
 
 MIB = 1 << 20
-FREE, FORKED = 0, 1
+FREE, FORKED = 0, 1 << 63
 
 
 @pytest.fixture(autouse=True)

@@ -38,8 +38,8 @@
 #define F_OFD_SETLK 37
 #endif
 
-#define BLOCK_FORKED 1  /* states in the place of an owner, which has a start time above its pid */
-#define BLOCK_RETIRED 2
+#define BLOCK_FORKED ((uint64_t)1 << 63) /* states in the place of an owner: none started so late */
+#define BLOCK_RETIRED (((uint64_t)1 << 63) + 1)
 
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
@@ -279,10 +279,16 @@ SYNC_SLOW void block_free(block_space *space, int i, uint64_t freed_ns)
         wait_wake_one(&space->header->space_wait);
 }
 
+/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
+static inline uint64_t block_capacity(uint64_t bytes)
+{
+    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
+}
+
 /* Is the memory right for `bytes`: enough, and not far too much? */
 static inline int block_fits(uint64_t capacity, uint64_t bytes)
 {
-    return capacity >= bytes && capacity - bytes <= bytes;
+    return capacity >= bytes && capacity <= 2 * block_capacity(bytes);
 }
 
 /* Take the free block that came back last, and map it: its index, or -1. */
@@ -414,12 +420,6 @@ SYNC_SLOW int block_any_idle(block_space *space, uint64_t since_ns)
             && load_relaxed64(&space->blocks[i].freed_ns) < since_ns)
             return 1;
     return 0;
-}
-
-/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
-static inline uint64_t block_capacity(uint64_t bytes)
-{
-    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
 }
 
 /* Under the producers' lock: make a block for `bytes`, which the caller then holds: its index.
