@@ -68,6 +68,7 @@ typedef struct block_space {
     int64_t references;
     uint64_t reaped_ns; /* atomics: advice */
     uint64_t refused_ns;
+    uint64_t vain_ns;
     block_mapping mappings[SHMRING_BLOCK_COUNT];
     struct block_space *following, *previous; /* of this process, under block_mutex */
 } block_space;
@@ -323,8 +324,9 @@ SYNC_SLOW int block_take(block_space *space, uint64_t me, uint64_t bytes)
     return -1;
 }
 
-/* Are there blocks enough, and came one back lately: is the next one worth waiting for? */
-SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
+/* When the last block came back, if there are enough and the next one is worth waiting for; else 0.
+ * After a wait in vain none is, until another has come back. */
+SYNC_SLOW uint64_t block_last_return(block_space *space, uint64_t bytes)
 {
     uint64_t now = (uint64_t)monotonic_ns(), sum = 0, latest = 0;
     int count = 0;
@@ -338,7 +340,8 @@ SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
         if (freed > latest)
             latest = freed;
     }
-    return count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    int warm = count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    return warm && latest != load_relaxed64(&space->vain_ns) ? latest : 0;
 }
 
 /* Is there still a mapping that was pinned before a fork? */

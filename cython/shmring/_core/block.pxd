@@ -15,6 +15,7 @@ cdef extern from "block.h" nogil:
         Block *blocks  # the records
         int owns_fd  # the handle's descriptor was left to it
         uint64_t refused_ns  # when /dev/shm was last full
+        uint64_t vain_ns  # the last return before a wait in vain
         BlockMapping *mappings
 
     const uint64_t BLOCK_IDLE_NS
@@ -27,7 +28,7 @@ cdef extern from "block.h" nogil:
     int block_make_records(Header *header, int fd, const File *own) noexcept
     void block_free(BlockSpace *space, int index, uint64_t freed_ns) noexcept
     int block_take(BlockSpace *space, uint64_t me, uint64_t bytes) noexcept
-    bint block_is_worth_waiting(BlockSpace *space, uint64_t bytes) noexcept
+    uint64_t block_last_return(BlockSpace *space, uint64_t bytes) noexcept
     void block_reap_sometimes(BlockSpace *space, uint64_t me) noexcept
     int block_drop_idle(BlockSpace *space, uint64_t me, uint64_t since_ns) noexcept
     bint block_any_idle(BlockSpace *space, uint64_t since_ns) noexcept
