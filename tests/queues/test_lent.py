@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import pickle
@@ -27,7 +28,7 @@ from support import run_in_process, run_with_mounts, wait_for
 np = pytest.importorskip("numpy")
 
 MIB = 1 << 20
-FREE, FORKED = 0, 1
+FREE, FORKED = 0, 1 << 63
 
 
 @pytest.fixture(autouse=True)
@@ -298,6 +299,25 @@ def test_views_outlive_the_handle():
     assert is_whole(second, 2)
     del first, second
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1
+
+
+def test_views_survive_a_close_beside_the_get():
+    def take(handle: Queue[Any], got: list[Any]) -> None:
+        with contextlib.suppress(RingClosed):
+            while True:
+                got.append(handle.get(timeout=30))
+
+    for _ in range(20):
+        with Queue() as queue:
+            handle, got = Queue.attach(queue.name), []
+            thread = threading.Thread(target=take, args=(handle, got))
+            thread.start()
+            for number in range(4):
+                queue.put(array(number))
+            handle.close()
+            thread.join(60)
+            assert not thread.is_alive()
+            assert all(is_whole(one, number) for number, one in enumerate(got))
 
 
 def test_a_closed_handle_gives_its_blocks_back_to_the_others():

@@ -189,6 +189,7 @@ BUILDS = {
                 "        if (position == SHMRING_NO_POSITION && position < read)\n",
             ),
         ],
+        ["bytes_ring", "wait"],  # what calls it
     ),
     "reaped before the punch": Build(
         [

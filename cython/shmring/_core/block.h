@@ -38,10 +38,9 @@
 #define F_OFD_SETLK 37
 #endif
 
-#define BLOCK_FORKED 1  /* states in the place of an owner, which has a start time above its pid */
-#define BLOCK_RETIRED 2
+#define BLOCK_FORKED ((uint64_t)1 << 63) /* states in the place of an owner: none started so late */
+#define BLOCK_RETIRED (((uint64_t)1 << 63) + 1)
 
-#define BLOCK_PIECE ((uint64_t)256 << 10)        /* copied at once: more would bypass the cache */
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
 #define BLOCK_WAKE_BYTES ((uint64_t)1 << 20)
@@ -69,6 +68,7 @@ typedef struct block_space {
     int64_t references;
     uint64_t reaped_ns; /* atomics: advice */
     uint64_t refused_ns;
+    uint64_t vain_ns;
     block_mapping mappings[SHMRING_BLOCK_COUNT];
     struct block_space *following, *previous; /* of this process, under block_mutex */
 } block_space;
@@ -280,10 +280,16 @@ SYNC_SLOW void block_free(block_space *space, int i, uint64_t freed_ns)
         wait_wake_one(&space->header->space_wait);
 }
 
+/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
+static inline uint64_t block_capacity(uint64_t bytes)
+{
+    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
+}
+
 /* Is the memory right for `bytes`: enough, and not far too much? */
 static inline int block_fits(uint64_t capacity, uint64_t bytes)
 {
-    return capacity >= bytes && capacity - bytes <= bytes;
+    return capacity >= bytes && capacity <= 2 * block_capacity(bytes);
 }
 
 /* Take the free block that came back last, and map it: its index, or -1. */
@@ -318,8 +324,9 @@ SYNC_SLOW int block_take(block_space *space, uint64_t me, uint64_t bytes)
     return -1;
 }
 
-/* Are there blocks enough, and came one back lately: is the next one worth waiting for? */
-SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
+/* When the last block came back, if there are enough and the next one is worth waiting for; else 0.
+ * After a wait in vain none is, until another has come back. */
+SYNC_SLOW uint64_t block_last_return(block_space *space, uint64_t bytes)
 {
     uint64_t now = (uint64_t)monotonic_ns(), sum = 0, latest = 0;
     int count = 0;
@@ -333,7 +340,8 @@ SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
         if (freed > latest)
             latest = freed;
     }
-    return count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    int warm = count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    return warm && latest != load_relaxed64(&space->vain_ns) ? latest : 0;
 }
 
 /* Is there still a mapping that was pinned before a fork? */
@@ -417,12 +425,6 @@ SYNC_SLOW int block_any_idle(block_space *space, uint64_t since_ns)
     return 0;
 }
 
-/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
-static inline uint64_t block_capacity(uint64_t bytes)
-{
-    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
-}
-
 /* Under the producers' lock: make a block for `bytes`, which the caller then holds: its index.
  * -1 if there may be no more, -2 if there is no memory, -3 if the records are garbage. */
 SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
@@ -478,13 +480,6 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
         return slot;
     block_free(space, slot, 0);
     return -2;
-}
-
-/* In pieces, which stay in the cache that the receiver reads from. */
-static inline void block_copy(char *to, const char *from, uint64_t bytes)
-{
-    for (uint64_t done = 0; done < bytes; done += BLOCK_PIECE)
-        memcpy(to + done, from + done, bytes - done < BLOCK_PIECE ? bytes - done : BLOCK_PIECE);
 }
 
 /* Under the producers' lock, after its owner died: what was not committed is in no message. */

@@ -15,9 +15,10 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from shmring._core.area cimport area_release
-from shmring._core.block cimport BlockMapping, block_copy, block_free, block_space_keep
+from shmring._core.block cimport BlockMapping, block_free, block_space_keep
 from shmring._core.ring cimport (
     BRIEFLY, BUSY, CHANGED, DONE, LENT, LENT_MOST, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Lending, Segment,
     Take, leave_blocks, return_block,
@@ -159,7 +160,7 @@ cdef class Parcel:
                             lending.epoch = sync_epoch()
                         lending.indices[lending.count] = index
                         lending.count += 1
-                        block_copy(lending.space.mappings[index].data, segment.data, segment.length)
+                        memcpy(lending.space.mappings[index].data, segment.data, segment.length)
             finally:
                 ring.leave()
             if index < 0:

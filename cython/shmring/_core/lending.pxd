@@ -9,7 +9,7 @@ from libc.string cimport memcpy
 
 from shmring._core.block cimport (
     BLOCK_IDLE_NS, BLOCK_REFUSED_NS, block_any_idle, block_check, block_create, block_drop_idle,
-    block_is_worth_waiting, block_lend, block_make_records, block_reap_sometimes, block_space_keep,
+    block_last_return, block_lend, block_make_records, block_reap_sometimes, block_space_keep,
     block_take,
 )
 from shmring._core.layout cimport (
@@ -34,13 +34,18 @@ cdef inline int take_block(RingCore ring, uint64_t bytes, bint patient) noexcept
     another: as with a ring that stays small, fresh memory is cold.
     """
     cdef Header *h = ring.header
+    cdef uint64_t returned
     cdef int index = -1
     if bytes > h.max_capacity // 2 or load_relaxed32(&h.poisoned) != 0:
         return -1
     if ring.space != NULL:
         index = block_take(ring.space, ring.myself(), bytes)
-        if index < 0 and patient and block_is_worth_waiting(ring.space, bytes):
-            index = await_block(ring, bytes)
+        if index < 0 and patient:
+            returned = block_last_return(ring.space, bytes)
+            if returned != 0:
+                index = await_block(ring, bytes)
+            if returned != 0 and index < 0:
+                store_relaxed64(&ring.space.vain_ns, returned)
     if index < 0:
         index = make_block(ring, bytes, MAY_WAIT if patient else BRIEFLY)
     return index
