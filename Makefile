@@ -14,8 +14,8 @@ SECONDS := 600
 RESULTS := benchmarks/results
 PEERS = $(shell sed -nE '/^peers = \[/,/^\]/s/^ *"(.*)",$$/\1/p' pyproject.toml)
 PYTEST := $(BIN)/python -m pytest -q
-WORKERS := 2
 # Most tests wait for processes most of the time.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 2 ? 2 : n > 12 ? 12 : n)))
 SHARED := -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
