@@ -3,8 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WHEEL_VENV := build/wheel-venv
-PLATFORM := manylinux_2_28_$(shell uname -m)
+PYTHONS ?= 3.11 3.12 3.13 3.14 3.14t 3.15 3.15t
 COMPILED := $(wildcard cython/shmring/_core/*)
 PYTHON_SOURCES := $(wildcard src/shmring/*.py src/shmring/*/*.py)
 ASAN_READS := 2000000
@@ -52,10 +51,10 @@ qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (
 model:  ## search the models of the protocol with spin, and for mistakes in them; MODEL_ARGS="--only ring"
 	$(PYTHON) docs/model/check.py $(MODEL_ARGS)
 
-# Warnings are errors. LINKS also follows the links between the pages.
+# Anew each time: pages that were not read again would neither be checked nor know new pages.
 docs: build $(VENV)/.with-docs  ## the documentation, into build/docs/index.html
-	$(BIN)/sphinx-build -q -W --keep-going -b html -d build/docs-cache docs build/docs
-	@echo build/docs/index.html
+	$(BIN)/sphinx-build -q -E -W --keep-going -d build/docs-cache docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
 
 faults:  ## write docs/faults.md from the marks on the tests
 	$(PYTHON) tests/faults.py
@@ -100,31 +99,39 @@ tsan: $(VENV)/.tsan $(VENV)/.with-test  ## threads in one handle under ThreadSan
 	  TSAN_OPTIONS=history_size=7:exitcode=66 \
 	  PYTHONPATH=build/tsan/lib:tests:tests/process $(BIN)/python tests/tsan/run.py --messages $(TSAN_MESSAGES)
 
-lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, and the stubs against the extension
+lint: build $(VENV)/.with-lint  ## ruff, mypy, cython-lint, stubs, workflows, what the sdist holds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 	$(ON_PATH) cython-lint cython
 	$(if $(STUBS),$(ON_PATH) stubtest --allowlist tests/stubtest.txt \
 	  --ignore-unused-allowlist --ignore-disjoint-bases $(STUBS))
+	$(BIN)/zizmor --quiet --offline .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	CIBW_ARCHS_LINUX="x86_64 aarch64" CIBW_ARCHS_MACOS="x86_64 arm64" CIBW_ARCHS_WINDOWS=AMD64 \
+	  sh -ec 'for platform in linux macos windows; do \
+	    $(BIN)/cibuildwheel --print-build-identifiers --platform $$platform .; done' \
+	  | diff .github/wheels.txt -
+	$(if $(wildcard .git),$(ON_PATH) check-manifest --quiet --no-build-isolation)
 
-# Of the tree, and not of the package: not run again over the wheel.
-OF_THE_TREE := --ignore=repository --ignore=core/test_model.py
+# For each Python that is here, and four platforms; the Python's own is tested as CI tests it.
+wheels: $(VENV)/.with-wheel  ## build each wheel that can be built here, and test those that run; PYTHONS="3.12 PATH"
+	$(BIN)/python tests/platforms/wheels.py $(PYTHONS) $(WHEELS_ARGS)
 
-# From the sdist, as a user without our tree would get it; then away from src.
-wheel: $(VENV)/.with-wheel  ## build, repair, and run the suite against the wheel
-	rm -rf dist wheelhouse $(WHEEL_VENV)
-	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python -m build --outdir dist .
-	$(ON_PATH) auditwheel repair --plat $(PLATFORM) \
-	  --wheel-dir wheelhouse dist/*.whl
-	$(PYTHON) -m venv $(WHEEL_VENV)
-	wheel=$$(echo wheelhouse/*.whl) && $(WHEEL_VENV)/bin/pip install -q "$$wheel[test]"
-	cd tests && ../$(WHEEL_VENV)/bin/python -c 'import shmring, sys; \
-	  assert shmring.__file__.startswith(sys.prefix), shmring.__file__'
-	ls -l wheelhouse
-	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest -q $(SHARED) $(OF_THE_TREE) $(TEST_ARGS)
+wheel: $(VENV)/.with-wheel  ## the wheel of one Python, with the tests of both backends
+	$(BIN)/python tests/platforms/wheels.py $(PYTHON) --targets own --tests "-m 'both_backends and not torture'"
 
+# As a user without our tree would get it: alone in a folder.
+sdist: $(VENV)/.with-wheel  ## make the sdist, and build and test what it holds
+	rm -rf dist build/sdist && mkdir -p build/sdist
+	$(BIN)/python -m build --sdist --outdir dist .
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	$(MAKE) -C build/sdist test test-fallback
+
+# Bytecode too: each process that a test or a benchmark starts would compile the modules again.
 build: $(VENV)/.built
+	@$(BIN)/python -m compileall -q src tests benchmarks
 
 $(VENV)/.built: $(VENV)/.editable $(COMPILED)
 	SHMRING_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace

@@ -7,6 +7,7 @@ Switches, all read from the environment:
 ``SHMRING_SANITIZE=address,undefined``  instrument; run with the runtime preloaded:
                                  ``LD_PRELOAD=$(gcc -print-file-name=libasan.so)``.
 ``SHMRING_COVERAGE=1``           line tracing, for a coverage plug-in of Cython.
+``SHMRING_SYMBOLS=1``            keep the symbols; a build in place has them anyway.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ class BuildExtension(build_ext):
     """Says what could not be built, after the build that went on without it."""
 
     def run(self) -> None:
+        if not (self.inplace or switch("SYMBOLS") or switch("SANITIZE")):
+            for each in self.extensions:
+                each.extra_link_args.append("-s")
         super().run()
         place = Path("src") if self.inplace else Path(self.build_lib)
         names = [self.get_ext_filename(ext.name) for ext in self.extensions]

@@ -5,6 +5,7 @@
     costs.py          rows of the report: the drop-in, resources
     recovery.py       rows of the report: how soon messages flow again after a kill
     pools.py          rows of the report: process pools
+    loaders.py        rows of the report: tensors, where torch is installed
     curves.py         `make curves`: rates by size, round trips, plots
     scaling.py        `make scaling`: rates by number of processes, CPU a message, a plot
     plots.py          plots as SVG

@@ -22,6 +22,7 @@ from benchmarks import (
     Target,
     costs,
     limits,
+    loaders,
     machine,
     machine_line,
     parser,
@@ -241,6 +242,7 @@ ROWS: dict[str, Callable[[Settings], Row]] = {
         for method in ("fork", "spawn")
     },
     "pool-idle": pools.idle,
+    **loaders.ROWS,
     **{f"kill-{name}": functools.partial(recovery.row, name) for name in recovery.KINDS},
 }
 

@@ -2,6 +2,8 @@
 
 python dask_scale_out.py                          on this machine
 python dask_scale_out.py tcp://scheduler:8786     on the cluster of that scheduler
+
+The second needs the extra dask, here and on the workers.
 """
 
 from __future__ import annotations

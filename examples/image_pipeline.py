@@ -5,7 +5,7 @@
 A stage reads each frame in place with ``peek()``. The frame leaves the ring only when
 the block ends, after the result is in the next ring. So a stage that is killed leaves
 its frame to another process. At worst a result comes twice (at least once), so each
-frame carries its number, and the results are kept by number.
+frame carries its number, and the results are kept by number. Needs numpy.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ FAULTS = {
     ),
     3: Fault(
         "A producer is killed after the message is committed and before a waiter is woken",
-        "No sleep lasts longer than 90 ms, and a waiter that wakes up takes the message",
+        "Two of the consumers that sleep look every 90 ms, and one that looks takes the message",
     ),
     4: Fault(
         "A process is killed while it recovers from another's death",
@@ -244,6 +244,12 @@ FAULTS = {
     50: Fault(
         "An index that answers differently when it is asked again",
         "It is asked once",
+    ),
+    51: Fault(
+        "The receiver of a lent block dies, closes, forks or sends it on; its sender dies between"
+        " block and message; /dev/shm is full",
+        "The block comes back, and no view shows memory that was lent anew; where there is no"
+        " memory, buffers are copied",
     ),
 }
 

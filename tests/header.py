@@ -22,12 +22,15 @@ LAYOUT = pytest.importorskip("shmring._core.ring", exc_type=ImportError).LAYOUT
 
 DATA_WAIT = LAYOUT["WAITING_OFFSET"]
 SPACE_WAIT = LAYOUT["WAITING_OFFSET"] + 4
+SHUTDOWN = LAYOUT["WAITING_OFFSET"] + 8
 LEASE_OWNER = LAYOUT["WAITING_OFFSET"] + 16
+WATCHES = (LAYOUT["WAITING_OFFSET"] + 40, LAYOUT["WAITING_OFFSET"] + 48)
 WRITE_POSITION = LAYOUT["PRODUCERS_OFFSET"] + 8
 WRITE_GENERATION = LAYOUT["PRODUCERS_OFFSET"] + 16
 READ_POSITION = LAYOUT["CONSUMERS_OFFSET"] + 8
 READ_GENERATION = LAYOUT["CONSUMERS_OFFSET"] + 16
 REAPED = LAYOUT["CONSUMERS_OFFSET"] + 24
+BLOCKS_AT = LAYOUT["JOINING_OFFSET"] + 32  # where the records of the blocks lie
 LOCKS = {"producers": LAYOUT["PRODUCERS_OFFSET"], "consumers": LAYOUT["CONSUMERS_OFFSET"]}
 
 MEMORY_LOCK = 64  # in the file of a SharedMemoryManager
@@ -111,3 +114,10 @@ def stopped_under_lock(ring: Ring, side: str, deep: int = 1000) -> Iterator[Base
             yield holder
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def blocks(ring: AnyRing) -> list[tuple[int, int, int, int]]:
+    """(holder, position, offset, capacity) of each block that has memory."""
+    at = word(ring, BLOCKS_AT)
+    records = os.pread(ring._fileno(), LAYOUT["BLOCKS_BYTES"], at) if at else b""
+    return [record[:4] for record in struct.iter_unpack("<8Q", records) if record[3]]

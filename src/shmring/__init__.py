@@ -61,9 +61,11 @@ __all__ = [
     "current_worker",
     "executor",
     "get_context",
+    "install",
     "multiprocessing_example",
     "register_joblib",
     "share",
+    "uninstall",
     "wait",
     "worker_process",
 ]
@@ -89,6 +91,7 @@ if typing.TYPE_CHECKING:
     from shmring.coordinator.coordinator import Progress, Report, coordinator_process
     from shmring.coordinator.example import multiprocessing_example
     from shmring.coordinator.worker import Worker, worker_process
+    from shmring.drop_in import install, uninstall
     from shmring.errors import (
         AccessRefused,
         DecodeError,
@@ -160,8 +163,10 @@ else:
             "current_worker": "tasks.task_loop",
             "executor": "pool.entry",
             "get_context": "context",
+            "install": "drop_in",
             "multiprocessing_example": "coordinator.example",
             "register_joblib": "pool.entry",
+            "uninstall": "drop_in",
             "wait": "_backend",
             "worker_process": "coordinator.worker",
         },

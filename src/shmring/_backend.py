@@ -42,7 +42,8 @@ def _choose() -> Literal["ring", "queue"]:
             raise
         warnings.warn(
             f"shmring runs on its fallback, multiprocessing.Queue, because the compiled ring cannot"
-            f" be loaded: {error}; SHMRING_BACKEND=queue says that this is wanted",
+            f" be loaded: {error}; SHMRING_BACKEND=queue says that this is wanted"
+            " (docs: platforms)",
             RuntimeWarning,
             stacklevel=2,
         )

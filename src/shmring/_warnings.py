@@ -18,7 +18,8 @@ __all__ = [
 ]
 
 _TEXTS = {
-    errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)",
+    errno.ENOSPC: "no room to grow for this message: enlarge /dev/shm (for containers: --shm-size)"
+    " (docs: containers#no-room)",
     errno.EFBIG: "RLIMIT_FSIZE does not allow the ring to grow for this message",
     errno.EBADF: "the ring's file descriptor was closed, or reused, behind its back",
 }
@@ -52,7 +53,7 @@ def too_large(length: int, limit: int, largest: int) -> MessageTooLarge:
         f"a message of {length} bytes can never fit: max_capacity is {limit} bytes, of which one"
         f" message may take {largest}; create the queue or ring with a larger max_capacity= (a"
         " queue's is half of shared memory unless given: enlarge /dev/shm, for containers with"
-        " --shm-size)"
+        " --shm-size) (docs: containers#no-room)"
     )
 
 
@@ -71,7 +72,7 @@ def warn_full(limit: int | None) -> None:
         why = f"max_capacity={limit} (unless given, half of shared memory) is reached"
     _warn(
         "%s: put waits for a reader; enlarge /dev/shm (for containers: --shm-size)"
-        " or bound the queue with maxsize or max_capacity",
+        " or bound the queue with maxsize or max_capacity (docs: containers#no-room)",
         why,
     )
 

@@ -195,6 +195,7 @@ class WorkerDied(ShmringError):
         return (
             f"task {self.task} was given up after {self.attempts} attempt(s): "
             f"worker process {self.pid} died ({_cause_of_death(self.exitcode)})"
+            " (docs: kills#retries)"
         )
 
 

@@ -7,6 +7,9 @@ import os
 import shutil
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ from header import (
     LEASE_OWNER,
     LOCKS,
     OWNER,
+    SHUTDOWN,
     SLEEPING,
     WAITERS,
+    WATCHES,
     WOKEN,
     first_frame,
     lock_word,
@@ -26,7 +31,7 @@ from header import (
     word,
 )
 from shmring import JoinableQueue, Queue, Ring
-from shmring.errors import Empty
+from shmring.errors import Empty, ShutDown
 from support import asleep, run_in_process, wait_for
 from traced import Traced, state_of, stop_to_be_traced
 
@@ -245,6 +250,89 @@ def test_puts_after_the_death_of_sleepers_wake_nobody():
             ring.put(b"x")
         assert word(ring, DATA_WAIT, size=4) == after
         assert len(ring.get_many()) == 1001
+
+
+def sleeps_of(pid: int | None) -> int:
+    """How often a process has gone to sleep."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+@contextlib.contextmanager
+def many_sleepers(ring: Ring, count: int) -> Iterator[tuple[list[BaseProcess], Queue[object]]]:
+    """Consumers that sleep, and the messages that they took."""
+    with Queue() as taken, contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            taken.put(ring.get())
+
+        yield [stack.enter_context(run_in_process(take)) for _ in range(count)], taken
+
+
+def those_on_watch(sleepers: list[BaseProcess], count: int) -> list[BaseProcess]:
+    """Wait until so many of the sleepers look once a slice, which the others do not."""
+    found: list[BaseProcess] = []
+
+    def looked() -> bool:
+        # One that keeps no watch sleeps once in two seconds.
+        before = [sleeps_of(one.pid) for one in sleepers]
+        time.sleep(0.5)
+        found[:] = [
+            one
+            for one, already in zip(sleepers, before, strict=True)
+            if sleeps_of(one.pid) - already >= 3
+        ]
+        return len(found) == count
+
+    wait_for(looked, what=f"{count} sleepers that look once a slice")
+    return found
+
+
+@pytest.mark.fault(3, 6, 7)
+def test_two_of_many_sleepers_look_once_a_slice_and_others_take_over_from_the_dead():
+    with Ring.create() as ring, many_sleepers(ring, 5) as (sleepers, taken):
+        for left in (4, 3):
+            victim = those_on_watch(sleepers, 2)[0]
+            victim.kill()
+            victim.join(10)
+            sleepers.remove(victim)
+            assert len(sleepers) == left
+        for victim in those_on_watch(sleepers, 2):  # both at once
+            victim.kill()
+            sleepers.remove(victim)
+        those_on_watch(sleepers, 1)
+        # A producer killed before it wakes a consumer, or a consumer killed when woken.
+        word(ring, DATA_WAIT, word(ring, DATA_WAIT, size=4) | WOKEN, size=4)
+        ring.put(b"and no process is told")
+        assert taken.get(timeout=10) == b"and no process is told"
+
+
+@pytest.mark.fault(6)
+def test_forged_watches_are_taken_over():
+    with Ring.create() as ring:
+        for at in WATCHES:
+            word(ring, at, 0xFFFFFFFFFFFFFFF0)
+        with many_sleepers(ring, 3) as (sleepers, _):
+            those_on_watch(sleepers, 2)
+
+
+def test_a_shutdown_whose_caller_is_killed_reaches_every_sleeper():
+    with Ring.create() as ring, Queue() as told, contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                ring.get()
+            except ShutDown:
+                told.put("shut down")
+
+        sleepers = [stack.enter_context(run_in_process(take)) for _ in range(5)]
+        those_on_watch(sleepers, 2)
+        before = word(ring, DATA_WAIT, size=4)
+        word(ring, SHUTDOWN, 1, size=4)  # and none is woken
+        for _ in sleepers:
+            assert told.get(timeout=10) == "shut down"
+        sequence = [word(ring, DATA_WAIT, size=4) // 4, before // 4]
+        assert sequence[0] > sequence[1], "those that keep no watch were left to themselves"
 
 
 # ---- joining ---------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_a_put_that_waits_unread_tells_the_user_once():
     assert done.stderr == (
         "max_capacity=131072 (unless given, half of shared memory) is reached: put waits for a"
         " reader; enlarge /dev/shm (for containers: --shm-size) or bound the queue with maxsize or"
-        " max_capacity\n"
+        " max_capacity (docs: containers#no-room)\n"
     )
 
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from header import LOCKS, OWNER_DIED, WAITERS
+from header import BLOCKS_AT, LOCKS, OWNER_DIED, WAITERS
 from shmring._core.ring import LAYOUT
 
 Spot = tuple[int, int]
@@ -79,6 +79,7 @@ WEIGHTS = {
     "name": 2,
     "area records": 14,
     "claims": 6,
+    "blocks": 8,
     "witnesses": 4,
     "any word": 4,
     "random bytes": 6,
@@ -249,9 +250,14 @@ def spots_of(fd: int) -> dict[str, list[Spot]]:
         spots += 4 * spots[:8] + spots[8:16]  # what stands in front is read most
     living = range(word(_CONSUMERS + 24), last + 2)
     records = [_AREAS + 32 * (each % LAYOUT["AREA_COUNT"]) for each in living]
+    table = word(BLOCKS_AT)
+    blocks = [(BLOCKS_AT - 4, 4), (BLOCKS_AT, 8)]
+    if table:
+        blocks += [(table + 64 * block + at, 8) for block in range(4) for at in range(0, 48, 8)]
     return {
         "frames": frames,
         "tables of segments": tables,
         "payload": payload,
+        "blocks": blocks,
         "area records": [(record + at, 8) for record in records for at in (0, 8, 16)],
     }

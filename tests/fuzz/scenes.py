@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from fuzz.mutations import CLAIMS_BYTES, HEADER_BYTES, Image, spots_of
 from header import WRITE_GENERATION, first_frame, word
 from shmring import Ring
-from shmring._core.bytes_ring import BytesRing
+from shmring._core.bytes_ring import BytesRing, _set_lend_bytes
 from shmring._core.object_ring import ObjectRing
 from shmring._core.ring import LAYOUT
 from shmring.errors import DecodeError, Empty, RingNotFound
@@ -26,6 +26,7 @@ AnyHandle = TypeVar("AnyHandle", BytesRing, ObjectRing)
 
 SMALL = 4096  # SMALL of bytes_ring.pyx: a longer message is taken in two visits
 PLAIN, KIND_TREE, KIND_MANY = 1, 4, 7
+_set_lend_bytes(SMALL)  # what is lent otherwise would make the images large
 OBJECTS: list[Any] = [
     b"raw",
     b"long and raw " * 400,
@@ -35,6 +36,11 @@ OBJECTS: list[Any] = [
     [bytearray(b"one"), bytearray(b"two" * 100), bytearray(b"three" * 30)],  # see encode_object
     [bytearray(b"head"), *(bytearray([65 + i]) * 900 for i in range(6))],
     [bytearray(b"x")] * 600,  # a table that fits no stack
+    [
+        bytearray(b"head"),
+        bytearray(b"lent" * 1200),
+        bytearray(b"one more"),
+    ],  # where there are blocks
 ]
 
 
@@ -231,11 +237,16 @@ def ring_scenes() -> list[Scene[BytesRing]]:
 def queue_scenes() -> list[Scene[ObjectRing]]:
     """Scenes of objects: each kind of them in front, and all of them in a ring that grew."""
     scenes = [_of_objects(f"object {i}", [OBJECTS[i], *OBJECTS[:3]]) for i in range(len(OBJECTS))]
-    return [*scenes, _of_objects("objects, grown", [*OBJECTS, *OBJECTS[:3]], grow=True)]
+    lent = [OBJECTS[-1], OBJECTS[0], OBJECTS[-1], OBJECTS[-1]]
+    return [
+        *scenes,
+        _of_objects("objects, lent", lent, grow=True),
+        _of_objects("objects, grown", [*OBJECTS, *OBJECTS[:3]], grow=True),
+    ]
 
 
 def _of_objects(name: str, objects: list[Any], *, grow: bool = False) -> Scene[ObjectRing]:
-    first, most = (4096, 1 << 17) if grow else (1 << 14, 1 << 14)
+    first, most = (4096, 1 << 18) if grow else (1 << 14, 1 << 14)
     ring = _allocated(Ring.create(first, max_capacity=most))
     queue = open_queue(ring._fileno())
     early = os.pread(ring._fileno(), HEADER_BYTES, 0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pool_tasks import note, note_and_wait, square
 
 import shmring
 from shmring import EncodeError, InvalidArgument, SchedulerNotFound, WorkerDied
@@ -102,17 +103,6 @@ def cluster(address: str) -> Iterator[Any]:
 # ---- what the workers of these tests do --------------------------------------------------------
 
 
-def square(number: int) -> int:
-    return number * number
-
-
-def note(folder: Path, number: int) -> int:
-    """Leave a mark for each time that this task begins."""
-    with (folder / str(number)).open("a") as marks:
-        marks.write("x")
-    return number
-
-
 def die_once(folder: Path, deadly: set[int], number: int) -> int:
     note(folder, number)
     if number in deadly and (folder / str(number)).read_text() == "x":
@@ -124,12 +114,6 @@ def die_at(folder: Path, deadly: int, number: int) -> int:
     note(folder, number)
     if number == deadly:
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def note_and_wait(folder: Path, number: int) -> int:
-    note(folder, number)
-    wait_for((folder / "go").exists, 60)
     return number
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copyreg
 import functools
-import logging
 import multiprocessing
 import os
 import random
@@ -22,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from pool_tasks import (
+    die_at,
+    die_once,
+    log_something,
+    note,
+    note_and_wait,
+    square,
+    start_child_and_wait,
+)
 
 import shmring
 from shmring import (
@@ -48,48 +57,8 @@ def pool() -> Iterator[ProcessPoolExecutor]:
     assert multiprocessing.active_children() == []
 
 
-# ---- what the workers of these tests do --------------------------------------------------------
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def note(folder: Path, number: int) -> int:
-    """Leave a line for each time that this task begins."""
-    with (folder / str(number)).open("a") as lines:
-        lines.write("x")
-    return number
-
-
-def note_and_wait(folder: Path, number: int) -> int:
-    note(folder, number)
-    wait_for((folder / "go").exists, 60)
-    return number
-
-
-def die_at(deadly: int, folder: Path, number: int) -> int:
-    note(folder, number)
-    if number == deadly:
-        os._exit(3)
-    return number
-
-
-def die_once(folder: Path, number: int) -> int:
-    with contextlib.suppress(FileExistsError):
-        (folder / f"died-{number}").touch(exist_ok=False)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
 def times_begun(folder: Path) -> dict[int, int]:
     return {int(each.name): len(each.read_text()) for each in folder.iterdir()}
-
-
-def start_child_and_wait(folder: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-    (folder / "child").write_text(str(child.pid))
-    wait_for((folder / "go").exists, 60)
 
 
 def is_alive(pid: int) -> bool:
@@ -466,10 +435,10 @@ def grow(nbytes: int, folder: Path) -> int:
 
 
 def test_a_call_that_outgrows_the_limit_fails_with_the_figure(tmp_path: Path) -> None:
-    limit = 400 << 20
+    limit = psutil.Process().memory_info().rss + (80 << 20)
     with ProcessPoolExecutor(1, max_memory_per_worker=limit) as pool:
         with pytest.raises(MemoryExceeded) as caught:
-            pool.submit(grow, 600 << 20, tmp_path).result(60)
+            pool.submit(grow, 160 << 20, tmp_path).result(60)
         assert caught.value.nbytes > caught.value.limit == limit
         assert pool.submit(square, 3).result(30) == 9
 
@@ -488,14 +457,10 @@ def test_a_worker_above_the_limit_is_replaced_between_two_tasks() -> None:
 
 
 def test_a_worker_is_replaced_after_max_tasks_per_child() -> None:
-    with ProcessPoolExecutor(2, max_tasks_per_child=3) as pool:
-        pids = list(pool.map(os_getpid, range(24)))
-        assert max(pids.count(pid) for pid in pids) == 3
+    with ProcessPoolExecutor(1, max_tasks_per_child=3) as pool:
+        pids = [each.result(60) for each in [pool.submit(os.getpid) for _ in range(7)]]
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
         assert pool.statistics().died == 0
-
-
-def os_getpid(_: int) -> int:
-    return os.getpid()
 
 
 def wait_and_note_the_end(folder: Path) -> None:
@@ -571,10 +536,6 @@ def test_a_shared_array_whose_handle_is_gone_is_a_clear_error(pool: ProcessPoolE
 
 
 # ---- what goes on ------------------------------------------------------------------------------
-
-
-def log_something() -> None:
-    logging.getLogger("some.library").warning("from the worker")
 
 
 def test_what_workers_log_arrives_with_their_name(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,22 +17,20 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_executor import (
+from pool_tasks import (
     die_once,
-    is_alive,
+    fork_and_die,
     log_something,
     note_and_wait,
-    number_in,
-    pool,
-    run_program,
     square,
     start_child_and_wait,
-    times_begun,
 )
+from test_executor import is_alive, number_in, pool, run_program, times_begun
 
 import shmring
 from shmring import ProcessPoolExecutor, RemoteError, SharedMemoryFull, WorkerDied
@@ -78,6 +77,84 @@ def test_a_task_whose_worker_dies_of_its_cancel_is_cancelled(
         running.result(30)
     assert pool.submit(square, 3).result(30) == 9
     assert times_begun(tmp_path) == {0: 1}
+
+
+@contextlib.contextmanager
+def raising(signum: signal.Signals) -> Iterator[type[Exception]]:
+    """A handler that raises, and what it raises."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signum, interrupt)
+    try:
+        yield Interrupted
+    finally:
+        signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("how", ["cancel", "shutdown"])
+def test_a_signal_handler_that_raises_in_a_cancel_loses_no_task(
+    pool: ProcessPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    work = [pool.submit(note_and_wait, tmp_path, number) for number in range(12)]
+    wait_for(lambda: len(times_begun(tmp_path)) == 2, 30)
+    dispatcher = pool._manager.dispatcher
+    recall = dispatcher.recall
+
+    def recall_and_signal() -> None:
+        recall()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        if threading.current_thread() is threading.main_thread():
+            wait_for(lambda: False, 1)  # the handler runs here
+
+    monkeypatch.setattr(dispatcher, "recall", recall_and_signal)
+    cancel = work[7].cancel if how == "cancel" else partial(pool.shutdown, cancel_futures=True)
+    with raising(signal.SIGUSR1) as interrupted, pytest.raises(interrupted):
+        cancel()
+    (tmp_path / "go").touch()
+    cancelled = {7} if how == "cancel" else set(range(2, 12))
+    assert not futures.wait(work, 30).not_done
+    pool.shutdown()
+    assert {number for number, each in enumerate(work) if each.cancelled()} == cancelled
+    assert {number for number in range(12) if (tmp_path / str(number)).exists()} == (
+        {*range(12)} - cancelled
+    )
+
+
+def test_ctrl_c_as_a_worker_starts_leaves_no_worker_unknown(
+    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread receives the signal, between the fork and the note of the process."""
+    enough = threading.Event()
+    other = threading.Thread(target=enough.wait)
+    other.start()
+    receiver, sender = socket.socketpair()
+    start_ticks = workers.process_start_ticks
+
+    def interrupted(pid: int) -> int:
+        signal.pthread_kill(other.ident, signal.SIGINT)
+        receiver.recv(1)  # the handler is about to run
+        monkeypatch.undo()
+        return start_ticks(pid)
+
+    with receiver, sender:
+        receiver.settimeout(10)
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno())
+        try:
+            monkeypatch.setattr(workers, "process_start_ticks", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pool.submit(square, 2)
+        finally:
+            signal.set_wakeup_fd(before)
+            enough.set()
+            other.join()
+    assert set(pool._processes) == {each.pid for each in multiprocessing.active_children()} != set()
+    assert pool.submit(square, 3).result(30) == 9
 
 
 def test_a_callback_that_exits_costs_no_other_task_its_result(
@@ -258,14 +335,6 @@ def test_a_forked_child_takes_no_task_of_its_parent(
 # ---- the end of a worker -----------------------------------------------------------------------
 
 
-def fork_and_die(folder: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-    (folder / "child").write_text(str(child))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_dead_worker_is_noticed_while_what_it_forked_lives(
     start_method: str, tmp_path: Path
 ) -> None:
@@ -391,10 +460,10 @@ def test_a_worker_that_the_system_does_not_start_is_tried_again(
 
 
 def test_records_of_replaced_workers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_MOST_RECORDS", 3)
+    monkeypatch.setattr(workers, "_MOST_RECORDS", 1)
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
-        assert list(pool.map(abs, range(8))) == list(range(8))
-        assert 3 <= len(pool.statistics().workers) <= 5
+        assert list(pool.map(abs, range(5))) == list(range(5))
+        assert 1 <= len(pool.statistics().workers) <= 3
 
 
 # ---- the end -----------------------------------------------------------------------------------
@@ -403,9 +472,9 @@ def test_records_of_replaced_workers_do_not_pile_up(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("end", ["", "pool.shutdown(wait=False)", "del pool"])
 def test_a_program_that_ends_waits_for_what_it_submitted(end: str, tmp_path: Path) -> None:
     done = run_program(
-        "import pathlib, shmring, test_executor\n"
+        "import pathlib, pool_tasks, shmring\n"
         "pool = shmring.ProcessPoolExecutor(2)\n"
-        f"pool.submit(test_executor.note, pathlib.Path({str(tmp_path)!r}), 5)\n{end}\n"
+        f"pool.submit(pool_tasks.note, pathlib.Path({str(tmp_path)!r}), 5)\n{end}\n"
     )
     assert done.stderr == ""
     assert times_begun(tmp_path) == {5: 1}
@@ -459,12 +528,12 @@ def test_a_forked_child_cannot_use_the_pool_and_does_not_end_it(pool: ProcessPoo
 
 
 PARENT = """
-import pathlib, shmring, sys, test_executor
+import pathlib, pool_tasks, shmring, sys
 folder = pathlib.Path(sys.argv[1])
 if __name__ == "__main__":
     with shmring.ProcessPoolExecutor(2, {method}) as pool:
-        work = [pool.submit(test_executor.start_child_and_wait, folder)]
-        work.append(pool.submit(test_executor.square, 2))
+        work = [pool.submit(pool_tasks.start_child_and_wait, folder)]
+        work.append(pool.submit(pool_tasks.square, 2))
         work[1].result()
         (folder / "workers").write_text(" ".join(map(str, pool._processes)))
         work[0].result()

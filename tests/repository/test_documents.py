@@ -110,3 +110,26 @@ def test_links_between_documents_lead_somewhere() -> None:
         if not (path.parent / target).exists()
     ]
     assert not missing
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as on the site and where the file is shown as it is."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_errors_name_pages_that_exist() -> None:
+    """`(docs: PAGE#ANCHOR)` in the text of an error or a warning."""
+    anchors = {
+        f"{path.stem}#{slug(heading)}"
+        for path in (ROOT / "docs").rglob("*.md")
+        for heading in ["", *re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)]
+    }
+    named = {
+        reference if "#" in reference else f"{reference}#"
+        for folder in ("src", "cython")
+        for path in (ROOT / folder).rglob("*.py*")
+        if path.suffix in (".py", ".pyx")
+        for reference in re.findall(r"\(docs: ([\w#-]+)\)", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 3
+    assert named - anchors == set()

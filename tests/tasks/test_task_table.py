@@ -14,6 +14,18 @@ from shmring.tasks.task_table import Failure, PartialResults, Task, TaskTable
 pytestmark = pytest.mark.both_backends
 
 
+class NotedTask(Task):
+    """Notes its answer in the table."""
+
+    def __init__(self, table: Table, args: Any, flags: Any, retries: int) -> None:
+        super().__init__("function", args, flags, retries)
+        self.table = table
+
+    def finish(self, outcome: Any) -> None:
+        assert self.number not in self.table.answers, "answered twice"
+        self.table.answers[self.number] = outcome
+
+
 class Table(TaskTable):
     """A task table, and the queue beside it."""
 
@@ -23,16 +35,11 @@ class Table(TaskTable):
         self.answers: dict[int, Any] = {}
 
     def add(self, args: Any, flags: Any, retries: int = 2) -> Task:
-        number = self.submitted
-        task = Task("function", args, flags, lambda value: self.note(number, value), retries)
-        task.number = number
+        task = NotedTask(self, args, flags, retries)
+        task.number = self.submitted
         self.submitted += 1
         self.backlog.append(task)
         return task
-
-    def note(self, number: int, value: Any) -> None:
-        assert number not in self.answers, "answered twice"
-        self.answers[number] = value
 
     def send(self) -> Task:
         task = self.backlog.popleft()
@@ -43,7 +50,7 @@ class Table(TaskTable):
 
     def finish(self, task: Task, value: Any) -> None:
         assert self.answered(task.number) is task
-        task.done(value)
+        task.finish(value)
 
 
 def test_only_the_first_answer_counts() -> None:
@@ -166,15 +173,15 @@ def work(rng: random.Random, table: Table, task: Task, deadly: int) -> None:
             lost = table.lost(position, item, 7, -9)
             assert lost is not None
             if lost[1] is not None and not task.args:
-                task.done(task.outcome())
+                task.finish(task.outcome())
             return
         unsent.append(-call)
         if task.kwargs & CAREFUL or rng.random() < 0.3:
             done = table.part_answered(task.number, item + 1 - len(unsent), unsent)
             unsent = []
             if done is not None:
-                done.done(done.outcome())
+                done.finish(done.outcome())
     if unsent:
         done = table.part_answered(task.number, len(items) - len(unsent), unsent)
         assert done is not None
-        done.done(done.outcome())
+        done.finish(done.outcome())

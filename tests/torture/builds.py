@@ -88,6 +88,7 @@ CORE, WAIT = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/wait.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
 WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
+BLOCK = "cython/shmring/_core/block.h"
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
@@ -156,6 +157,33 @@ BUILDS = {
                 "        cdef uint64_t low = 0\n",
             ),
         ]
+    ),
+    "lent after the commit": Build(
+        [
+            Patch(
+                CORE,
+                "            block_lend(self.space, take.lent[j].index, self.myself())\n",
+                "            pass\n",
+            ),
+            Patch(
+                CORE,
+                "            RingCore.wake_producers(self)\n            RingCore.wake_next(self)\n"
+                "        return result\n\n    # ---- blocks",
+                "            RingCore.wake_producers(self)\n            RingCore.wake_next(self)\n"
+                "        for i in range(take.lent_count if result == LENT else 0):\n"
+                "            block_lend(self.space, take.lent[i].index, self.myself())\n"
+                "        return result\n\n    # ---- blocks",
+            ),
+        ],
+    ),
+    "taken out of a message": Build(
+        [
+            Patch(
+                BLOCK,
+                "            || (position != SHMRING_NO_POSITION && position >= read))\n",
+                "            || (position == SHMRING_NO_POSITION && position > read))\n",
+            ),
+        ],
     ),
     "reaped before the punch": Build(
         [

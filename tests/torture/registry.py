@@ -6,6 +6,7 @@ from claims import CLAIMS
 from duels import DUELS
 from endings import ENDINGS
 from holders import HOLDERS
+from lending import LENDING
 from operations import OPERATIONS
 from shortage import SHORTAGE
 from successions import SUCCESSIONS
@@ -20,6 +21,7 @@ TRIALS: dict[str, Trial] = {
         OPERATIONS,
         ENDINGS,
         CLAIMS,
+        LENDING,
         WAKERS,
         WOKEN,
         HOLDERS,

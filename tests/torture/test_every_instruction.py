@@ -16,6 +16,7 @@ summary tells what was tried; SHMRING_STRIDE=n takes every n-th.
     tally.py looking.py         what must not be after a kill, and looking for it
     trials.py                   the loop of all kills
     operations.py claims.py     what is killed: on a ring, with claims,
+    lending.py                  with blocks that are lent,
     wakes.py holders.py         beside sleepers, behind a lock,
     shortage.py endings.py      on a full /dev/shm, in shutdown,
     successions.py              and twice in a row
@@ -41,6 +42,7 @@ from claims import CLAIMS
 from duels import DUELS
 from endings import ENDINGS
 from holders import HOLDERS
+from lending import LENDING
 from operations import AREAS, GETS, IN_PLACE, PUTS, RECOVERIES
 from shortage import SHORTAGE
 from successions import SUCCESSIONS
@@ -136,6 +138,12 @@ def test_a_task_is_queued_or_claimed_or_answered(trial: Trial, kill: Kill) -> No
     kill(trial)
 
 
+@pytest.mark.fault(51)
+@each(*LENDING)
+def test_killed_with_a_block_it_gives_it_back(trial: Trial, kill: Kill) -> None:
+    kill(trial)
+
+
 @pytest.mark.fault(3)
 @each(*WAKERS)
 def test_a_waker_killed_leaves_no_sleeper_behind(trial: Trial, kill: Kill) -> None:
@@ -183,6 +191,8 @@ def test_stepped_against_each_other_nothing_is_lost(
         ("no second look before sleeping", "a consumer sleeps, a producer wakes it", HUNG),
         ("no second look of a producer", "a producer sleeps, a consumer wakes it", HUNG),
         ("shutdown after the position", "a consumer looks, a message comes and a shutdown", BROKEN),
+        ("lent after the commit", "get lent, and keep", LEAKED),
+        ("taken out of a message", "put lent", TORN),
         ("no baton", "two consumers sleep, a batch comes for both", HUNG),
         ("no baton", "a waiter and a consumer sleep, a message comes", HUNG),
     ],

@@ -167,6 +167,18 @@ SYNC_SLOW int area_overlaps(shmring_header *header, const shmring_area *area, ui
     return 0;
 }
 
+/* Add to those sorted by offset; -1 if it lies over one of them. */
+SYNC_SLOW int area_insert(shmring_area *sorted, int count, const shmring_area *area)
+{
+    int i = count;
+    for (; i > 0 && sorted[i - 1].offset > area->offset; i--)
+        sorted[i] = sorted[i - 1];
+    sorted[i] = *area;
+    if ((i > 0 && area_share(&sorted[i - 1], area)) || (i < count && area_share(area, &sorted[i + 1])))
+        return -1;
+    return count + 1;
+}
+
 /* Collect the living areas, sorted by offset.  -1 if the records are garbage. */
 SYNC_SLOW int area_living(shmring_header *header, uint64_t file_bytes, shmring_area *living)
 {
@@ -175,21 +187,55 @@ SYNC_SLOW int area_living(shmring_header *header, uint64_t file_bytes, shmring_a
     if (last < reaped || last - reaped >= SHMRING_AREA_COUNT)
         return -1;
     int count = 0;
-    for (uint64_t g = reaped; g <= last; g++) {
+    for (uint64_t g = reaped; g <= last && count >= 0; g++) {
         shmring_area area = *shmring_area_of(header, g);
-        if (!area_check(&area, file_bytes))
-            return -1;
-        int i = count++;
-        for (; i > 0 && living[i - 1].offset > area.offset; i--)
-            living[i] = living[i - 1];
-        living[i] = area;
-        if ((i > 0 && area_share(&living[i - 1], &area)) || (i + 1 < count && area_share(&area, &living[i + 1])))
-            return -1;
+        count = area_check(&area, file_bytes) ? area_insert(living, count, &area) : -1;
     }
     return count;
 }
 
-/* The lowest aligned offset that overlaps no living area. */
+#define AREA_TAKEN_MOST (SHMRING_AREA_COUNT + SHMRING_BLOCK_COUNT + 1)
+
+/* Does a range lie inside the file, and in whole pages? */
+static inline int area_is_inside(const shmring_area *range, uint64_t file_bytes)
+{
+    return range->offset >= SHMRING_HEADER_BYTES && range->offset % 4096 == 0 && range->capacity % 4096 == 0
+        && range->offset <= file_bytes && range->capacity <= file_bytes - range->offset;
+}
+
+/* Add the page of the blocks' records, and the blocks: those with memory, or, with
+ * `until_read` not 0, only those that a process holds and no message at this position or behind it. */
+SYNC_SLOW int area_add_blocks(shmring_header *header, const shmring_block *blocks, uint64_t file_bytes,
+                              uint64_t until_read, shmring_area *sorted, int count)
+{
+    if (blocks == NULL)
+        return count;
+    shmring_area range = {0, SHMRING_BLOCKS_BYTES, header->blocks_offset, 0};
+    for (int i = -1; i < SHMRING_BLOCK_COUNT && count >= 0; i++) {
+        if (i >= 0) {
+            range.capacity = load_acquire64(&blocks[i].capacity);
+            range.offset = load_relaxed64(&blocks[i].offset);
+            uint64_t position = load_acquire64(&blocks[i].position);
+            if (range.capacity == 0)
+                continue;
+            if (until_read != 0 && (load_acquire64(&blocks[i].holder) == 0
+                                    || (position >= until_read - 1 && position != SHMRING_NO_POSITION)))
+                continue;
+        }
+        count = area_is_inside(&range, file_bytes) ? area_insert(sorted, count, &range) : -1;
+    }
+    return count;
+}
+
+/* Collect all that is in use behind the header; `blocks` are the records, or NULL. */
+SYNC_SLOW int area_taken(shmring_header *header, const shmring_block *blocks, uint64_t file_bytes,
+                         shmring_area taken[AREA_TAKEN_MOST])
+{
+    int count = area_living(header, file_bytes, taken);
+    return count < 0 ? count : area_add_blocks(header, blocks, file_bytes, 0, taken, count);
+}
+
+/* The lowest aligned offset that overlaps nothing that is in use. */
 SYNC_SLOW uint64_t area_place(const shmring_area *living, int count, uint64_t capacity)
 {
     uint64_t alignment = capacity < AREA_ALIGN_LIMIT ? capacity : AREA_ALIGN_LIMIT;
@@ -214,26 +260,52 @@ SYNC_SLOW int area_is_ours(int fd, const area_file *own, area_file *file)
     return file->device == own->device && file->inode == own->inode ? 0 : EBADF;
 }
 
-/* Give back every page that no living area covers; EILSEQ if the records are garbage. */
-SYNC_SLOW int area_tidy(shmring_header *header, int fd, const area_file *own)
+/* Give back every page behind the header but those of `kept`, which is sorted. */
+SYNC_SLOW void area_punch_gaps(int fd, uint64_t file_bytes, const shmring_area *kept, int count)
 {
-    shmring_area living[SHMRING_AREA_COUNT];
-    area_file file = {0, 0, 0};
     uint64_t from = SHMRING_HEADER_BYTES;
+    for (int i = 0; i < count; i++) {
+        if (kept[i].offset > from)
+            (void)area_punch(fd, from, kept[i].offset - from);
+        from = kept[i].offset + kept[i].capacity;
+    }
+    if (file_bytes > from)
+        (void)area_punch(fd, from, file_bytes - from);
+}
+
+/* Give back every page that is not in use; EILSEQ if the records are garbage. */
+SYNC_SLOW int area_tidy(shmring_header *header, const shmring_block *blocks, int fd, const area_file *own)
+{
+    shmring_area taken[AREA_TAKEN_MOST];
+    area_file file = {0, 0, 0};
     int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    int count = area_living(header, file.bytes, living);
+    int count = area_taken(header, blocks, file.bytes, taken);
     if (count < 0)
         return EILSEQ;
-    for (int i = 0; i < count; i++) {
-        if (living[i].offset > from)
-            (void)area_punch(fd, from, living[i].offset - from);
-        if (living[i].offset + living[i].capacity > from)
-            from = living[i].offset + living[i].capacity;
+    area_punch_gaps(fd, file.bytes, taken, count);
+    return 0;
+}
+
+/* Back a range with pages; on any error it has none. */
+SYNC_SLOW int area_fill(int fd, uint64_t offset, uint64_t bytes)
+{
+    struct rlimit size_limit;
+    /* past this limit the kernel would send SIGXFSZ instead of an error */
+    if (getrlimit(RLIMIT_FSIZE, &size_limit) == 0 && size_limit.rlim_cur != RLIM_INFINITY
+        && offset + bytes > size_limit.rlim_cur)
+        return EFBIG;
+    for (uint64_t done = 0; done < bytes; done += AREA_GROW_PIECE) {
+        uint64_t piece = bytes - done < AREA_GROW_PIECE ? bytes - done : AREA_GROW_PIECE;
+        while (fallocate(fd, 0, (off_t)(offset + done), (off_t)piece) != 0) {
+            if (errno == EINTR)
+                continue;
+            int error = errno;
+            (void)area_punch(fd, offset, bytes);
+            return error;
+        }
     }
-    if (file.bytes > from)
-        (void)area_punch(fd, from, file.bytes - from);
     return 0;
 }
 
@@ -298,36 +370,26 @@ SYNC_SLOW int area_may_shrink(shmring_header *header)
 
 /* Under the producers' lock: allocate, map, record and publish the next area.
  * On any error nothing has changed; EILSEQ if the header is garbage. */
-SYNC_SLOW int area_grow(shmring_header *header, int fd, const area_file *own, uint64_t capacity, area_mapping **out)
+SYNC_SLOW int area_grow(shmring_header *header, const shmring_block *blocks, int fd, const area_file *own,
+                        uint64_t capacity, area_mapping **out)
 {
-    shmring_area living[SHMRING_AREA_COUNT], area;
+    shmring_area taken[AREA_TAKEN_MOST], area;
     area_file file = {0, 0, 0};
-    struct rlimit size_limit;
     int error = area_is_ours(fd, own, &file);
     if (error != 0)
         return error;
-    int count = area_living(header, file.bytes, living);
+    int count = area_taken(header, blocks, file.bytes, taken);
     /* the capacity was made of words of the header, and indices are masked with it */
-    if (count < 0 || count >= SHMRING_AREA_COUNT || !area_size_is_right(capacity))
+    if (count < 0 || header->write_generation - header->reaped >= SHMRING_AREA_COUNT - 1
+        || !area_size_is_right(capacity))
         return EILSEQ;
     area.base = header->write_position;
     area.capacity = capacity;
-    area.offset = area_place(living, count, capacity);
+    area.offset = area_place(taken, count, capacity);
     area.spare = 0;
-    /* past this limit the kernel would send SIGXFSZ instead of an error */
-    if (getrlimit(RLIMIT_FSIZE, &size_limit) == 0 && size_limit.rlim_cur != RLIM_INFINITY
-        && area.offset + capacity > size_limit.rlim_cur)
-        return EFBIG;
-    for (uint64_t done = 0; done < capacity; done += AREA_GROW_PIECE) {
-        uint64_t piece = capacity - done < AREA_GROW_PIECE ? capacity - done : AREA_GROW_PIECE;
-        while (fallocate(fd, 0, (off_t)(area.offset + done), (off_t)piece) != 0) {
-            if (errno == EINTR)
-                continue;
-            error = errno;
-            (void)area_punch(fd, area.offset, capacity);
-            return error;
-        }
-    }
+    error = area_fill(fd, area.offset, capacity);
+    if (error != 0)
+        return error;
     uint64_t generation = header->write_generation + 1;
     error = area_map(fd, &area, generation, out);
     if (error != 0) {
@@ -373,14 +435,18 @@ SYNC_SLOW int area_reap(shmring_header *header, int fd, const area_file *own)
     return 0;
 }
 
-/* Give back every page behind the header, when no process looks at a frame any
- * more: nothing is stored, so being killed here costs nothing but the memory.
- * On an error it stays until the last handle goes. */
-SYNC_SLOW void area_forget(int fd, const area_file *own)
+/* Give back every page behind the header but those of blocks that a process holds, when no
+ * process looks at a frame any more, or takes a free block: nothing is stored, so being killed
+ * here costs nothing but the memory.  On an error it stays until the last handle goes. */
+SYNC_SLOW void area_forget(shmring_header *header, const shmring_block *blocks, int fd, const area_file *own)
 {
+    shmring_area kept[AREA_TAKEN_MOST];
     area_file file = {0, 0, 0};
-    if (area_is_ours(fd, own, &file) == 0 && file.bytes > SHMRING_HEADER_BYTES)
-        (void)area_punch(fd, SHMRING_HEADER_BYTES, file.bytes - SHMRING_HEADER_BYTES);
+    if (area_is_ours(fd, own, &file) != 0)
+        return;
+    int count = area_add_blocks(header, blocks, file.bytes, load_acquire64(&header->read_position) + 1, kept, 0);
+    if (count >= 0)
+        area_punch_gaps(fd, file.bytes, kept, count);
 }
 
 #endif

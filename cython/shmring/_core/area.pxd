@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from shmring._core.layout cimport Area, Header
+from shmring._core.layout cimport Area, Block, Header
 
 cdef extern from "area.h" nogil:
     ctypedef struct Mapping "area_mapping":
@@ -25,10 +25,11 @@ cdef extern from "area.h" nogil:
     uint64_t area_page() noexcept
     uint64_t area_power_of_two(uint64_t value) noexcept
     void area_release(Mapping *mapping) noexcept
-    int area_tidy(Header *header, int fd, const File *own) noexcept
+    int area_tidy(Header *header, const Block *blocks, int fd, const File *own) noexcept
     uint64_t area_next_capacity(Header *header, uint64_t current, uint64_t need, uint64_t wish) noexcept
     bint area_may_shrink(Header *header) noexcept
-    int area_grow(Header *header, int fd, const File *own, uint64_t capacity, Mapping **out) noexcept
+    int area_grow(Header *header, const Block *blocks, int fd, const File *own, uint64_t capacity,
+                  Mapping **out) noexcept
     int area_open(Header *header, int fd, const File *own, uint64_t generation, Mapping **out) noexcept
     int area_reap(Header *header, int fd, const File *own) noexcept
-    void area_forget(int fd, const File *own) noexcept
+    void area_forget(Header *header, const Block *blocks, int fd, const File *own) noexcept

@@ -5,10 +5,12 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.area cimport Mapping
 from shmring._core.handle cimport RingHandle
-from shmring._core.ring cimport Item, Segment, Take
+from shmring._core.block cimport BlockSpace
+from shmring._core.ring cimport Item, Lending, Segment, Take
 
 cdef enum:
     SMALL = 4096  # taken over the stack
+    TABLE_MOST = 500  # segments whose table fits into SMALL
 
 cdef object MOVED
 
@@ -20,8 +22,10 @@ cdef class Parcel:
     cdef Py_buffer *buffers
     cdef int opened
     cdef uint64_t *table
+    cdef Lending lending
 
     cdef int pack(self, tuple encoded) except -1
+    cdef int lend(self, MessageRing ring, bint patient) except -1
 
 cdef class MessageRing(RingHandle):
     cdef bint raw  # exact bytes travel as they are
@@ -29,11 +33,24 @@ cdef class MessageRing(RingHandle):
     cdef object frame_of(self, object obj, uint32_t *kind)
     cdef int put_batch(self, object objects, object block, object timeout) except -1
     cdef object take_large(self, Take *take)
+    cdef object take_lent(self, Take *take)
     cdef object next_object(self, bint block, object timeout)
     cdef object decode_at(self, uint32_t kind, char *payload, uint64_t length)
     # the second half of a large take: None, or CHANGED instead of DONE, means to begin again
     cdef object take_whole(self, Take *take)
     cdef int take_into(self, Take *take) except -1
+
+# The memory of one large buffer that came in a block; the views of it hold it.
+cdef class LentBuffer:
+    cdef BlockSpace *space
+    cdef int index
+    cdef char *data
+    cdef uint64_t capacity
+    cdef Py_ssize_t length
+    cdef uint32_t epoch
+    cdef uint64_t owner
+
+cdef list lent_buffers(MessageRing ring, Take *take)
 
 cdef class BytesRing(MessageRing):
     # With no field of its own, Python would construct subclasses that also derive from
@@ -75,4 +92,5 @@ cdef inline int fill_item(Item *item, Segment *segment, object encoded) except -
     item.segments = segment
     item.count = 1
     item.owner = 0
+    item.lending = NULL
     return 0

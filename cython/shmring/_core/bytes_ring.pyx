@@ -17,16 +17,20 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmring._core.area cimport area_release
+from shmring._core.block cimport BlockMapping, block_copy, block_free, block_space_keep
 from shmring._core.ring cimport (
-    BRIEFLY, BUSY, CHANGED, DONE, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Segment, Take,
+    BRIEFLY, BUSY, CHANGED, DONE, LENT, LENT_MOST, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Lending, Segment,
+    Take, leave_blocks, return_block,
 )
 from shmring._core.fast_path cimport put_one, take_one
 from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait
 from shmring._core.layout cimport (
-    SHMRING_FRAME_BYTES, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, Frame, shmring_frame_span,
+    SHMRING_FRAME_BYTES, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_SEGMENT_INDEX_SHIFT, SHMRING_SEGMENT_LENT,
+    Frame, shmring_frame_span,
 )
 from shmring._core.sync cimport (
-    fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, sync_epoch, sync_start,
+    fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, monotonic_ns, sync_epoch,
+    sync_start,
 )
 from shmring._core.wait cimport is_brief, put_or_wait, take_or_wait, with_peers
 
@@ -40,10 +44,20 @@ from shmring.errors import DecodeError, InvalidArgument, RingClosed, RingCorrupt
 
 cdef enum: SPAN_BYTES = 16384  # what one visit of get_many takes at most, over the stack
 
+cdef uint64_t lend_bytes = 262144  # a smaller buffer is copied through the ring
+
 sync_start()
 
 
 MOVED = object()  # instead of a message that is no longer in front
+
+
+def _set_lend_bytes(uint64_t least):
+    """For tests: lend buffers of at least so many bytes; returns what was before."""
+    global lend_bytes
+    before = lend_bytes
+    lend_bytes = least
+    return before
 
 
 @cython.binding(False)
@@ -56,6 +70,8 @@ cdef class Parcel:
         | count | length 0 | ... | length n - 1 | head | buffer 1 | ...
         +-------+----------+-----+--------------+------+----------+-----
           u64     u64 each                        each where the one before ends
+
+    A length may name a block (layout.h), in which that buffer lies, and not in the frame.
     """
 
     def __cinit__(self):
@@ -63,9 +79,17 @@ cdef class Parcel:
         self.buffers = NULL
         self.table = NULL
         self.opened = 0
+        self.lending.space = NULL
+        self.lending.count = 0
+        self.lending.sent = False
 
     def __dealloc__(self):
         cdef int i
+        if self.lending.space != NULL:
+            if not self.lending.sent and self.lending.epoch == sync_epoch():  # a forked copy owns nothing
+                for i in range(self.lending.count):
+                    block_free(self.lending.space, self.lending.indices[i], <uint64_t>monotonic_ns())
+            leave_blocks(self.lending.space)
         for i in range(self.opened):
             PyBuffer_Release(&self.buffers[i])
         PyMem_Free(self.segments)
@@ -78,6 +102,7 @@ cdef class Parcel:
         cdef uint32_t kind
         kind, parts = encoded
         self.item.owner = 0
+        self.item.lending = NULL
         count = len(parts)
         if count < 1 or kind & SHMRING_KIND_MULTI:
             raise ValueError(f"the codec returned {count} segments of kind {kind}")
@@ -111,6 +136,85 @@ cdef class Parcel:
         self.item.count = <int>(count + 1)
         return 0
 
+    cdef int lend(self, MessageRing ring, bint patient) except -1:
+        """Write large buffers into blocks, as long as there are any."""
+        cdef Lending *lending = &self.lending
+        cdef Segment *segment
+        cdef int index
+        cdef int i
+        if self.table == NULL or self.item.count > TABLE_MOST:
+            return 0
+        for i in range(2, self.item.count):  # behind the table and the head
+            segment = &self.segments[i]
+            if segment.length < lend_bytes or lending.count == LENT_MOST:
+                continue
+            ring.enter()
+            try:
+                with nogil:
+                    index = ring.take_block(segment.length, patient)
+                    if index >= 0:
+                        if lending.space == NULL:
+                            lending.space = block_space_keep(ring.space)
+                            lending.epoch = sync_epoch()
+                        lending.indices[lending.count] = index
+                        lending.count += 1
+                        block_copy(lending.space.mappings[index].data, segment.data, segment.length)
+            finally:
+                ring.leave()
+            if index < 0:
+                break
+            self.table[i] |= SHMRING_SEGMENT_LENT | <uint64_t>index << SHMRING_SEGMENT_INDEX_SHIFT
+            self.item.length -= segment.length
+            segment.length = 0
+            self.item.lending = lending
+        return 0
+
+
+@cython.binding(False)
+@cython.freelist(16)
+cdef class LentBuffer:
+    """One large buffer in a block of the queue, writable; it goes back with the last view."""
+
+    def __cinit__(self):
+        self.space = NULL
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, self.length, False, flags)
+
+    def __dealloc__(self):
+        if self.space != NULL:
+            return_block(self.space, self.index, self.data, self.capacity, self.epoch, self.owner)
+            leave_blocks(self.space)
+
+
+cdef list lent_buffers(MessageRing ring, Take *take):
+    """A view of each block that came with a message."""
+    cdef list made = []
+    cdef LentBuffer buffer
+    cdef BlockMapping *mapping
+    cdef int i = 0
+    try:
+        for i in range(take.lent_count):
+            buffer = LentBuffer.__new__(LentBuffer)
+            mapping = &ring.space.mappings[take.lent[i].index]
+            buffer.space = block_space_keep(ring.space)
+            buffer.index = take.lent[i].index
+            buffer.data = mapping.data
+            buffer.capacity = mapping.capacity
+            buffer.length = <Py_ssize_t>take.lent[i].length
+            buffer.epoch = sync_epoch()
+            buffer.owner = ring.myself()
+            take.lent[i].index = -1  # the buffer gives it back
+            made.append(memoryview(buffer))
+        return made
+    except BaseException:
+        for i in range(take.lent_count):
+            if take.lent[i].index >= 0:
+                mapping = &ring.space.mappings[take.lent[i].index]
+                return_block(
+                    ring.space, take.lent[i].index, mapping.data, mapping.capacity, sync_epoch(), ring.myself())
+        raise
+
 
 @cython.binding(False)
 cdef class MessageRing(RingHandle):
@@ -130,6 +234,8 @@ cdef class MessageRing(RingHandle):
                 if take.kind == SHMRING_KIND_BYTES and self.raw:
                     return PyBytes_FromStringAndSize(room, <Py_ssize_t>take.length)
                 return self.decode_at(take.kind, room, take.length)
+            if result == LENT:
+                return self.take_lent(&take)
             if result != PARTIAL:
                 raise Empty
             message = self.take_large(&take)
@@ -140,6 +246,10 @@ cdef class MessageRing(RingHandle):
         """A message of which only the head fitted the room, or MOVED."""
         message = self.take_whole(take)
         return message if message is not None else MOVED
+
+    cdef object take_lent(self, Take *take):
+        """A message that was taken, of which blocks are a part."""
+        raise NotImplementedError
 
     cdef object take_whole(self, Take *take):
         """The payload of a message that was measured; None if it is no longer in front."""
@@ -172,7 +282,7 @@ cdef class MessageRing(RingHandle):
             take.target_count = 0
             if not ends_wait(result):
                 return CHANGED
-            if result != DONE and result != CHANGED:
+            if result != DONE and result != CHANGED and result != LENT:
                 self.raise_outcome(result)
             if load_relaxed64(&self.oversized) != 0:
                 self.give_back()
@@ -547,6 +657,7 @@ cdef class FrameView:
             item.kind = 0
             item.length = <uint64_t>self.length
             item.owner = ring.myself()
+            item.lending = NULL
             if put_or_wait(ring, &item, 1, &self.position, self.block, self.timeout) == 0:
                 raise Full
             self.mapping = item.mapping

@@ -131,6 +131,7 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
     item.count = 1
     item.kind = kind
     item.owner = 0
+    item.lending = NULL
     return put_or_wait(ring, &item, 1, position, block, timeout)
 
 

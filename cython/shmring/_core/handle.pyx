@@ -103,6 +103,8 @@ cdef class RingHandle(RingCore):
         h.max_messages = max_messages
         h.pid_namespace = pid_namespace
         h.user_kind = user_kind
+        h.created_ns = <uint64_t>monotonic_ns()
+        h.creator = self.myself()
         h.token = token
         h.named = name != b""
         memcpy(h.name, <char *>name, len(name) if len(name) < 256 else 0)
@@ -149,6 +151,7 @@ cdef class RingHandle(RingCore):
             raise AccessRefused(
                 "created in another PID namespace, where process ids mean other processes: the death of a"
                 " peer could not be seen; share the namespace (for containers: --pid)"
+                " (docs: containers#pid-namespaces)"
             )
         if (h.min_capacity < SHMRING_MIN_CAPACITY or h.min_capacity > h.max_capacity
                 or h.max_capacity > SHMRING_MAX_CAPACITY):
@@ -345,7 +348,8 @@ cdef class RingHandle(RingCore):
             wait_wake_all(&self.header.done_wait)
             if immediate and without_views:
                 with nogil:
-                    area_forget(self.fd, &self.file)
+                    if self.find_blocks() == 0:
+                        area_forget(self.header, self.blocks(), self.fd, &self.file)
         finally:
             self.leave()
 

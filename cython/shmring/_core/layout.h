@@ -35,6 +35,9 @@
  *        |position| length |state | kind | owner  | payload ... | pad to 8|
  *        +--------+--------+------+------+--------+-------------+--------+
  *
+ * A large buffer does not stand in the frame: the frame, in state LENT, names a block (block.h).
+ * The records of the blocks are a page of the file, allocated with the first of them.
+ *
  * A position is a count of bytes since the ring was made and never wraps; the
  * index into an area is position & (capacity - 1).  The position stands in the
  * frame too: a frame that lies where it does not belong is recognised.
@@ -47,7 +50,7 @@
 
 #define SHMRING_MAGIC 0x474e4952204d4853 /* "SHM RING", little-endian */
 #define SHMRING_BLOCK_MAGIC 0x4b4e4952204d4853 /* "SHM RINK": in a block of the user's, not ours to remove */
-#define SHMRING_VERSION 3
+#define SHMRING_VERSION 4
 #define SHMRING_HEADER_BYTES 8192
 #define SHMRING_WAITING_OFFSET 128
 #define SHMRING_PRODUCERS_OFFSET 256
@@ -62,6 +65,8 @@
 #define SHMRING_CLAIMS_OFFSET 4096
 #define SHMRING_CLAIM_COUNT 128
 #define SHMRING_FRAME_BYTES 32
+#define SHMRING_BLOCK_COUNT 64
+#define SHMRING_BLOCKS_BYTES 4096
 #define SHMRING_MIN_CAPACITY 4096
 #define SHMRING_MAX_CAPACITY 0x400000000000 /* 64 TiB, far from any overflow */
 
@@ -77,10 +82,17 @@
 #define SHMRING_KIND_MESSAGE 16 /* shmring.ipc.message */
 #define SHMRING_KIND_MULTI 0x80000000u /* a flag: several segments, with their table in front */
 
+/* An entry in the table of segments: its length, or, of a segment that lies in a block,
+ * LENT | index of the block << 48 | length. */
+#define SHMRING_SEGMENT_LENT ((uint64_t)1 << 63)
+#define SHMRING_SEGMENT_INDEX_SHIFT 48
+#define SHMRING_SEGMENT_LENGTH (((uint64_t)1 << SHMRING_SEGMENT_INDEX_SHIFT) - 1)
+
 /* States of a frame. */
 #define SHMRING_WHOLE 1
 #define SHMRING_RESERVED 2
 #define SHMRING_ABORTED 3
+#define SHMRING_LENT 4 /* whole, and names blocks */
 
 /* How many messages a side has counted, right after a kill between any two
  * stores: the count is `current` where the side stands at `position`, else
@@ -98,6 +110,21 @@ typedef struct {
     uint64_t offset;   /* where it lies in the file */
     uint64_t spare;
 } shmring_area;
+
+#define SHMRING_NO_POSITION UINT64_MAX
+#define SHMRING_BLOCK_FORKED 1  /* no process's owner word: see block.h */
+#define SHMRING_BLOCK_RETIRED 2
+
+/* A block: memory for one large buffer, a cache line each. */
+typedef struct {
+    uint64_t holder;   /* 0 is free; an owner, or one of the two above */
+    uint64_t position; /* of the message that names it, or NO_POSITION; counts once committed */
+    uint64_t offset;   /* where it lies in the file, */
+    uint64_t capacity; /* and its bytes; 0 is an empty slot */
+    uint64_t serial;   /* of the memory: tells a mapping that is out of date */
+    uint64_t freed_ns; /* advisory: the one that came back last is the warmest */
+    uint64_t spare[2];
+} shmring_block;
 
 typedef struct {
     uint64_t owner; /* 0 is a free slot */
@@ -132,7 +159,9 @@ typedef struct {
     uint64_t pid_namespace; /* inode of the creator's; owners are named by pid */
     uint32_t ready;         /* stored last; an attacher waits for it */
     uint32_t user_kind;     /* which class laid it out, so that attach refuses another */
-    char pad_identity[SHMRING_WAITING_OFFSET - 56];
+    uint64_t created_ns;    /* these two are diagnostics only; 0 is unknown */
+    uint64_t creator;       /* an owner, see owner.h */
+    char pad_identity[SHMRING_WAITING_OFFSET - 72];
     /* waiting: mostly read */
     uint32_t data_wait;  /* consumers sleep here */
     uint32_t space_wait; /* producers sleep here */
@@ -141,7 +170,9 @@ typedef struct {
     uint64_t lease_owner; /* 0 is no lease */
     uint64_t lease_low;
     uint64_t lease_high;
-    char pad_waiting[128 - 40];
+    uint64_t watches[2];    /* see watch.h; advisory, as the next */
+    uint64_t long_until_ns; /* some consumer may sleep for long until then */
+    char pad_waiting[128 - 64];
     /* producers */
     uint32_t producer_lock;
     uint32_t producer_holder; /* pid, or 0; see diagnostics.h */
@@ -171,7 +202,9 @@ typedef struct {
     uint32_t recoveries; /* owners found dead, both sides */
     uint64_t token; /* random; an anonymous ring's name is made of it on demand */
     uint32_t named; /* stored before the name appears in the file system */
-    char pad_joining[128 - 28];
+    uint32_t block_slots; /* records that were ever used */
+    uint64_t blocks_offset; /* where they lie in the file; 0 while there is none */
+    char pad_joining[128 - 40];
     char name[256]; /* as given at creation, or empty; only ever used to look it up */
     shmring_death deaths[SHMRING_DEATH_COUNT];
     char pad_deaths[SHMRING_AREAS_OFFSET - SHMRING_DEATHS_OFFSET - SHMRING_DEATH_COUNT * 16];
@@ -199,6 +232,7 @@ _Static_assert(offsetof(shmring_header, consumer_holder) == SHMRING_CONSUMERS_OF
 _Static_assert(offsetof(shmring_header, areas) == SHMRING_AREAS_OFFSET, "layout");
 _Static_assert(offsetof(shmring_header, claims) == SHMRING_CLAIMS_OFFSET, "layout");
 _Static_assert(sizeof(shmring_header) == SHMRING_HEADER_BYTES, "layout");
+_Static_assert(sizeof(shmring_block) * SHMRING_BLOCK_COUNT == SHMRING_BLOCKS_BYTES, "layout");
 _Static_assert(sizeof(shmring_frame) == SHMRING_FRAME_BYTES, "layout");
 
 /* Bytes that a message takes in the ring.  The caller has bounded length. */

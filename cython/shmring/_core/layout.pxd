@@ -20,6 +20,8 @@ cdef extern from "layout.h" nogil:
     const uint64_t SHMRING_CLAIMS_OFFSET
     const uint64_t SHMRING_CLAIM_COUNT
     const uint64_t SHMRING_FRAME_BYTES
+    const uint64_t SHMRING_BLOCK_COUNT
+    const uint64_t SHMRING_BLOCKS_BYTES
     const uint64_t SHMRING_MIN_CAPACITY
     const uint64_t SHMRING_MAX_CAPACITY
     const uint32_t SHMRING_NO_CPU
@@ -33,6 +35,11 @@ cdef extern from "layout.h" nogil:
     const uint32_t SHMRING_WHOLE
     const uint32_t SHMRING_RESERVED
     const uint32_t SHMRING_ABORTED
+    const uint32_t SHMRING_LENT
+    const uint64_t SHMRING_NO_POSITION
+    const uint64_t SHMRING_SEGMENT_LENT
+    const int SHMRING_SEGMENT_INDEX_SHIFT
+    const uint64_t SHMRING_SEGMENT_LENGTH
 
     ctypedef struct Count "shmring_count":
         uint64_t previous
@@ -43,6 +50,14 @@ cdef extern from "layout.h" nogil:
         uint64_t base  # the position at which it begins
         uint64_t capacity  # a power of two
         uint64_t offset  # where it lies in the file
+
+    ctypedef struct Block "shmring_block":
+        uint64_t holder  # 0 is free
+        uint64_t position  # of the message that names it
+        uint64_t offset
+        uint64_t capacity  # 0 is an empty slot
+        uint64_t serial
+        uint64_t freed_ns
 
     ctypedef struct Claim "shmring_claim":
         uint64_t owner  # 0 is a free slot
@@ -71,6 +86,8 @@ cdef extern from "layout.h" nogil:
         uint64_t pid_namespace
         uint32_t ready  # stored last; an attacher waits for it
         uint32_t user_kind  # which class laid it out
+        uint64_t created_ns  # diagnostics only, as creator
+        uint64_t creator
         uint32_t data_wait  # consumers sleep here
         uint32_t space_wait  # producers sleep here
         uint32_t shutdown  # 0 open, 1 drain, 2 immediate
@@ -100,6 +117,8 @@ cdef extern from "layout.h" nogil:
         uint32_t recoveries
         uint64_t token
         uint32_t named
+        uint32_t block_slots  # records that were ever used
+        uint64_t blocks_offset  # where they lie in the file; 0 while there is none
         char *name  # 256 bytes
         Death *deaths
         Area *areas

@@ -35,9 +35,9 @@ cdef class ObjectRing(MessageRing):
     cdef int make_pickler(self) except -1
     cdef object encode(self, object obj)
     cdef object encoded(self, object obj, uint32_t *kind)
-    cdef object parcelled(self, object obj, uint32_t *kind)
+    cdef object parcelled(self, object obj, uint32_t *kind, bint patient)
     cdef object decode(self, uint32_t kind, object head, object buffers)
-    cdef object split(self, uint32_t kind, char *payload, uint64_t length)
+    cdef object split(self, uint32_t kind, char *payload, uint64_t length, list lent)
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1
     cdef uint64_t due(self) noexcept nogil
     cdef uint64_t unfinished(self) noexcept nogil

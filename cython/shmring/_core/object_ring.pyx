@@ -20,14 +20,14 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._core.builtin_codec cimport Writer, codec_decode, codec_encode, codec_free
-from shmring._core.bytes_ring cimport MOVED, SMALL, MessageRing, Parcel, fill_item
-from shmring._core.ring cimport BUSY, DONE, EMPTY, IS_WAITING, MAY_WAIT, Segment, Take
+from shmring._core.bytes_ring cimport MOVED, SMALL, TABLE_MOST, MessageRing, Parcel, fill_item, lent_buffers
+from shmring._core.ring cimport BUSY, CHANGED, DONE, EMPTY, IS_WAITING, LENT, MAY_WAIT, Segment, Take
 from shmring._core.count cimport count_read
 from shmring._core.fast_path cimport put_one
 from shmring._core.handle cimport RingHandle, inside
 from shmring._core.layout cimport (
-    SHMRING_CLAIM_COUNT, SHMRING_KIND_BUILTINS, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE, Claim,
-    Header,
+    SHMRING_CLAIM_COUNT, SHMRING_KIND_BUILTINS, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_KIND_PICKLE,
+    SHMRING_LENT, SHMRING_SEGMENT_LENT, Claim, Header,
 )
 from shmring._core.owner cimport owner_pid, owner_start_ticks
 from shmring._core.sync cimport (
@@ -45,10 +45,6 @@ from queue import Full
 from shmring.errors import DecodeError, InvalidArgument, RingCorrupted
 
 sync_start()
-
-cdef enum:
-    TABLE_MOST = 500  # segments whose table fits into SMALL
-
 
 # ---- trees of exact builtins -----------------------------------------------------------------------
 
@@ -155,6 +151,9 @@ cdef class Watched:
 cdef class ObjectRing(MessageRing):
     """The compiled half of shmring.Queue."""
 
+    def __cinit__(self, *args, **kwargs):
+        self.adopts = True
+
     def _set_codec(self, encoder, decoder, bint raw, bint trees=False, pickler_type=None,
                    loader=None, explain_encode=None, explain_decode=None):
         """Install the hooks.
@@ -236,10 +235,10 @@ cdef class ObjectRing(MessageRing):
                 return PyBytes_FromStringAndSize(writer.start, writer.at - writer.start)
             finally:
                 codec_free(&writer)
-        return self.parcelled(obj, kind)
+        return self.parcelled(obj, kind, False)
 
-    cdef object parcelled(self, object obj, uint32_t *kind):
-        """As `frame_of`, for what goes through the codec."""
+    cdef object parcelled(self, object obj, uint32_t *kind, bint patient):
+        """As `frame_of`, for what goes through the codec.  `patient`: may wait for a block."""
         cdef Parcel parcel
         encoded = self.encode(obj)
         kind[0] = SHMRING_KIND_PICKLE
@@ -247,6 +246,7 @@ cdef class ObjectRing(MessageRing):
             return encoded
         parcel = Parcel.__new__(Parcel)
         parcel.pack(encoded)
+        parcel.lend(self, patient)
         return parcel
 
     # ---- put --------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ cdef class ObjectRing(MessageRing):
                     self, SHMRING_KIND_BUILTINS, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 codec_free(&writer)
-        encoded = self.parcelled(obj, &kind)
+        encoded = self.parcelled(obj, &kind, block and timeout is None)
         if PyBytes_CheckExact(encoded):
             return put_one(
                 self, kind, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
@@ -331,7 +331,7 @@ cdef class ObjectRing(MessageRing):
         if kind == SHMRING_KIND_BUILTINS and self.trees:
             return decode_tree(payload, length)
         if kind & SHMRING_KIND_MULTI:
-            return self.split(kind, payload, length)
+            return self.split(kind, payload, length, [])
         return self.decode(kind, PyBytes_FromStringAndSize(payload, <Py_ssize_t>length), None)
 
     cdef object decode(self, uint32_t kind, object head, object buffers):
@@ -348,9 +348,13 @@ cdef class ObjectRing(MessageRing):
             buffers = ()
         return self.decoder(kind, head, buffers)
 
-    cdef object split(self, uint32_t kind, char *payload, uint64_t length):
-        """Decode a MULTI payload that lies in private memory; lengths are untrusted."""
+    cdef object split(self, uint32_t kind, char *payload, uint64_t length, list lent):
+        """Decode a MULTI payload that lies in private memory; lengths are untrusted.
+
+        `lent` are the buffers that came in blocks.
+        """
         cdef uint64_t count, at, part, i
+        cdef Py_ssize_t next_lent = 0
         cdef list buffers = []
         if length < 8:
             raise RingCorrupted(f"a message of {length} bytes has no table of segments")
@@ -361,6 +365,10 @@ cdef class ObjectRing(MessageRing):
         head = None
         for i in range(count):
             memcpy(&part, payload + 8 + 8 * i, 8)
+            if part & SHMRING_SEGMENT_LENT and i > 0 and next_lent < len(lent):
+                buffers.append(lent[next_lent])
+                next_lent += 1
+                continue
             if part > length - at:
                 raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {length} bytes")
             if i == 0:
@@ -394,19 +402,31 @@ cdef class ObjectRing(MessageRing):
         cdef Segment targets[TABLE_MOST + 1]
         cdef uint64_t count, part, total, i
         cdef list buffers = []
+        cdef list places = []  # of buffers that lie in blocks
+        cdef int result
         if not take.kind & SHMRING_KIND_MULTI:
             head = self.take_whole(take)
             return self.decode(take.kind, head, None) if head is not None else MOVED
         memcpy(&count, take.room, 8)
         if count < 1 or count > TABLE_MOST:
             # a table larger than the stack: take it whole, then split
+            if take.state == SHMRING_LENT:
+                raise RingCorrupted(f"a message of {count} segments names blocks: at most {TABLE_MOST} do")
             whole = self.take_whole(take)
-            return self.split(take.kind, PyBytes_AS_STRING(whole), take.length) if whole is not None else MOVED
+            if whole is None:
+                return MOVED
+            return self.split(take.kind, PyBytes_AS_STRING(whole), take.length, [])
         targets[0].data = take.room
         targets[0].length = total = 8 + 8 * count
         head = None
         for i in range(count):
             memcpy(&part, take.room + 8 + 8 * i, 8)
+            if part & SHMRING_SEGMENT_LENT and i > 0 and take.state == SHMRING_LENT:
+                places.append(len(buffers))
+                buffers.append(None)
+                targets[i + 1].data = take.room
+                targets[i + 1].length = 0
+                continue
             if part > take.length - total:
                 raise RingCorrupted(f"segment {i} of {part} bytes reaches past a message of {take.length} bytes")
             total += part
@@ -422,7 +442,17 @@ cdef class ObjectRing(MessageRing):
             raise RingCorrupted(f"segments of {total} bytes in a message of {take.length} bytes")
         take.targets = targets
         take.target_count = <int>count + 1
-        return self.decode(take.kind & ~SHMRING_KIND_MULTI, head, buffers) if self.take_into(take) == DONE else MOVED
+        result = self.take_into(take)
+        if result == LENT:
+            lent = lent_buffers(self, take)
+            if len(lent) != len(places):
+                raise RingCorrupted(f"{len(lent)} blocks came with a message that has {len(places)} buffers in blocks")
+            for place, buffer in zip(places, lent):
+                buffers[place] = buffer
+        return self.decode(take.kind & ~SHMRING_KIND_MULTI, head, buffers) if result != CHANGED else MOVED
+
+    cdef object take_lent(self, Take *take):
+        return self.split(take.kind, take.room, take.length, lent_buffers(self, take))
 
     def get_nowait(self):
         """As :meth:`get` with block=False."""

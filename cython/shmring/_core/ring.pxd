@@ -4,7 +4,8 @@ from cython cimport final
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmring._core.area cimport File, Mapping
-from shmring._core.layout cimport Claim, Header
+from shmring._core.block cimport BlockSpace
+from shmring._core.layout cimport Block, Claim, Header
 
 cdef enum Outcome:
     DONE = 0
@@ -19,6 +20,7 @@ cdef enum Outcome:
     SHUT  # shut down
     CORRUPT
     CLAIM_HELD  # the previous claim was not released
+    LENT  # as DONE, and `take.lent` says which blocks are this process's now
     # any negative number is an errno
 
 cdef enum Flag:
@@ -35,9 +37,25 @@ cdef enum Poison:
     POISON_FRAME = 2
     POISON_AREA = 3
 
+cdef enum:
+    LENT_MOST = 16  # blocks that one message names at most
+
 cdef struct Segment:
     char *data
     uint64_t length
+
+# The blocks that a message on its way names: the sender's until it is put.
+cdef struct Lending:
+    BlockSpace *space
+    int count
+    int indices[LENT_MOST]
+    bint sent
+    uint32_t epoch  # of the process that holds them
+
+# A block that came with a message.
+cdef struct Lent:
+    int index
+    uint64_t length  # of what it holds
 
 # A message to put: its segments are laid one behind the other.  With an owner
 # it is a reservation, whose payload the owner writes after the lock is released.
@@ -47,6 +65,7 @@ cdef struct Item:
     uint32_t kind
     uint64_t length  # sum over the segments
     uint64_t owner  # 0, or the owner of the reservation
+    Lending *lending  # or NULL
     Mapping *mapping  # of a reservation: a reference that the caller releases
     char *payload
 
@@ -64,6 +83,14 @@ cdef struct Take:
     uint64_t length
     uint64_t owner  # of the lease or reservation in the way
     uint32_t kind
+    uint32_t state  # of the frame
+    int lent_count
+    Lent lent[LENT_MOST]
+
+# The process's list of spaces is this module's.
+cdef void leave_blocks(BlockSpace *space) noexcept nogil
+cdef void return_block(BlockSpace *space, int index, char *data, uint64_t capacity, uint32_t epoch,
+                       uint64_t owner) noexcept nogil
 
 cdef class RingCore:
     cdef Header *header
@@ -80,6 +107,8 @@ cdef class RingCore:
     # what both mappings hold: atomics, readable without their locks
     cdef uint64_t write_capacity
     cdef uint64_t read_capacity
+    cdef BlockSpace *space  # the blocks, once there are any and this handle met one
+    cdef bint adopts  # it takes messages that name blocks
     cdef Claim *claim  # where this handle claims what it takes, or NULL
     # of the handle
     cdef uint64_t oversized  # atomic: a get found the ring empty and far too large: what would do
@@ -109,6 +138,10 @@ cdef class RingCore:
     cdef void shrink(self, uint64_t capacity, int flags) noexcept nogil
     cdef uint64_t myself(self) noexcept nogil
     cdef void unmap(self)
+    cdef int find_blocks(self) noexcept nogil
+    cdef int take_block(self, uint64_t bytes, bint patient) noexcept nogil
+    cdef int make_block(self, uint64_t bytes, int flags) noexcept nogil
+    cdef void drop_idle_blocks(self) noexcept nogil
     # inside: called directly, not through the table of methods
     @final
     cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
@@ -125,6 +158,10 @@ cdef class RingCore:
     cdef int recover_consumers(self) noexcept nogil
     @final
     cdef int first_frame(self, Take *take) noexcept nogil
+    @final
+    cdef const Block *blocks(self) noexcept nogil
+    @final
+    cdef int adopt(self, Take *take, char *table, uint64_t bytes) noexcept nogil
     @final
     cdef int look_further(self, uint64_t pos) noexcept nogil
     @final

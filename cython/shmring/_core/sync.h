@@ -55,6 +55,7 @@
  * to start a sleeping CPU: 64 of them took 1.6 % of a core, and take 1.1. */
 #define SYNC_GRID_NS 15000000LL
 #define SYNC_SLICE_LEAST_NS (SYNC_SLICE_NS - SYNC_GRID_NS)
+#define SYNC_LONG_NS (22 * SYNC_SLICE_NS) /* of a consumer while others keep a watch: see watch.h */
 
 /* ---- atomics: each name carries its memory order ------------------------- */
 
@@ -108,12 +109,12 @@ static inline int64_t monotonic_ns(void)
     return (int64_t)t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* `nanoseconds`, or a slice. */
-static inline int64_t slice_of(int64_t nanoseconds)
+/* `nanoseconds`, or a slice of `longest`. */
+static inline int64_t slice_of(int64_t nanoseconds, int64_t longest)
 {
-    if (nanoseconds < SYNC_SLICE_NS)
+    if (nanoseconds < longest)
         return nanoseconds;
-    return SYNC_SLICE_NS - (monotonic_ns() + SYNC_SLICE_NS) % SYNC_GRID_NS;
+    return longest - (monotonic_ns() + longest) % SYNC_GRID_NS;
 }
 
 static inline void nap_ns(int64_t nanoseconds)
@@ -126,7 +127,11 @@ static inline void nap_ns(int64_t nanoseconds)
  * handle_leave() says whether it was the last.
  * With a GIL only the calls that release it need to be counted. */
 #ifdef Py_GIL_DISABLED
-static inline void handle_enter(int64_t *inside) { __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST); }
+static inline void handle_enter(int64_t *inside)
+{
+    __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST);
+    fence_after_unlock(); /* before `closed` is read: see close() */
+}
 static inline int handle_leave(int64_t *inside) { return __atomic_fetch_sub(inside, 1, __ATOMIC_SEQ_CST) <= 1; }
 #else
 static inline void handle_enter(int64_t *inside) { (void)inside; }
@@ -452,14 +457,14 @@ static inline void bell_ring(uint32_t *bell)
 /* Silences it; the sleeper then looks at what it was rung for. */
 static inline int bell_heard(uint32_t *bell) { return (int)__atomic_exchange_n(bell, 0, __ATOMIC_SEQ_CST); }
 
-/* Sleep a slice at most, on all of `words` and on `bell` (which may be NULL).  WOKEN is cleared
- * on any return, and then the caller looks. */
+/* Sleep a slice of `longest` at most, on all of `words` and on `bell` (which may be NULL).  WOKEN
+ * is cleared on any return, and then the caller looks. */
 SYNC_SLOW void wait_sleep(uint32_t *const *words, const uint32_t *announced, int count, uint32_t *bell,
-                          int64_t nanoseconds)
+                          int64_t nanoseconds, int64_t longest)
 {
     sync_watched watched[SYNC_WORDS_MOST + 1];
     int all = 0;
-    nanoseconds = slice_of(nanoseconds);
+    nanoseconds = slice_of(nanoseconds, longest);
     for (; all < count; all++) {
         watched[all].value = announced[all];
         watched[all].address = (uint64_t)(uintptr_t)words[all];

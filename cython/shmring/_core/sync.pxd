@@ -54,7 +54,7 @@ cdef extern from "sync.h" nogil:
     void bell_ring(uint32_t *bell) noexcept
     bint bell_heard(uint32_t *bell) noexcept
     void wait_sleep(uint32_t **words, const uint32_t *announced, int count,
-                    uint32_t *bell, int64_t nanoseconds) noexcept
+                    uint32_t *bell, int64_t nanoseconds, int64_t longest) noexcept
 
 cdef extern from "sync.h":
     # Once a module that takes locks or asks for the epoch; ImportError where the kernel lacks robust lists.

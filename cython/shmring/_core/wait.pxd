@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from shmring._core.diagnostics cimport Wait
 from shmring._core.handle cimport RingHandle
 from shmring._core.ring cimport Item, Take
+from shmring._core.watch cimport Watch
 
 # One wait of one thread.
 cdef class Waiting:
@@ -39,6 +40,7 @@ cdef class Waiting:
     # what a subclass defines
     cdef int prepare(self) noexcept nogil
     cdef int look(self, bint woken) noexcept nogil
+    cdef int64_t longest(self, int result, int64_t now) noexcept nogil
     cdef int between(self, int result) except -1
     cdef void end(self, int result) noexcept
 
@@ -53,6 +55,7 @@ cdef class PutWait(Waiting):
 
 cdef class TakeWait(Waiting):
     cdef Take *take
+    cdef Watch watch
 
     cdef int attempt(self, int flags) noexcept nogil
     cdef int spin(self) noexcept nogil

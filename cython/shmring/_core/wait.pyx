@@ -19,15 +19,17 @@ from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, identity_of
 from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
 from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.ring cimport (
-    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, MAY_GROW, MAY_WAIT,
-    PARTIAL, Item, Take,
+    BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CORRUPT, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, LENT,
+    MAY_GROW, MAY_WAIT, PARTIAL, SHUT, Item, Take,
 )
 from shmring._core.spin cimport SPIN_SLEPT_NS, spin_between_looks, spin_for_writing, spin_while_equal
 from shmring._core.sync cimport (
     SYNC_SLICE_LEAST_NS, SYNC_SLICE_NS, SYNC_WORDS_MOST, bell_heard, bell_ring, current_cpu, fence_full, fetch_add64,
     handle_enter, handle_leave, load_acquire64, load_relaxed32, load_relaxed64, lock_owner,
     monotonic_ns, store_relaxed32, store_relaxed64, sync_set_waitv_absent, sync_start, wait_announce, wait_sleep,
+    wait_wake_all,
 )
+from shmring._core.watch cimport watch_begin, watch_hand_on, watch_leave
 
 from shmring import _warnings
 from shmring.arguments import checked_timeout
@@ -184,7 +186,7 @@ cdef class Waiting:
                   else FOR_RESERVATION if result == BEHIND_RESERVATION else self.reason)
         began = monotonic_ns()
         self.asked_ns = until - began
-        wait_sleep(self.words, self.announced, self.count, self.bell, self.asked_ns)
+        wait_sleep(self.words, self.announced, self.count, self.bell, self.asked_ns, self.longest(result, began))
         self.slept_ns = monotonic_ns() - began
         return self.look(True)
 
@@ -221,6 +223,10 @@ cdef class Waiting:
     cdef int look(self, bint woken) noexcept nogil:
         """Try, after the announcement or after the sleep."""
         return DONE
+
+    cdef int64_t longest(self, int result, int64_t now) noexcept nogil:
+        """How long the sleep that begins now may be."""
+        return SYNC_SLICE_NS
 
     cdef int between(self, int result) except -1:
         """After a slice in vain."""
@@ -306,7 +312,7 @@ cdef class PutWait(Waiting):
             return FULL  # not since the last growth, or never: nothing is read
         while result == FULL and now < until and now - moved < standstill:
             self.announced[0] = wait_announce(self.words[0])
-            wait_sleep(self.words, self.announced, 1, NULL, STANDSTILL_NS // 3)
+            wait_sleep(self.words, self.announced, 1, NULL, STANDSTILL_NS // 3, SYNC_SLICE_NS)
             now = monotonic_ns()
             read = load_acquire64(&h.read_position)
             if read != seen:
@@ -422,7 +428,18 @@ cdef class TakeWait(Waiting):
         result = self.attempt(MAY_WAIT)
         if woken and result == EMPTY:
             shrink_idle(self.ring, self)
+        elif woken and (result == SHUT or result == CORRUPT):
+            wait_wake_all(self.words[0])  # whoever said so may have been killed before it woke all
         return result
+
+    cdef int64_t longest(self, int result, int64_t now) noexcept nogil:
+        cdef int64_t ns
+        if result != EMPTY or self.asked_ns <= SYNC_SLICE_NS:
+            return SYNC_SLICE_NS  # behind a lease or a reservation: the death of its owner is looked for
+        ns = watch_begin(self.ring.header, &self.watch, now)
+        if ns == SYNC_SLICE_NS and self.record.turn != 0:
+            watch_hand_on(self.ring.header, &self.watch, now)
+        return ns
 
     cdef int between(self, int result) except -1:
         if self.block and result != BUSY:
@@ -430,17 +447,23 @@ cdef class TakeWait(Waiting):
         return 0
 
     cdef void end(self, int result) noexcept:
-        if not ends_wait(result) and self.ring.header != NULL:
+        if self.ring.header == NULL:
+            return
+        if not ends_wait(result):
             self.ring.wake_next()  # this thread may have been the one that was woken
+        watch_leave(self.ring.header, &self.watch)
 
 
 cdef void shrink_idle(RingHandle ring, Waiting wait) noexcept nogil:
     """After a sleep in which nothing came: give memory back."""
     cdef Header *h = ring.header
-    if (wait.slept_ns >= (SYNC_SLICE_LEAST_NS if wait.asked_ns > SYNC_SLICE_NS else IDLE_NS)
-            and (load_relaxed64(&ring.read_capacity) != h.min_capacity
-                 or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation))):
+    if wait.slept_ns < (SYNC_SLICE_LEAST_NS if wait.asked_ns > SYNC_SLICE_NS else IDLE_NS):
+        return
+    if (load_relaxed64(&ring.read_capacity) != h.min_capacity
+            or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation)):
         ring.shrink(h.min_capacity, MAY_WAIT)
+    if load_relaxed32(&h.block_slots) != 0:
+        ring.drop_idle_blocks()
 
 
 cdef int check_name(RingHandle ring) except -1:
@@ -470,7 +493,7 @@ cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) e
             ring.check_open()
         take.target_count = 0
         result = ring.take(take, 0)
-        if result == DONE or result == PARTIAL or (result == EMPTY and not block and timeout is None):
+        if result == DONE or result == PARTIAL or result == LENT or (result == EMPTY and not block and timeout is None):
             if load_relaxed64(&ring.oversized) != 0:
                 ring.give_back()
             return result
@@ -486,7 +509,7 @@ cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) e
                 result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
             finally:
                 ring.leave()
-        if ends_wait(result) and result != DONE and result != PARTIAL:
+        if ends_wait(result) and result != DONE and result != PARTIAL and result != LENT:
             ring.raise_outcome(result)
         if not ends_wait(result):
             ring.check_open()
@@ -685,7 +708,7 @@ cdef class Bell:
             if monotonic_ns() >= until:
                 return False
             with nogil:
-                wait_sleep(NULL, NULL, 0, &self.word, until - monotonic_ns())
+                wait_sleep(NULL, NULL, 0, &self.word, until - monotonic_ns(), SYNC_SLICE_NS)
             PyErr_CheckSignals()
         return True
 

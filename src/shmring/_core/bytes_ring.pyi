@@ -8,7 +8,10 @@ from typing_extensions import Buffer
 
 from shmring._core.handle import RingHandle
 
+def _set_lend_bytes(least: int) -> int: ...
+
 class Parcel: ...
+class LentBuffer: ...
 
 class MessageRing(RingHandle):
     def get_many(

@@ -41,7 +41,8 @@ from typing import Any, NamedTuple
 from shmring import _backend as backends
 from shmring.errors import Full, ShmringError
 from shmring.pool.executor import ProcessPoolExecutor
-from shmring.tasks.workers import WorkerReport, interrupts_held
+from shmring.tasks.interrupts import interrupts_held
+from shmring.tasks.workers import WorkerReport
 
 __all__ = [
     "MOST_WORKERS",

@@ -1,172 +1,289 @@
-"""Listing of shared memory, for ``shmring ls``.
-
-Anonymous blocks are found among the open files of this user's processes.  A look
-changes nothing: no name is kept alive, and none that the dead left is removed.
-"""
+"""``shmring ls``, ``watch`` and ``rm``: what stands in shared memory, as lines of text."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
-import mmap
+import argparse
+import functools
 import os
-import stat
-import struct
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
-from shmring._core.handle import RingHandle, counters, user_kind
-from shmring._core.ring import LAYOUT
-from shmring.diagnostics import snapshot
-from shmring.errors import AccessRefused, ShmringError
-from shmring.ipc.registry import REGISTRY_BYTES, REGISTRY_MAGIC, Registry, RegistryEntry
-from shmring.process.liveness import is_process_stopped
-from shmring.shm import segment
+from shmring import _backend as backends
+from shmring.cli.common import (
+    IMPOSSIBLE,
+    WRONG,
+    Stop,
+    age,
+    amount,
+    cut,
+    dump,
+    need_ring,
+    printable,
+    size,
+    width,
+)
 
-__all__ = ["listing"]
+__all__ = ["COLUMNS", "fill_of", "find_block", "findings", "ls", "rm", "row_of", "watch"]
 
-_KINDS = {1: "ring", 2: "queue"}
-_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+# Title, and how wide; the last ones go first where the terminal is narrow.  The name gets the rest.
+COLUMNS = [
+    ("KIND", 9),
+    ("MSGS", 6),
+    ("FILL", 5),
+    ("MSG/S", 6),
+    ("WAIT", 5),
+    ("OWNER", 8),
+    ("DIED", 5),
+    ("AGE", 5),
+    ("PUT", 4),
+    ("GET", 4),
+    ("OPEN", 5),
+]
+_LEAST_NAME = 24
 
 
-def listing() -> list[dict[str, Any]]:
-    """The blocks of shmring in shared memory that this user may read.
+def ls(options: argparse.Namespace) -> int:
+    """Show every ring, queue, registry and pool of this user."""
+    need_ring("ls")
+    from shmring.observer.observer import listing
 
-    Returns:
-        For each block: ``name`` (None: anonymous), ``kind`` ("ring", "queue",
-        "registry" or "memory"), ``nbytes`` (of memory that it takes), ``pids`` (that
-        have it open) and ``stopped`` (those of them that are stopped); of rings and
-        queues the fields of ``statistics()``, of a registry ``processes``; ``error``
-        where it cannot be read.
+    found = listing()
+    if options.json:
+        print(dump(found))
+        return 0
+    if not found:
+        print(_no_place() or "nothing of ours in shared memory")
+        return 0
+    columns = width()
+    name_width = max(_LEAST_NAME, *(len(_label(each)) for each in found))
+    print(cut(row_of(None, name_width, columns), columns))
+    for block in found:
+        print(cut(row_of(block, name_width, columns), columns))
+        for line in findings(block):
+            print(cut(f"    {line}", columns))
+    return 0
+
+
+def row_of(block: dict[str, Any] | None, name_width: int, columns: int | None) -> str:
+    """One line of the table; None is its head.
+
+    Args:
+        block: from an observer.
+        name_width: what the longest name takes.
+        columns: of the terminal; columns that do not fit are left out.
     """
-    return [each for block in _blocks() if (each := _look_into(block)) is not None]
+    name_width, shown = _layout(name_width, columns)
+    cells = _cells(block) if block is not None else {title: title for title, _ in shown}
+    name = "NAME" if block is None else _label(block)
+    return cut(name, name_width).ljust(name_width) + "".join(
+        f" {cells.get(title, '-'):>{wide - 1}}" for title, wide in shown
+    )
 
 
-@dataclasses.dataclass(slots=True)
-class _Block:
-    path: str
-    name: str | None
-    pids: list[int] = dataclasses.field(default_factory=list)
+@functools.lru_cache
+def _layout(name_width: int, columns: int | None) -> tuple[int, list[tuple[str, int]]]:
+    """The width of names, and the columns that fit behind them."""
+    shown = COLUMNS
+    if columns is not None:
+        name_width = min(name_width, max(_LEAST_NAME, columns - sum(each[1] for each in COLUMNS)))
+        while len(shown) > 1 and name_width + sum(each[1] for each in shown) > columns:
+            shown = shown[:-1]
+    return name_width, shown
 
 
-def _blocks() -> list[_Block]:
-    """Files of this user that may be shmring's, the named ones first."""
-    found: dict[tuple[int, int], _Block] = {}
-    for name in segment.names():
-        path = f"{segment.DIRECTORY}/{name}"
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                found[status.st_dev, status.st_ino] = _Block(path, name)
-    for pid, path in _open_files():
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            key = status.st_dev, status.st_ino
-            block = found.setdefault(key, _Block(path, None))
-            if pid not in block.pids:
-                block.pids.append(pid)
-    return list(found.values())
+def _label(block: dict[str, Any]) -> str:
+    return printable(block["id"]) + (" *" if block["name"] is None else "")
 
 
-def _open_files() -> Iterator[tuple[int, str]]:
-    """(pid, path) of each file in shared memory that a process of this user has open."""
-    if not os.path.isdir("/proc/self/fd"):
-        raise AccessRefused(
-            errno.ENOENT, "/proc is not mounted: it shows the open files of processes"
+def _cells(block: dict[str, Any]) -> dict[str, str]:
+    cells = {"KIND": block["kind"], "OPEN": str(len(block["pids"]))}
+    owner = block.get("owner")
+    if owner is not None:
+        cells["OWNER"] = f"{owner['pid']}" if owner["state"] == "alive" else owner["state"]
+    if block.get("age_seconds") is not None:
+        cells["AGE"] = age(block["age_seconds"])
+    if "messages" in block:
+        cells["MSGS"] = amount(block["messages"])
+        cells["FILL"] = f"{100 * fill_of(block):.0f}%"
+        if block["rate"] is not None:
+            cells["MSG/S"] = amount(block["rate"])
+        cells["PUT"], cells["GET"] = str(len(block["producers"])), str(len(block["consumers"]))
+        cells["WAIT"] = str(len(block["waiters"]))
+        cells["DIED"] = str(block["recoveries"])
+    elif "tasks" in block:
+        cells["MSGS"] = amount(block["tasks"]["unanswered"])
+        cells["DIED"] = str(block["died"])
+    if "processes" in block:
+        cells["WAIT"] = str(sum(each["waits_for"] is not None for each in block["processes"]))
+    return cells
+
+
+def fill_of(block: dict[str, Any]) -> float:
+    """How full a ring is, 0 to 1: of its messages if they are bounded, else of its bytes."""
+    if block["max_messages"]:
+        return float(min(1.0, block["messages"] / block["max_messages"]))
+    return float(min(1.0, block["used_bytes"] / max(1, block["max_capacity"])))
+
+
+def findings(block: dict[str, Any]) -> Iterator[str]:
+    """The lines on what stands out: errors, waiters, holders, deaths, processes."""
+    if "error" in block:
+        yield printable(block["error"])
+    if not block["pids"]:
+        yield f"open nowhere, {size(block['nbytes'])}: shmring rm --stale removes it"
+    if block["stopped"]:
+        yield f"open in stopped process {', '.join(map(str, block['stopped']))}"
+    if block.get("poisoned"):
+        yield "poisoned: every call raises RingCorrupted"
+    elif block.get("shut_down"):
+        yield "shut down: puts are refused"
+    for each in block.get("waiters", ()):
+        waits = f"waits in {each['call']} for {each['waits_for']}"
+        yield f"{_named(each)} {waits}, {each['seconds']:.1f} s"
+    for each in block.get("holders", ()):
+        yield f"{_named(each)} holds {each['holds']}"
+    for each in block.get("deaths", ()):
+        yield f"{_named(each)} died holding {each['held']}, {each['seconds']:.1f} s ago"
+    if "tasks" in block:
+        tasks = block["tasks"]
+        yield (
+            f"{tasks['running']} tasks running, {tasks['unanswered']} unanswered,"
+            f" {tasks['answered']} answered, {tasks['retried']} retried"
         )
-    for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                path = f"/proc/{pid}/fd/{number}"
-                with contextlib.suppress(OSError):
-                    if os.readlink(path).startswith((f"{segment.DIRECTORY}/", "/memfd:shmring")):
-                        yield pid, path
+        yield f"tasks travel by {', answers by '.join(block['queues'])}"
+    for each in block.get("processes", ()):
+        doing = each["state"]
+        if each["waits_for"] is not None:
+            doing += f", waits for {printable(each['waits_for'])}"
+        if each["task"] is not None:
+            doing += f", at task {each['task']}"
+        if each["seconds"] is not None:
+            doing += f", {each['seconds']:.1f} s"
+        yield f"{printable(each['process_id'])} (process {each['pid']}) {doing}"
 
 
-def _look_into(block: _Block) -> dict[str, Any] | None:
-    """The description of one block; None if it is not shmring's."""
-    try:
-        fd = os.open(block.path, _OPEN if block.name is None else _OPEN | os.O_NOFOLLOW)
-    except OSError:
+def _named(each: dict[str, Any]) -> str:
+    name = "an unknown process" if each["pid"] is None else f"process {each['pid']}"
+    state = each.get("state", "alive")
+    return name if state == "alive" else f"{name} ({state})"
+
+
+def _no_place() -> str | None:
+    """The line to print where there is no /dev/shm; None where there is one."""
+    if backends.backend != "ring":
         return None
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, fd)
-        words = struct.unpack("<8Q", os.pread(fd, 64, 0).ljust(64, b"\0"))
-        shown: dict[str, Any] = {
-            "name": block.name,
-            "kind": "memory",
-            "nbytes": os.fstat(fd).st_blocks * 512,
-            "pids": block.pids,
-            "stopped": [pid for pid in block.pids if is_process_stopped(pid)],
-        }
+    from shmring.shm.segment import DIRECTORY
+
+    return None if os.path.isdir(DIRECTORY) else f"there is no {DIRECTORY}: nothing to look at"
+
+
+# -- one ring ---------------------------------------------------------------------------------
+
+
+def find_block(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """What an observer found under a name, or the id of an anonymous ring.
+
+    Raises:
+        Stop: there is nothing of that name; the text says what there is.
+    """
+    for block in found:
+        if name in (block["name"], block["id"]):
+            return block
+    from shmring.observer.files import find_named
+
+    find_named(name)  # says why, unless it is none of ours
+    raise Stop(f"{printable(name)} is not shmring's: shmring ls shows what is", WRONG)
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Print one line about a ring each interval."""
+    need_ring("watch")
+    from shmring.observer.observer import Observer
+
+    with Observer() as observer:
+        block = find_block(observer.look(), options.name)
+        if "messages" not in block:
+            raise Stop(f"{printable(options.name)} is a {block['kind']}, not a ring", IMPOSSIBLE)
+        named = block["name"]
+        with Observer(named, scan_s=options.interval) as one:
+            due = time.monotonic()
+            left = options.count
+            one.look()
+            while left is None or left > 0:
+                due = max(time.monotonic(), due + options.interval)
+                time.sleep(max(0.0, due - time.monotonic()))
+                try:
+                    block = find_block(one.look(), options.name)
+                except FileNotFoundError:
+                    raise Stop(f"{printable(options.name)} has gone", WRONG) from None
+                print(dump(block) if options.json else cut(_line_of(block), width()), flush=True)
+                left = None if left is None else left - 1
+    return 0
+
+
+def _line_of(block: dict[str, Any]) -> str:
+    if "error" in block:
+        return f"{time.strftime('%H:%M:%S')}  {printable(block['error'])}"
+    sleeping = len(block["waiters"])
+    return (
+        f"{time.strftime('%H:%M:%S')}  {block['put_rate'] or 0:.0f} put/s"
+        f"  {block['rate'] or 0:.0f} taken/s  {block['messages']} messages"
+        f"  {100 * fill_of(block):.1f} % full  {sleeping} waiting"
+    )
+
+
+# -- removal -----------------------------------------------------------------------------------
+
+
+def rm(options: argparse.Namespace) -> int:
+    """Remove names from shared memory."""
+    if options.stale == bool(options.names):
+        raise Stop("give names, or --stale (see shmring rm --help)", IMPOSSIBLE)
+    if options.names:
+        need_ring("rm NAME")
+    outcome = _removed_stale() if options.stale else _removed(options.names, options.force)
+    if options.json:
+        print(dump(outcome))
+    else:
+        for name in outcome["removed"]:
+            print(f"removed {printable(name)}")
+        if options.stale and not outcome["removed"]:
+            print(_no_place() or "nothing to remove")
+    for name, why in outcome["refused"].items():
+        print(f"shmring: {printable(name)}: {printable(why)}", file=sys.stderr)
+    return WRONG if outcome["refused"] else 0
+
+
+def _removed_stale() -> dict[str, Any]:
+    return {"removed": backends.cleanup_stale(), "refused": {}}
+
+
+def _removed(names: list[str], force: bool) -> dict[str, Any]:
+    from shmring.observer.files import find_named
+    from shmring.observer.observer import Observer
+    from shmring.shm import segment
+
+    with Observer() as observer:
+        found = {each["name"]: each for each in observer.look() if each["name"] is not None}
+    removed: list[str] = []
+    refused: dict[str, str] = {}
+    for name in names:
         try:
-            if words[0] in (LAYOUT["MAGIC"], LAYOUT["BLOCK_MAGIC"]):
-                shown["kind"] = "ring"
-                shown |= _ring(os.dup(fd))
-            elif words[0] != segment.MEMORY_MAGIC:
-                return None
-            elif words[1] == REGISTRY_MAGIC:
-                shown["kind"] = "registry"
-                segment.check_namespace(fd, block.path)
-                shown["processes"] = _processes(fd)
-        except (ShmringError, OSError, ValueError) as error:
-            shown["error"] = str(error)
-        return shown
-
-
-def _ring(fd: int) -> dict[str, Any]:
-    ring = RingHandle()
-    try:
-        if not ring._open(fd, segment.pid_namespace(), 0):
-            return {"error": "it is not ready: its creator has not finished it"}
-        return {
-            "kind": _KINDS.get(user_kind(ring), "ring"),
-            **counters(ring),
-            "waiters": snapshot.waiters(ring),
-            "holders": snapshot.holders(ring),
-            "deaths": snapshot.deaths(ring),
-        }
-    finally:
-        ring._close()
-
-
-class _ReadStorage:
-    """The memory of a registry that is only read."""
-
-    def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, REGISTRY_BYTES)
-        self.buffer = memoryview(self._map)
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def close(self) -> None:
-        self.buffer.release()
-        self._map.close()
-
-
-def _processes(fd: int) -> list[dict[str, Any]]:
-    with Registry(_ReadStorage(fd)) as registry:
-        return [_process(entry) for entry in registry.entries()]
-
-
-def _process(entry: RegistryEntry) -> dict[str, Any]:
-    state = entry.state.name.lower()
-    if state != "exited" and entry.is_dead():
-        state = "dead"
-    elif state != "exited" and is_process_stopped(entry.pid):
-        state = "stopped"
-    return {
-        "process_id": entry.process_id,
-        "pid": entry.pid,
-        "role": entry.role.name.lower(),
-        "state": state,
-        "waits_for": entry.waiting_on if entry.waiting_since_ns else None,
-        "since_ns": entry.waiting_since_ns
-        or (entry.task_started_ns if entry.task is not None else 0),
-        "task": entry.task,
-        "tasks": entry.tasks,
-        "silent_seconds": entry.silent_for(),
-    }
+            identity, _ = find_named(name)
+            if name not in found:
+                refused[name] = "it is not shmring's"
+            elif force:
+                segment.unlink(name, identity)
+                removed.append(name)
+            elif segment.reclaim(name):
+                removed.append(name)
+            else:
+                pids = ", ".join(map(str, found[name]["pids"])) or "a process that has ended since"
+                refused[name] = (
+                    f"it is open in {pids}: end them, or take the name away from them by --force"
+                )
+        except (OSError, ValueError) as error:
+            refused[name] = str(error.strerror if isinstance(error, OSError) else error)
+    return {"removed": removed, "refused": refused}

@@ -236,11 +236,10 @@ class _Run:
         self._queue_name = queue_name
         self._tasks: Iterator[Any] = iter(tasks)
         self._total = len(tasks) if isinstance(tasks, Sized) else None
-        self._max_retries = max_retries
+        self.max_retries = max_retries
         self._return_exceptions = return_exceptions
         self._progress = progress
         self._exhausted = False
-        self._taken = 0
         self._results: dict[int, Any] = {}
         self._failure: BaseException | None = None
         self._heartbeats = 0
@@ -282,7 +281,7 @@ class _Run:
             if self._failure is not None and not self._return_exceptions:
                 raise self._failure
             return Report(
-                results=[self._results[number] for number in range(self._taken)],
+                results=[self._results[number] for number in range(table.submitted)],
                 workers=workers.reports(),
                 retried=table.retried,
                 died=dispatcher.died,
@@ -328,11 +327,7 @@ class _Run:
                 except StopIteration:
                     self._exhausted = True
                     return
-                number = self._taken
-                self._taken += 1
-                self._dispatcher.submit(
-                    Task(None, (payload,), {}, _Answer(self, number).set, self._max_retries)
-                )
+                self._dispatcher.submit(_RunTask(self, payload))
 
     def answered(self, number: int, outcome: Any) -> None:
         if type(outcome) is Failure:
@@ -366,17 +361,15 @@ class _Run:
             workers.stop(0.0 if workers.all_gone() else _HASTE)
 
 
-class _Answer:
-    """Where the answer of one task goes."""
+class _RunTask(Task):
+    """A task of a run."""
 
-    __slots__ = ("_number", "_run")
-
-    def __init__(self, run: _Run, number: int) -> None:
+    def __init__(self, run: _Run, payload: Any) -> None:
+        super().__init__(None, (payload,), {}, run.max_retries)
         self._run = run
-        self._number = number
 
-    def set(self, outcome: Any) -> None:
-        self._run.answered(self._number, outcome)
+    def finish(self, outcome: Any) -> None:
+        self._run.answered(self.number, outcome)
 
 
 def _check_number(name: str, value: int, least: int) -> None:

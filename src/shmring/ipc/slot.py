@@ -5,6 +5,8 @@ Little-endian words of eight bytes::
     header, 256 bytes:
       0 the storage's own        1 magic                 2 version
       3 slots ever used          7 the storage's own
+      8 .. 14 of a pool: its process, start time, tokens of task and answer queue,
+        tasks taken in, answered, retried; 15 workers that died
     slot, 256 bytes:
       0 pid, 0 = never used      1 start time (ticks)    2 incarnation
       3 heartbeat (ns)           4 state                 5 waiting since (ns)
@@ -36,6 +38,8 @@ SLOTS = 255
 REGISTRY_BYTES = (SLOTS + 1) * SLOT_WORDS * 8
 
 H_MAGIC, H_VERSION, H_USED = 1, 2, 3
+H_POOL = 8  # the first of POOL_WORDS
+POOL_WORDS = ("pid", "start", "tasks", "answers", "submitted", "answered", "retried", "died")
 
 PID, START, INCARNATION, HEARTBEAT, STATE, WAITING_SINCE = range(6)
 TASK_STARTED, TASK, TASKS, BYTES, MESSAGES, HEARTBEATS = range(6, 12)

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from shmring.arguments import checked_timeout
 from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
-from shmring.pool.executor import ProcessPoolExecutor, check_retries
+from shmring.pool.interface import TaskExecutor, check_retries
 from shmring.pool.manager import BrokenTask, PoolStatistics
 from shmring.tasks.channel import SPREAD
 from shmring.tasks.task_loop import described
@@ -116,7 +116,7 @@ class _DaskFuture(Future[T]):
         self.set_running_or_notify_cancel()
 
 
-class DaskExecutor(ProcessPoolExecutor):
+class DaskExecutor(TaskExecutor):
     """Runs calls on a Dask cluster, with the promises of ProcessPoolExecutor.
 
     A call whose worker dies runs again, at most `max_retries` times, then it fails alone

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from shmring.pool.executor import ProcessPoolExecutor
+from shmring.pool.interface import TaskExecutor
 
 __all__ = ["executor", "register_joblib"]
 
 
-def executor(address: str = "local", **options: Any) -> ProcessPoolExecutor:
+def executor(address: str = "local", **options: Any) -> TaskExecutor:
     """An executor on this machine or, by its scheduler's address, on a Dask cluster.
 
     Args:

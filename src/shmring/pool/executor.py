@@ -13,34 +13,27 @@
 
 from __future__ import annotations
 
-import collections
-import itertools
 import logging
 import multiprocessing
 import operator
 import os
-import signal
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from shmring._backend import backend
 from shmring.arguments import checked_timeout
 from shmring.errors import InvalidArgument, NotSupportedByFallback
 from shmring.pool.future import TaskFuture
-from shmring.tasks.channel import SPREAD, FunctionReferences
-from shmring.tasks.task_table import Failure, Task, TaskCancelled
+from shmring.pool.interface import TaskExecutor, check_retries
+from shmring.tasks.channel import FunctionReferences
 
 __all__ = ["ProcessPoolExecutor"]
-
-T = TypeVar("T")
 
 MOST_WORKERS = 128  # a queue has so many places for deliveries
 
 
-class ProcessPoolExecutor(Executor):
+class ProcessPoolExecutor(TaskExecutor):
     """Runs calls in worker processes, as ``concurrent.futures.ProcessPoolExecutor``.
 
     What differs on purpose: a worker that dies is replaced and its unanswered task runs
@@ -70,8 +63,6 @@ class ProcessPoolExecutor(Executor):
         TypeError: an argument of the wrong type.
         NotSupportedByFallback: the ring is not there.
     """
-
-    _chunk_seconds = 0.005  # at which chunksize="auto" aims
 
     def __init__(
         self,
@@ -149,130 +140,14 @@ class ProcessPoolExecutor(Executor):
 
     # -- tasks -----------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Schedule ``fn(*args, **kwargs)``.
-
-        Args:
-            fn, args, kwargs: pickled by the calling thread.
-
-        Returns:
-            its future. An argument that cannot be pickled is the future's exception.
-
-        Raises:
-            RuntimeError: the pool was shut down.
-            BrokenProcessPool: the pool is broken.
-        """
-        return self._submit(fn, args, kwargs, self._max_retries)
-
     def _submit(
-        self, fn: Callable[..., T], args: Any, kwargs: dict[str, Any] | int, retries: int
+        self, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any] | int, retries: int
     ) -> TaskFuture[Any]:
         manager = self._manager
-        future: TaskFuture[Any] = TaskFuture(manager.dispatcher)
-        task = Task(self._references.get(fn), args, kwargs, future._finish, retries)
-        future._task = task
-        manager.submit(task)
+        function = self._references.get(fn)
+        future: TaskFuture[Any] = TaskFuture(manager.dispatcher, function, args, kwargs, retries)
+        manager.submit(future)
         return future
-
-    def options(self, *, retries: int) -> PoolView:
-        """The same pool, with another number of retries.
-
-        Args:
-            retries: how often a task whose worker died is tried again; 0 is at most once.
-
-        Returns:
-            an object with ``submit`` and ``map``.
-
-        Raises:
-            InvalidArgument: a negative number.
-        """
-        return PoolView(self, retries)
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        """The results of ``map(fn, *iterables)``, in order.
-
-        Args:
-            fn: called in the workers.
-            iterables: read at once, or as results are taken if `buffersize` is given.
-            timeout: seconds from now until the last result; None for ever.
-            chunksize: how many calls travel together.
-            buffersize: how many chunks may be ahead of the results that were taken.
-
-        Returns:
-            an iterator; closing it cancels what no worker has taken.
-
-        Raises:
-            TimeoutError: from the iterator.
-            InvalidArgument: an impossible chunksize or buffersize.
-        """
-        return self._map(fn, iterables, timeout, chunksize, buffersize, self._max_retries)
-
-    def _map(
-        self,
-        fn: Callable[..., T],
-        iterables: tuple[Iterable[Any], ...],
-        timeout: float | None,
-        chunksize: int,
-        buffersize: int | None,
-        retries: int,
-    ) -> Iterator[T]:
-        if chunksize < 1:
-            raise InvalidArgument(f"chunksize={chunksize}: chunksize must be >= 1.")
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise InvalidArgument(f"buffersize={buffersize}: buffersize must be None or > 0")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if chunksize == 1:
-            calls = zip(*iterables, strict=False)
-            ahead = (self._submit(fn, args, {}, retries) for args in calls)
-        else:
-            spread = len(iterables) != 1
-            items = zip(*iterables, strict=False) if spread else iter(iterables[0])
-            chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
-            flags = SPREAD if spread else 0
-            ahead = (self._submit(fn, chunk, flags, retries) for chunk in chunks)
-        first = collections.deque(itertools.islice(ahead, buffersize))
-        results = _results(ahead, first, deadline, chunksize > 1, buffersize is not None)
-        next(results)
-        return results
-
-    def map_unordered(
-        self,
-        fn: Callable[[Any], T],
-        iterable: Iterable[Any],
-        *,
-        chunksize: int | Literal["auto"] = "auto",
-        buffersize: int | None = None,
-        progress: bool | Callable[[int, int | None], object] = False,
-    ) -> Iterator[T]:
-        """The results of ``fn(item)`` for each item, in the order in which they come.
-
-        Args:
-            fn: called in the workers.
-            iterable: may be endless: it is read as results are taken.
-            chunksize: how many calls travel together; "auto" finds it while it runs.
-            buffersize: how many chunks may be ahead of the results that were taken;
-                None for four a worker.
-            progress: True for a bar (extra ``pool``), or called with (done, total or None).
-
-        Returns:
-            an iterator; closing it cancels what no worker has taken.
-
-        Raises:
-            InvalidArgument: an impossible chunksize or buffersize.
-            ImportError: `progress` is True and the extra is not installed.
-        """
-        from shmring.pool.stream import unordered
-
-        return unordered(self, fn, iterable, chunksize, buffersize, progress, self._max_retries)
 
     # -- what goes on ----------------------------------------------------------------------
 
@@ -299,98 +174,14 @@ class ProcessPoolExecutor(Executor):
             cancel_futures: cancel what no worker has taken.
         """
         self._finalizer.detach()
-        for task in self._manager.close(cancel_futures):
-            task.done(Failure(TaskCancelled()))
+        self._manager.close(cancel_futures)
         if wait:
             self._manager.join()
-
-    def terminate_workers(self) -> None:
-        """Send SIGTERM to all workers, and shut down; running tasks fail."""
-        self._kill(signal.SIGTERM)
-
-    def kill_workers(self) -> None:
-        """Send SIGKILL to all workers, and shut down; running tasks fail."""
-        self._kill(signal.SIGKILL)
 
     def _kill(self, signum: int) -> None:
         self.shutdown(wait=False, cancel_futures=True)
         self._manager.kill(signum)
         self._manager.join()
-
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> Literal[False]:
-        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
-            self.kill_workers()
-        else:
-            self.shutdown(wait=True)
-        return False
-
-
-class PoolView:
-    """A pool with another number of retries: see :meth:`ProcessPoolExecutor.options`."""
-
-    def __init__(self, pool: ProcessPoolExecutor, retries: int) -> None:
-        check_retries("retries", retries)
-        self._pool = pool
-        self._retries = retries
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As :meth:`ProcessPoolExecutor.submit`."""
-        return self._pool._submit(fn, args, kwargs, self._retries)
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        """As :meth:`ProcessPoolExecutor.map`."""
-        return self._pool._map(fn, iterables, timeout, chunksize, buffersize, self._retries)
-
-
-def _results(
-    ahead: Iterator[TaskFuture[Any]],
-    futures: collections.deque[TaskFuture[Any]],
-    deadline: float | None,
-    chunked: bool,
-    buffered: bool,
-) -> Iterator[Any]:
-    """Take the results in order; if not all is submitted yet, submit one more for each."""
-    try:
-        yield  # up to here at once: one that was never begun would not cancel when it is closed
-        while futures:
-            future = futures.popleft()
-            left = None if deadline is None else deadline - time.monotonic()
-            try:
-                value = future.result(left)
-            except BaseException:
-                future.cancel()
-                raise
-            del future
-            if buffered:
-                futures.extend(itertools.islice(ahead, 1))
-            if not chunked:
-                last = [value]
-                del value  # what was taken is kept by its taker alone
-                yield last.pop()
-            elif type(value) is list:
-                yield from value
-            else:
-                for each in value:
-                    if isinstance(each, Failure):
-                        raise each.error
-                    yield each
-    finally:
-        for each in futures:
-            each.cancel()
-
-
-def check_retries(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
-    if value < 0:
-        raise InvalidArgument(f"{name}={value}: at least 0 is needed")
 
 
 def _cpu_count() -> int:

@@ -22,39 +22,49 @@ __all__ = ["TaskFuture"]
 T = TypeVar("T")
 
 
-class TaskFuture(Future[T]):
-    """What :meth:`~shmring.ProcessPoolExecutor.submit` returns."""
+class TaskFuture(Future[T], Task):
+    """What :meth:`~shmring.ProcessPoolExecutor.submit` returns; also its own task."""
 
     # What most futures never change stands here once: making one is on the fast path.
     _state = PENDING
     _result: Any = None
     _exception: BaseException | None = None
+    _awaited = False  # whether there is a condition, or is about to be
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        function: Any,
+        args: Any,
+        kwargs: dict[str, Any] | int,
+        retries: int,
+    ) -> None:
         # Not Future.__init__: see __getattr__.
+        Task.__init__(self, function, args, kwargs, retries)
         self._dispatcher: Dispatcher | None = dispatcher
-        self._task: Task | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "_condition":
+            self._awaited = True
             return self.__dict__.setdefault(name, threading.Condition())
         if name in ("_waiters", "_done_callbacks"):
             return self.__dict__.setdefault(name, [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _finish(self, outcome: Any) -> None:
+    def finish(self, outcome: Any) -> None:
         """Store a result or a Failure, and tell those that wait."""
         failed = type(outcome) is Failure
+        if self.withdrawn or (failed and isinstance(outcome.error, TaskCancelled)):
+            self._cancelled()
+            return
         if failed:
-            if isinstance(outcome.error, TaskCancelled):
-                self._cancelled()
-                return
             self._exception = outcome.error
         else:
             self._result = outcome
         self._state = FINISHED
-        self._task = self._dispatcher = None  # last: cancel() takes a future without for cancelled
-        if "_condition" not in self.__dict__:
+        self.function = self.args = self.kwargs = None
+        self._dispatcher = None  # last: cancel() takes a future without for cancelled
+        if not self._awaited:
             return
         with self._condition:
             for waiter in self._waiters:
@@ -91,8 +101,7 @@ class TaskFuture(Future[T]):
 
     def running(self) -> bool:
         """Whether the task was sent to the workers and has no answer."""
-        task = self._task
-        return self._state == PENDING and task is not None and task.position >= 0
+        return self._state == PENDING and self.position >= 0
 
     def cancel(self) -> bool:
         """Cancel the task if no worker has taken it.
@@ -100,8 +109,8 @@ class TaskFuture(Future[T]):
         Returns:
             False if one has, or if the task is finished.
         """
-        task, dispatcher = self._task, self._dispatcher
-        if task is not None and dispatcher is not None and not dispatcher.withdraw(task):
+        dispatcher = self._dispatcher
+        if dispatcher is not None and not dispatcher.withdraw(self):
             return False
         return self._cancelled()
 
@@ -118,15 +127,15 @@ class TaskFuture(Future[T]):
             False if the task is finished; otherwise the future is cancelled, or
             becomes so when its worker has ended the task.
         """
-        task, dispatcher = self._task, self._dispatcher
-        if task is None or dispatcher is None:
+        dispatcher = self._dispatcher
+        if dispatcher is None:
             return self.cancelled()
-        if dispatcher.withdraw(task):
+        if dispatcher.withdraw(self):
             return self._cancelled()
-        return dispatcher.interrupt(task, grace)
+        return dispatcher.interrupt(self, grace)
 
     def _cancelled(self) -> bool:
-        self._task = self._dispatcher = None
+        self.function = self.args = self.kwargs = self._dispatcher = None
         done = super().cancel()
         if done:
             with self._condition:

@@ -18,6 +18,7 @@ from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
 from shmring.ipc.registry import Registry
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
+from shmring.process.liveness import process_start_ticks
 from shmring.queues.queue import Queue
 from shmring.tasks.channel import STOP
 from shmring.tasks.dispatcher import Dispatcher
@@ -125,6 +126,12 @@ class Manager:
             undo.callback(self._registry.close)
             self._lifeline = Lifeline()
             undo.pop_all()
+        self._slots = slots
+        slots.tell(
+            self.pid,
+            process_start_ticks(self.pid),
+            *(queue._identity()[1] for queue in (self._tasks, self._answers)),
+        )
         self.workers = ChildWorkers(
             self._registry,
             number,
@@ -188,26 +195,20 @@ class Manager:
                     self._thread = thread
                     thread.start()
 
-    def close(self, cancel: bool) -> list[Task]:
+    def close(self, cancel: bool) -> None:
         """Let the work that is there be done, then end.
 
         Args:
             cancel: take back what no worker has taken.
-
-        Returns:
-            the tasks that were taken back.
         """
-        cancelled: list[Task] = []
         if self.pid != os.getpid():
-            return cancelled
+            return
         dispatcher = self.dispatcher
         with dispatcher.lock:
             dispatcher.closed = True
-            if cancel and not self._ended:
-                with contextlib.suppress(RingClosed):
-                    dispatcher.recall()
-                cancelled = list(dispatcher.table.backlog)
-                dispatcher.table.backlog.clear()
+        if cancel and not self._ended:
+            with contextlib.suppress(RingClosed):
+                dispatcher.cancel_all()
         with self._start_lock:
             if self._thread is not None:
                 self._wake()
@@ -215,7 +216,6 @@ class Manager:
                 self._start(len(dispatcher.table))
             else:
                 self._end()
-        return cancelled
 
     def kill(self, signum: int) -> None:
         """End all workers by a signal; tasks that have no answer fail.
@@ -258,12 +258,17 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        told = (0, 0, 0, 0)  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
                 if self.dispatcher.closed and not len(table):
                     break
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
+                counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
+                if counts != told:
+                    self._slots.tell(*counts, start=4)
+                    told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
         except BaseException as error:
@@ -311,7 +316,7 @@ class Manager:
             self.workers.number = 0  # none is to be started any more
             failed = dispatcher.table.take_all()
         for task in failed:
-            task.done(Failure(error))
+            task.finish(Failure(error))
 
     def _heard(self, kind: str, worker_id: str, content: Any) -> None:
         if kind == "log":

@@ -13,7 +13,7 @@ from shmring.errors import InvalidArgument
 from shmring.tasks.task_table import Failure
 
 if TYPE_CHECKING:
-    from shmring.pool.executor import ProcessPoolExecutor
+    from shmring.pool.interface import TaskCalls
 
 __all__ = ["unordered"]
 
@@ -22,15 +22,14 @@ _CHUNKS_A_WORKER = 4
 
 
 def unordered(
-    pool: ProcessPoolExecutor,
+    pool: TaskCalls,
     fn: Callable[[Any], Any],
     iterable: Iterable[Any],
     chunksize: Any,
     buffersize: int | None,
     progress: Any,
-    retries: int,
 ) -> Iterator[Any]:
-    """See :meth:`ProcessPoolExecutor.map_unordered`."""
+    """See :meth:`~shmring.pool.interface.TaskCalls.map_unordered`."""
     if chunksize != "auto" and checked_int(chunksize, "chunksize") < 1:
         raise InvalidArgument(f'chunksize={chunksize!r}: at least 1, or "auto"')
     if buffersize is None:
@@ -38,7 +37,7 @@ def unordered(
     elif checked_int(buffersize, "buffersize") < 1:
         raise InvalidArgument(f"buffersize={buffersize!r}: at least 1, or None")
     total = len(iterable) if isinstance(iterable, Sized) else None
-    stream = _Stream(pool, fn, iter(iterable), chunksize, buffersize, retries)
+    stream = _Stream(pool, fn, iter(iterable), chunksize, buffersize)
     results = stream.results(_reporter(progress), total)
     next(results)
     return results
@@ -49,12 +48,11 @@ class _Stream:
 
     def __init__(
         self,
-        pool: ProcessPoolExecutor,
+        pool: TaskCalls,
         fn: Callable[[Any], Any],
         items: Iterator[Any],
         chunksize: Any,
         ahead: int,
-        retries: int,
     ) -> None:
         self._pool = pool
         self._fn = fn
@@ -62,7 +60,6 @@ class _Stream:
         self._adapts = chunksize == "auto"
         self._size = 1 if self._adapts else chunksize
         self._ahead = ahead
-        self._retries = retries
         self._open: dict[Any, int] = {}
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._since = time.monotonic()
@@ -100,7 +97,7 @@ class _Stream:
             chunk = list(itertools.islice(self._items, self._size))
             if not chunk:
                 return
-            future = self._pool._submit(self._fn, chunk, 0, self._retries)
+            future = self._pool._submit(self._fn, chunk, 0, self._pool._max_retries)
             self._open[future] = len(chunk)
             future.add_done_callback(self._done.put)
 

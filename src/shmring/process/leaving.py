@@ -79,10 +79,15 @@ def end_thread_at_exit() -> None:
 
 
 def close_dropped(handle: object, close: Callable[[], object]) -> None:
-    """Close a handle that was dropped open, for its ``__del__``, and warn."""
+    """Close a handle that was dropped open, for its ``__del__``, and warn.
+
+    A class with ``_may_be_dropped`` is for programs that close no queues: no warning.
+    """
     dropped = repr(handle)
     with contextlib.suppress(OSError):
-        close()  # first: where warnings are errors the next line raises
+        close()  # first: where warnings are errors the last line raises
+    if getattr(handle, "_may_be_dropped", False):
+        return
     warnings.warn(
         f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=3, source=handle
     )

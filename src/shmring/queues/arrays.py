@@ -72,6 +72,7 @@ def _writable(
     import numpy
 
     inner = data.obj if type(data) is memoryview else data
-    if type(inner) is not bytearray or len(inner) != memoryview(data).nbytes:
+    whole = memoryview(inner)
+    if whole.readonly or whole.nbytes != memoryview(data).nbytes:
         inner = bytearray(data)
     return numpy.ndarray(shape, dtype, inner, 0, strides, order)

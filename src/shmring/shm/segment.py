@@ -140,7 +140,8 @@ def _explained(error: OSError, size: int) -> OSError:
         return SharedMemoryFull(
             errno.ENOSPC,
             f"{size} bytes of shared memory do not fit into {_where()}: close what is not needed,"
-            " run shmring.cleanup_stale(), or enlarge it (for containers: --shm-size)",
+            " run shmring.cleanup_stale(), or enlarge it (for containers: --shm-size)"
+            " (docs: containers#no-room)",
         )
     if error.errno == errno.EFBIG:
         return SharedMemoryFull(
@@ -329,7 +330,8 @@ def check_namespace(fd: int, path: str) -> None:
         raise AccessRefused(
             errno.EACCES,
             f"{path} was created in another PID namespace, where process ids mean other"
-            " processes: share the namespace (for containers: --pid)",
+            " processes: share the namespace (for containers: --pid)"
+            " (docs: containers#pid-namespaces)",
         )
 
 
@@ -358,7 +360,8 @@ def _check_access(fd: int, path: str) -> None:
     if found.st_uid != os.geteuid():
         raise AccessRefused(
             errno.EACCES,
-            f"{path} belongs to user {found.st_uid}, this process runs as {os.geteuid()}",
+            f"{path} belongs to user {found.st_uid}, this process runs as {os.geteuid()}"
+            " (docs: containers#users)",
         )
     if found.st_mode & 0o077:
         raise AccessRefused(

@@ -7,7 +7,7 @@
                     | requeue                                      v
                     +------ lost <-- proof of death <--------- workers
                     |                                              |
-    done() <--------+------ answered <-------- answer queue <------+
+    finish() <------+------ answered <-------- answer queue <------+
 
 Execution is at least once, answers are exactly once: a task whose answer was
 committed never runs again, one whose worker died with a delivery of it runs again,
@@ -16,6 +16,7 @@ and one that only stood in the queue is charged to nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import signal
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures.process import _RemoteTraceback  # as programs know it
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from shmring._backend import backend
 from shmring.errors import (
@@ -45,10 +46,20 @@ from shmring.errors import (
 from shmring.ipc.registry import RegistryEntry
 from shmring.process.liveness import is_process_stopped
 from shmring.tasks.channel import PoolCodec
-from shmring.tasks.task_table import Failure, Task, TaskCancelled, TaskTable
+from shmring.tasks.interrupts import without_interrupts
+from shmring.tasks.task_table import (
+    TAKEN_OUT,
+    UNSENT,
+    Failure,
+    Task,
+    TaskCancelled,
+    TaskTable,
+)
 from shmring.tasks.workers import Departure, Workers
 
 __all__ = ["Dispatcher"]
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("shmring")
 
@@ -143,7 +154,7 @@ class Dispatcher:
                 return True
             failure = self._send(task)
         if failure is not None:
-            task.done(failure)
+            task.finish(failure)
         return True
 
     def fill(self) -> None:
@@ -152,7 +163,9 @@ class Dispatcher:
         while table.backlog:
             failure = None
             with self.lock:
-                if not table.backlog or len(table.sent) >= self._room:
+                if not table.backlog:
+                    return
+                if len(table.sent) >= self._room and not table.backlog[0].withdrawn:
                     return
                 task = table.backlog.popleft()
                 try:
@@ -163,10 +176,13 @@ class Dispatcher:
                 if task.position < 0 and failure is None:
                     return  # no room in shared memory
             if failure is not None:
-                task.done(failure)
+                task.finish(failure)
 
     def _send(self, task: Task) -> Failure | None:
-        """Put a task into the queue, or back; a Failure if it can never be sent."""
+        """Put a task into the queue, or back; a Failure if it is not to be sent."""
+        if task.withdrawn:
+            task.position = TAKEN_OUT
+            return Failure(TaskCancelled())
         try:
             position = self._put((task.number, task.function, task.args, task.kwargs), False)
         except Full:
@@ -176,6 +192,7 @@ class Dispatcher:
             if isinstance(error, SharedMemoryFull) and self.table.sent:
                 self.table.backlog.appendleft(task)  # until what is there gives room
                 return None
+            task.position = TAKEN_OUT
             return Failure(error)
         task.position = position
         self.table.sent[task.number] = task
@@ -189,22 +206,43 @@ class Dispatcher:
         return number  # nothing reads deliveries on the fallback
 
     def withdraw(self, task: Task) -> bool:
-        """Take a task back that no worker has taken yet.
+        """Have a task that no worker has taken dropped when its turn comes.
 
         Returns:
             False if one has, or if the task is answered.
         """
         with self.lock:
-            if task in self.table.backlog:
-                self.table.backlog.remove(task)
-                return True
-            if task.number not in self.table.sent or backend != "ring":
-                return False
+            if task.position == UNSENT:
+                task.withdrawn = True
+            if task.withdrawn or task.number not in self.table.sent:
+                return task.withdrawn
+        return self._without_interrupts(functools.partial(self._withdraw_sent, task))
+
+    def _withdraw_sent(self, task: Task) -> bool:
+        with self.lock:
+            if task.number in self.table.sent:
+                self.recall()
+            if task.position == UNSENT:
+                task.withdrawn = True
+            return task.withdrawn
+
+    def cancel_all(self) -> None:
+        """Cancel all tasks that no worker has taken."""
+        for task in self._without_interrupts(self._withdraw_all):
+            task.finish(Failure(TaskCancelled()))
+
+    def _withdraw_all(self) -> list[Task]:
+        with self.lock:
             self.recall()
-            if task.position >= 0:
-                return False
-            self.table.backlog.remove(task)
-            return True
+            for task in self.table.backlog:
+                task.withdrawn = True
+            return [*self.table.backlog]
+
+    def _without_interrupts(self, call: Callable[[], T]) -> T:
+        """What an interrupted recall had taken from the queue would be lost."""
+        if self.lock._is_owned():  # type: ignore[attr-defined]  # a finalizer, in submit()
+            return call()
+        return without_interrupts(call)
 
     def recall(self) -> None:
         """Take all tasks back that no worker has taken, and narrow the window."""
@@ -283,10 +321,10 @@ class Dispatcher:
                         value = answer[1]
                         if task.results:
                             value = task.outcome(value)
-                        finished.append((task.done, value))
+                        finished.append((task, value))
             table.answered_count += len(finished)
-        for done, value in finished:
-            done(value)
+        for task, value in finished:
+            task.finish(value)
         if len(finished) < len(answers):
             for answer in answers:
                 if answer[0] is None:
@@ -305,7 +343,7 @@ class Dispatcher:
         with self.lock:
             task = self.table.part_answered(number, index, values)
         if task is not None:
-            task.done(task.outcome())
+            task.finish(task.outcome())
 
     def _raised(self, number: int, index: int, pickled: bytes | None, text: str) -> None:
         error: BaseException
@@ -332,10 +370,10 @@ class Dispatcher:
             task = self.table.answered(number)
         if task is not None:
             if task.results is None:
-                task.done(Failure(error))
+                task.finish(Failure(error))
             else:
                 task.fail(error)
-                task.done(task.outcome())
+                task.finish(task.outcome())
 
     def _heard(self, kind: str, worker_id: str, content: Any) -> None:
         if self._on_message is not None:
@@ -412,9 +450,9 @@ class Dispatcher:
             if self._on_event is not None:
                 self._on_event("retried", task.number, departure)
         elif task.results is None:
-            task.done(Failure(error))
+            task.finish(Failure(error))
         elif not task.args:
-            task.done(task.outcome())
+            task.finish(task.outcome())
 
     def _look_at_the_living(self) -> None:
         if self._interrupts:
@@ -462,9 +500,12 @@ class Dispatcher:
             False if it is answered.
         """
         with self.lock:
-            if task.number not in self.table.sent:
+            if task.position == UNSENT:
+                task.withdrawn = True  # its worker has died meanwhile
+            elif task.number in self.table.sent:
+                self._interrupts[task.number] = grace, None
+            else:
                 return False
-            self._interrupts[task.number] = grace, None
             return True
 
     def _interrupt(self, entry: RegistryEntry) -> None:

@@ -11,7 +11,15 @@ from multiprocessing import reduction
 from typing import Any
 
 from shmring._core.locked_memory import MappedFile
-from shmring.ipc.slot import H_USED, REGISTRY_BYTES, ProcessRole, RegistrySlot, Words, take_slot
+from shmring.ipc.slot import (
+    H_POOL,
+    H_USED,
+    REGISTRY_BYTES,
+    ProcessRole,
+    RegistrySlot,
+    Words,
+    take_slot,
+)
 from shmring.shm import segment
 from shmring.shm.descriptors import close_own, identity_of
 
@@ -53,6 +61,12 @@ class PoolSlots:
         """Take the slot that the pool chose for the calling process."""
         words = Words(self.buffer)
         return take_slot(words, index, worker_id.encode(), ProcessRole.WORKER)
+
+    def tell(self, *pool: int, start: int = 0) -> None:
+        """Store some of ``POOL_WORDS``, for observers; `start` is the first of them."""
+        words = Words(self.buffer)
+        for at, value in enumerate(pool, H_POOL + start):
+            words[at] = value
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """No lock: no two processes take the same slot."""

@@ -11,14 +11,19 @@ It does no input or output, so that every order of events can be played through 
 
 from __future__ import annotations
 
+import abc
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from shmring.errors import ShmringError, WorkerDied
 from shmring.tasks.channel import CAREFUL
 
 __all__ = ["Failure", "PartialResults", "Task", "TaskCancelled", "TaskTable"]
+
+# Positions of a task that does not stand in the task queue.
+UNSENT = -1  # in the backlog
+TAKEN_OUT = -2  # in the table no more, without having been answered
 
 
 class Failure:
@@ -38,15 +43,13 @@ class PartialResults(list[Any]):
     """Results of a chunk among which there are Failures."""
 
 
-class Task:
+class Task(abc.ABC):
     """One call, or one chunk of calls, that has no complete answer yet.
 
     Args:
         function: what to call, or its reference.
         args: the arguments; of a chunk, a list of items.
         kwargs: keyword arguments; of a chunk, its flags.
-        done: called once with the result, or with a Failure; of a chunk with the list
-            of results, which is a PartialResults if there are Failures in it.
         retries: how often it may be tried again after the death of a worker.
     """
 
@@ -57,26 +60,30 @@ class Task:
     failed = False  # whether `results` holds a Failure
     first = 0  # the call of the chunk that stands first in `args`
     number = -1
-    position = -1  # in the task queue; -1 while it is not there
+    position = UNSENT  # in the task queue
     results: list[Any] | None = None  # of a chunk
+    withdrawn = False  # cancelled in the backlog; taken out when its turn comes
 
     def __init__(
-        self,
-        function: Any,
-        args: Any,
-        kwargs: dict[str, Any] | int,
-        done: Callable[[Any], object],
-        retries: int,
+        self, function: Any, args: Any, kwargs: dict[str, Any] | int, retries: int
     ) -> None:
         self.function = function
         self.args = args
-        self.kwargs = kwargs
-        self.done = done
+        self.kwargs: dict[str, Any] | int | None = kwargs
         self.retries = retries
         if type(kwargs) is int:
             self.results = []
             if retries == 0:
                 self.be_careful()
+
+    @abc.abstractmethod
+    def finish(self, outcome: Any) -> None:
+        """Called once the task is out of the table.
+
+        Args:
+            outcome: the result, or a Failure; of a chunk the list of results, which is a
+                PartialResults if there are Failures in it.
+        """
 
     def be_careful(self) -> None:
         """Have each result of a chunk sent before the next call begins."""
@@ -120,13 +127,11 @@ class TaskTable:
     def __len__(self) -> int:
         return len(self.backlog) + len(self.sent)
 
-    def __iter__(self) -> Iterator[Task]:
-        yield from self.sent.values()
-        yield from self.backlog
-
     def take_all(self) -> list[Task]:
         """Take out all tasks."""
         tasks = [*self.sent.values(), *self.backlog]
+        for task in tasks:
+            task.position = TAKEN_OUT
         self.sent.clear()
         self.backlog.clear()
         return tasks
@@ -161,7 +166,7 @@ class TaskTable:
         """Put a task that was sent back to the front of the backlog."""
         if task.position >= 0:
             self.sent.pop(task.number, None)
-            task.position = -1
+            task.position = UNSENT
         if task.results is not None:  # of a chunk only what has no result
             have = len(task.results) - task.first
             task.args = task.args[have:]
@@ -211,6 +216,7 @@ class TaskTable:
             if task.args:
                 self.backlog.appendleft(task)
                 return task, error
+        task.position = TAKEN_OUT
         self.answered_count += 1
         return task, error
 

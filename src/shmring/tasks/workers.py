@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from shmring.errors import InvalidArgument, ShmringError
 from shmring.ipc.registry import SLOTS, ProcessRole, ProcessState, RegistryEntry
 from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
+from shmring.tasks.interrupts import interrupts_held, interrupts_put_off
 
 __all__ = [
     "ChildWorkers",
@@ -30,7 +31,6 @@ __all__ = [
     "SeenWorkers",
     "WorkerReport",
     "Workers",
-    "interrupts_held",
 ]
 
 _LOG = logging.getLogger("shmring")
@@ -170,26 +170,6 @@ class Workers(Protocol):
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
         ...
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Block Ctrl-C in this thread, and in what it starts, until the block ends or the call.
-
-    A worker that inherits it cannot die of Ctrl-C before it has learnt to ignore it.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield lambda: None
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    try:
-        yield release
-    finally:
-        release()
 
 
 @contextlib.contextmanager
@@ -382,7 +362,7 @@ class ChildWorkers:
         )
         _start_servants(method)
         try:
-            with interrupts_held():
+            with interrupts_put_off(), interrupts_held():
                 process.start()
                 self._names[process.pid or 0] = worker_id
                 self._start_ticks[process.pid or 0] = process_start_ticks(process.pid or 0)

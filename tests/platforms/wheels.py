@@ -1,0 +1,215 @@
+"""Build each wheel that this machine can build, and test those that it can run: ``make wheels``.
+
+From one sdist, by each Python, for each target.  zig compiles, against the C library that
+the target names: so a wheel has its tag whatever this machine's compiler and C library are.
+
+    build/wheels/NAME/    the virtual environment of one Python, and what it built
+    wheelhouse/           the wheels, tagged by auditwheel
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACE = ROOT / "build" / "wheels"
+WHEELHOUSE = ROOT / "wheelhouse"
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+TARGETS = {  # what zig calls them
+    f"{policy}_{machine}": f"{machine}-linux-{libc}"
+    for machine in ("x86_64", "aarch64")
+    for policy, libc in (("manylinux_2_28", "gnu.2.28"), ("musllinux_1_2", "musl"))
+}
+MAX_BYTES = 700_000
+
+# Run by each Python.
+TELL = """
+import json, platform, sys, sysconfig
+suffix = sysconfig.get_config_var("EXT_SUFFIX")
+print(json.dumps({
+    "command": sys.executable,
+    "version": platform.python_version(),
+    "suffix": suffix,
+    "libc": "musllinux_1_2" if "musl" in suffix else "manylinux_2_28",
+}))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """A Python that is there; `suffix` ends its extension modules' names."""
+
+    command: str
+    version: str
+    suffix: str
+    libc: str
+
+    @property
+    def name(self) -> str:
+        return self.suffix.strip(".").removesuffix(".so")
+
+    @property
+    def own_target(self) -> str:
+        return f"{self.libc}_{platform.machine()}"
+
+    def suffix_on(self, target: str) -> str:
+        """What ends the names of extension modules for the same version elsewhere."""
+        machine, _, libc = TARGETS[target].split(".")[0].partition("-linux-")
+        tag = self.name.split("-")[1]
+        return f".cpython-{tag}-{machine}-linux-{libc}.so"
+
+
+@dataclasses.dataclass
+class Row:
+    """What came of one wheel."""
+
+    wheel: Path
+    tested: str = "no"
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> None:
+    subprocess.run(command, check=True, cwd=cwd, env={**os.environ, **env})
+
+
+def find(wanted: str) -> Interpreter | None:
+    """The Python at a path, of pyenv's, or on the PATH."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [*pyenv.glob(f"{wanted}.*/bin/python3"), f"python{wanted}"]
+    for candidate in [wanted] if "/" in wanted else found:
+        try:
+            done = subprocess.run(
+                [candidate, "-c", TELL], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return Interpreter(**json.loads(done.stdout))
+    return None
+
+
+def make_sdist() -> Path:
+    """The sdist, made anew and unpacked; the wheels come from it, as a user's would."""
+    folder = PLACE / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def build(source: Path, interpreter: Interpreter, target: str) -> Path:
+    """One wheel, with the tag of its target."""
+    place = PLACE / interpreter.name
+    python = place / "venv" / "bin" / "python"
+    if not python.exists():
+        run(interpreter.command, "-m", "venv", place / "venv")
+        requires = SETTINGS["build-system"]["requires"]
+        run(python, "-m", "pip", "install", "-q", "--upgrade", "build", *requires)
+    raw = place / target
+    shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir(parents=True)
+    folders = raw / "folders.cfg"  # what Cython makes is the same for all
+    folders.write_text(f"[build]\nbuild_lib={raw}/lib\nbuild_temp={source}/build/c\n")
+    compiler = f"{shlex.quote(sys.executable)} -m ziglang cc -target {TARGETS[target]}"
+    run(
+        *(python, "-m", "build", "--wheel", "--no-isolation", "--outdir", raw, source),
+        DIST_EXTRA_CONFIG=str(folders),
+        CC=compiler,
+        LDSHARED=f"{compiler} -shared",
+        ZIG_GLOBAL_CACHE_DIR=str(PLACE / "zig"),
+        ZIG_LOCAL_CACHE_DIR=str(PLACE / "zig"),
+        SHMRING_REQUIRE_EXTENSION="1",
+        SETUPTOOLS_EXT_SUFFIX=interpreter.suffix_on(target),
+        _PYTHON_HOST_PLATFORM="linux-" + TARGETS[target].partition("-")[0],
+    )
+    (built,) = raw.glob("*.whl")
+    repaired = raw / "repaired"
+    # musl's loader takes this name for itself; every process has it loaded.
+    own_libc = ("--exclude", "libc.so")
+    auditwheel = (sys.executable, "-m", "auditwheel", "repair", "--patcher", "none")
+    run(*auditwheel, *own_libc, "--wheel-dir", repaired, built)
+    (wheel,) = repaired.glob("*.whl")
+    check(wheel, target, interpreter.suffix_on(target))
+    return Path(shutil.move(wheel, WHEELHOUSE / wheel.name))
+
+
+def check(wheel: Path, target: str, suffix: str) -> None:
+    """That it is small, holds what the target loads, and needs no newer C library than it names."""
+    modules = {f"{path.stem}{suffix}" for path in ROOT.glob("cython/shmring/_core/*.pyx")}
+    held = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert sorted(held) == sorted(modules), f"{wheel.name} holds {held}"
+    assert wheel.stat().st_size < MAX_BYTES, f"{wheel.name} has {wheel.stat().st_size:,} bytes"
+    policy, newest, machine = re.fullmatch(r"(\w+linux_\d)_(\d+)_(\w+)", target).groups()
+    tags = wheel.stem.split("-")[-1].split(".")
+    found = [re.fullmatch(rf"{policy}_(\d+)_{machine}", tag) for tag in tags]
+    minors = [int(tag[1]) for tag in found if tag]
+    assert minors, f"{wheel.name} is not for {target}"
+    assert min(minors) <= int(newest), f"{wheel.name} needs a newer C library than {target}"
+
+
+def test(wheel: Path, interpreter: Interpreter, more: Sequence[str]) -> None:
+    """The test command of CI, on the installed wheel."""
+    settings = SETTINGS["tool"]["cibuildwheel"]
+    place = PLACE / interpreter.name / "tested"
+    python = place / "bin" / "python"
+    if python.exists():
+        run(python, "-m", "pip", "uninstall", "-q", "-y", "shmring")
+    else:
+        run(interpreter.command, "-m", "venv", place)
+    run(python, "-m", "pip", "install", "-q", f"{wheel}[{settings['test-extras']}]")
+    imported = "import shmring, sys; assert shmring.__file__.startswith(sys.prefix), shmring"
+    run(python, "-c", imported, cwd=place)
+    command = shlex.split(settings["test-command"].format(project=ROOT))
+    assert command[0] == "python", command
+    run(python, *command[1:], *more, cwd=place)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="wheels", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("pythons", nargs="+", help="versions or paths")
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, "own"], default=[*TARGETS])
+    parser.add_argument("--tests", default="", help="more arguments for pytest")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    WHEELHOUSE.mkdir(exist_ok=True)
+    source = make_sdist()
+    rows: list[Row] = []
+    for wanted in options.pythons:
+        interpreter = find(wanted)
+        if interpreter is None:
+            print(f"{wanted}: not on this machine", flush=True)
+            continue
+        own = interpreter.own_target
+        for target in [own] if "own" in options.targets else options.targets:
+            row = Row(build(source, interpreter, target))
+            rows.append(row)
+            if target == own:
+                test(row.wheel, interpreter, shlex.split(options.tests))
+                row.tested = f"on {interpreter.version}"
+    for row in rows:
+        files = len(zipfile.ZipFile(row.wheel).namelist())
+        size = row.wheel.stat().st_size
+        print(f"{row.wheel.name}  {size:,} bytes  {files} files  tested: {row.tested}")
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
