@@ -308,7 +308,7 @@ def build_and_test(row: Row, found: Interpreter, tree: Path, arguments: str) -> 
     row.build_s = round(time.monotonic() - begun)
     begun = time.monotonic()
     tests = [
-        *(".venv/bin/python", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"),
+        *(".venv/bin/python", "-m", "pytest", "-q", "-rfE", "-n", "2", "--dist", "worksteal"),
         *(f"--junitxml={report}", *shlex.split(arguments)),
     ]
     status = run([*before, *tests], tree, log, TESTS_S)

@@ -127,7 +127,11 @@ static inline void nap_ns(int64_t nanoseconds)
  * handle_leave() says whether it was the last.
  * With a GIL only the calls that release it need to be counted. */
 #ifdef Py_GIL_DISABLED
-static inline void handle_enter(int64_t *inside) { __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST); }
+static inline void handle_enter(int64_t *inside)
+{
+    __atomic_fetch_add(inside, 1, __ATOMIC_SEQ_CST);
+    fence_after_unlock(); /* before `closed` is read: see close() */
+}
 static inline int handle_leave(int64_t *inside) { return __atomic_fetch_sub(inside, 1, __ATOMIC_SEQ_CST) <= 1; }
 #else
 static inline void handle_enter(int64_t *inside) { (void)inside; }
