@@ -35,11 +35,19 @@ test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
 test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
 	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
 
+# With a few hundred MB of packages, which `make test` does without.
+test-loaders: build $(VENV)/.with-test-loaders  ## tensors, DataLoader, pandas, loguru, faster-fifo
+	$(PYTEST) $(SHARED) tests/tensors tests/hooks tests/repository/test_documents.py \
+	  tests/repository/test_examples.py tests/repository/test_house.py $(TEST_ARGS)
+
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
 	$(PYTEST) -m torture -o faulthandler_timeout=1200 $(TEST_ARGS)
 
 soak: build $(VENV)/.with-test  ## kill and stop at random, account for every message; SECONDS=600
 	$(BIN)/python tests/soak/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+
+matrix:  ## the suite on several interpreters, in one table; MATRIX="3.12 3.14d musl /path/to/python"
+	$(PYTHON) tests/platforms/matrix.py $(MATRIX) $(MATRIX_ARGS)
 
 qemu-aarch64: build  ## build for aarch64, and run tests there under qemu-user (Debian)
 	$(BIN)/python tests/aarch64/emulated.py --install

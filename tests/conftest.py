@@ -57,7 +57,7 @@ def own_temporary_folder(
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_in_shared_memory() -> Iterator[None]:
+def nothing_left_in_shared_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test takes its names out of /dev/shm again; one that does not fails, here.
 
     What is left is removed only if this run surely made it.
@@ -66,6 +66,8 @@ def nothing_left_in_shared_memory() -> Iterator[None]:
     yield
     if not shared_memory_names() - before:
         return
+    # A lock of multiprocessing keeps its name until it is dropped, unless it is for forks only.
+    request.node.funcargs.clear()
     gc.collect()
     left = left_since(before)
     if left:

@@ -10,6 +10,7 @@ import math
 import random
 import struct
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -303,3 +304,35 @@ def test_other_codecs_do_not_read_trees():
         queue._choose("bytes")
         with pytest.raises(DecodeError, match="kind 4"):
             queue.get()
+
+
+def test_a_container_that_another_thread_changes_is_encoded_as_it_was_or_left_to_pickle():
+    """Without a GIL nothing else keeps the two apart."""
+    tree: dict[Any, Any] = {"same": list(range(20)), "table": {}, "ends": ("first", "last")}
+    stop = threading.Event()
+
+    def change() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            tree["table"][f"key {turn % 50}"] = [float(turn), str(turn) * 30]
+            tree["table"].pop(f"key {turn * 7 % 50}", None)
+            tree["same"].append(turn)
+            del tree["same"][20:]
+
+    threads = [threading.Thread(target=change) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3000):
+            encoded = encode(tree)
+            if encoded is None:
+                continue
+            made = decode(encoded)
+            assert made["same"][:20] == list(range(20))
+            assert made["ends"] == ("first", "last")
+            assert all(text == str(int(number)) * 30 for number, text in made["table"].values())
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)

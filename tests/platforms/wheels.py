@@ -149,9 +149,11 @@ def build(source: Path, interpreter: Interpreter, target: str) -> Path:
 
 def check(wheel: Path, target: str, suffix: str) -> None:
     """That it is small, holds what the target loads, and needs no newer C library than it names."""
-    modules = {f"{path.stem}{suffix}" for path in ROOT.glob("cython/shmring/_core/*.pyx")}
-    held = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    assert sorted(held) == sorted(modules), f"{wheel.name} holds {held}"
+    modules = [path.stem for path in ROOT.glob("cython/shmring/_core/*.pyx")]
+    wanted = {f"{name}{end}" for name in modules for end in (suffix, ".pyi")} | {"py.typed"}
+    held = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
+    held = {name for name in held if name.endswith((".so", ".pyi", ".typed"))}
+    assert held == wanted, f"{wheel.name}: {held ^ wanted}: too much, or missing"
     assert wheel.stat().st_size < MAX_BYTES, f"{wheel.name} has {wheel.stat().st_size:,} bytes"
     policy, newest, machine = re.fullmatch(r"(\w+linux_\d)_(\d+)_(\w+)", target).groups()
     tags = wheel.stem.split("-")[-1].split(".")
@@ -161,8 +163,8 @@ def check(wheel: Path, target: str, suffix: str) -> None:
     assert min(minors) <= int(newest), f"{wheel.name} needs a newer C library than {target}"
 
 
-def test(wheel: Path, interpreter: Interpreter, more: Sequence[str]) -> None:
-    """The test command of CI, on the installed wheel."""
+def test(wheel: Path, interpreter: Interpreter, more: Sequence[str]) -> bool:
+    """Whether the installed wheel passes the tests of CI, by the same command."""
     settings = SETTINGS["tool"]["cibuildwheel"]
     place = PLACE / interpreter.name / "tested"
     python = place / "bin" / "python"
@@ -175,7 +177,11 @@ def test(wheel: Path, interpreter: Interpreter, more: Sequence[str]) -> None:
     run(python, "-c", imported, cwd=place)
     command = shlex.split(settings["test-command"].format(project=ROOT))
     assert command[0] == "python", command
-    run(python, *command[1:], *more, cwd=place)
+    try:
+        run(python, *command[1:], *more, cwd=place)
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -202,13 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = Row(build(source, interpreter, target))
             rows.append(row)
             if target == own:
-                test(row.wheel, interpreter, shlex.split(options.tests))
-                row.tested = f"on {interpreter.version}"
+                passed = test(row.wheel, interpreter, shlex.split(options.tests))
+                row.tested = f"{'passed' if passed else 'FAILED'} on {interpreter.version}"
     for row in rows:
         files = len(zipfile.ZipFile(row.wheel).namelist())
         size = row.wheel.stat().st_size
         print(f"{row.wheel.name}  {size:,} bytes  {files} files  tested: {row.tested}")
-    return 0 if rows else 1
+    return 0 if rows and not any("FAILED" in row.tested for row in rows) else 1
 
 
 if __name__ == "__main__":

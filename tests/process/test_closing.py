@@ -331,6 +331,56 @@ def test_threads_that_close_one_handle_at_once_close_each_descriptor_once(make):
     in_a_child(scene)
 
 
+@pytest.mark.parametrize("make", [Queue, Ring.create])
+@pytest.mark.fault(44)
+def test_put_many_that_close_cuts_short_says_how_many_went_in(make):
+    name = own_name("closing")
+    with make(name=name, max_capacity=1 << 16) as handle, type(handle).attach(name) as other:
+        outcome: list[Any] = []
+
+        def put() -> None:
+            try:
+                handle.put_many([bytes(1000)] * 1000)
+            except RingClosed as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=put)
+        thread.start()
+        wait_for(lambda: other.statistics().producers_waiting)
+        handle.close()
+        thread.join(30)
+        assert outcome[0].count == other.qsize()
+        assert 0 < outcome[0].count < 1000
+
+
+@pytest.mark.fault(44)
+def test_arrays_that_end_in_other_threads_give_the_place_back_once():
+    def scene() -> None:
+        with Ring.create() as ring:
+            for turn in range(100):
+                ring.put(b"front")
+                block = ring.reserve(80) if turn % 2 == 0 else ring.peek()
+                with pytest.raises(BufferError), block as view:
+                    parts = [view[number : number + 1] for number in range(4)]
+                begin = threading.Barrier(4)
+
+                def drop(parts: Any = parts, begin: Any = begin) -> None:
+                    begin.wait(30)
+                    parts.pop().release()
+
+                del view
+                threads = [threading.Thread(target=drop) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(30)
+                assert ring.get(timeout=30) == b"front"
+                with pytest.raises(Empty):
+                    ring.get_nowait()
+
+    in_a_child(scene)
+
+
 def full(queue: Any) -> Any:
     queue.put(b"x" * 50_000)
     return queue

@@ -668,7 +668,7 @@ def test_without_descriptors_a_lent_message_stays_and_the_queue_grows():
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         try:
-            with pytest.raises(OSError, match="descriptor|open files"):
+            with pytest.raises(OSError, match=r"descriptor|open files"):
                 other.get(timeout=1)
             other.put(bytes(MIB))
         finally:

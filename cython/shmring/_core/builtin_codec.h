@@ -33,12 +33,20 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Without a GIL a container may change while it is read: each element is held while it is
+ * written, a dict is locked, and one that changed meanwhile is left to pickle. */
 #ifdef Py_GIL_DISABLED
-/* Containers may change while they are read, and a reference count does not tell
- * what else holds them: everything is left to pickle, which locks. */
-#define CODEC_ENABLED 0
+#define CODEC_HELD 1 /* a reference of our own to what is written */
+#define CODEC_HOLD(o) Py_INCREF(o)
+#define CODEC_LET_GO(o) Py_DECREF(o)
+#define CODEC_LOCK(o) Py_BEGIN_CRITICAL_SECTION(o)
+#define CODEC_UNLOCK() Py_END_CRITICAL_SECTION()
 #else
-#define CODEC_ENABLED 1
+#define CODEC_HELD 0
+#define CODEC_HOLD(o) ((void)(o))
+#define CODEC_LET_GO(o) ((void)(o))
+#define CODEC_LOCK(o) {
+#define CODEC_UNLOCK() }
 #endif
 
 #define CODEC_SHARED 16 /* objects of one tree that have other references */
@@ -129,6 +137,17 @@ static inline int codec_room(codec_writer *w, Py_ssize_t needed)
     return w->end - w->at >= needed || codec_enlarge(w, needed);
 }
 
+/* Whether only the container that holds an object refers to it: it cannot occur twice. */
+static inline int codec_is_alone(PyObject *obj)
+{
+#ifdef Py_GIL_DISABLED
+    /* the count of another thread's object may move between its two halves while they are read */
+    return obj->ob_tid == _Py_ThreadId() && Py_REFCNT(obj) == 1 + CODEC_HELD;
+#else
+    return Py_REFCNT(obj) == 1;
+#endif
+}
+
 /* Whether an object with other references occurs for the first time. */
 static int codec_is_first(codec_writer *w, PyObject *obj)
 {
@@ -166,7 +185,7 @@ static inline void codec_put_head(codec_writer *w, int fixed, int tag, Py_ssize_
 static inline int codec_takes(codec_writer *w, PyObject *obj, Py_ssize_t length)
 {
     return length < CODEC_LONG_BYTES
-        || (length < CODEC_LARGE_BYTES && (Py_REFCNT(obj) == 1 || codec_is_first(w, obj)));
+        || (length < CODEC_LARGE_BYTES && (codec_is_alone(obj) || codec_is_first(w, obj)));
 }
 
 static inline int codec_write_str(codec_writer *w, PyObject *obj)
@@ -248,6 +267,57 @@ static inline int codec_write(codec_writer *w, PyObject *obj)
     return codec_write_longer(w, obj, 0);
 }
 
+static int codec_write_pairs(codec_writer *w, PyObject *dict, Py_ssize_t count)
+{
+    PyObject *key, *value;
+    Py_ssize_t place = 0, left = count;
+    int taken = 1;
+    codec_put_head(w, FIX_DICT, TAG_DICT, count);
+    CODEC_LOCK(dict);
+    while (taken && PyDict_Next(dict, &place, &key, &value)) {
+        CODEC_HOLD(key);
+        CODEC_HOLD(value);
+        taken = left-- > 0 && codec_write(w, key) && codec_write(w, value);
+        CODEC_LET_GO(key);
+        CODEC_LET_GO(value);
+    }
+    CODEC_UNLOCK();
+    return taken && left == 0;
+}
+
+static int codec_write_list(codec_writer *w, PyObject *list, Py_ssize_t count)
+{
+    int taken = 1;
+    codec_put_head(w, FIX_LIST, TAG_LIST, count);
+    for (Py_ssize_t i = 0; taken && i < count; i++) {
+#ifdef Py_GIL_DISABLED
+        PyObject *item = PyList_GetItemRef(list, i);
+        if (item == NULL) {
+            PyErr_Clear(); /* it became shorter */
+            return 0;
+        }
+#else
+        PyObject *item = ((PyListObject *)list)->ob_item[i];
+#endif
+        taken = codec_write(w, item);
+        CODEC_LET_GO(item);
+    }
+    return taken;
+}
+
+static int codec_write_tuple(codec_writer *w, PyObject *tuple, Py_ssize_t count)
+{
+    int taken = 1;
+    codec_put_head(w, FIX_TUPLE, TAG_TUPLE, count);
+    for (Py_ssize_t i = 0; taken && i < count; i++) {
+        PyObject *item = PyTuple_GET_ITEM(tuple, i);
+        CODEC_HOLD(item);
+        taken = codec_write(w, item);
+        CODEC_LET_GO(item);
+    }
+    return taken;
+}
+
 /* Bytes or a container; of the root it does not matter what else refers to it. */
 static int codec_write_longer(codec_writer *w, PyObject *obj, int root)
 {
@@ -264,26 +334,15 @@ static int codec_write_longer(codec_writer *w, PyObject *obj, int root)
     else
         return 0;
     /* there is one empty tuple, and everything refers to it */
-    int once = root || Py_REFCNT(obj) == 1 || (count == 0 && !is_dict && !is_list);
+    int once = root || codec_is_alone(obj) || (count == 0 && !is_dict && !is_list);
     if (w->depth == CODEC_DEPTH || count > UINT32_MAX || !(once || codec_is_first(w, obj)))
         return 0;
     w->depth++;
-    if (is_dict) {
-        PyObject *key, *value;
-        Py_ssize_t place = 0;
-        codec_put_head(w, FIX_DICT, TAG_DICT, count);
-        while (PyDict_Next(obj, &place, &key, &value))
-            if (!codec_write(w, key) || !codec_write(w, value))
-                return 0;
-    } else {
-        PyObject **items = is_list ? ((PyListObject *)obj)->ob_item : ((PyTupleObject *)obj)->ob_item;
-        codec_put_head(w, is_list ? FIX_LIST : FIX_TUPLE, is_list ? TAG_LIST : TAG_TUPLE, count);
-        for (Py_ssize_t i = 0; i < count; i++)
-            if (!codec_write(w, items[i]))
-                return 0;
-    }
+    int taken = is_dict ? codec_write_pairs(w, obj, count)
+        : is_list       ? codec_write_list(w, obj, count)
+                        : codec_write_tuple(w, obj, count);
     w->depth--;
-    return 1;
+    return taken;
 }
 
 /* Encode `obj` into `room`, or into memory of its own if it needs more.  0: it is
@@ -294,8 +353,6 @@ static int codec_encode(codec_writer *w, char *room, size_t room_bytes, PyObject
     w->start = w->at = room;
     w->end = room + room_bytes;
     w->heap = w->depth = w->shared_count = 0;
-    if (!CODEC_ENABLED)
-        return 0;
     if (container ? codec_room(w, CODEC_SCALAR_BYTES) && codec_write_longer(w, obj, 1) : codec_write(w, obj))
         return 1;
     codec_free(w);
@@ -363,7 +420,8 @@ static PyObject *codec_read_str(codec_reader *r, Py_ssize_t length, int width)
 }
 
 /* The keys of dicts that were read lately: a program sends the same few again and
- * again, and a key that exists need not be made, nor hashed.  The GIL guards them. */
+ * again, and a key that exists need not be made, nor hashed.  The GIL guards them;
+ * without one they are not kept. */
 static PyObject *codec_keys[CODEC_KEYS];
 
 static PyObject *codec_read_key(codec_reader *r, int depth)
@@ -371,7 +429,7 @@ static PyObject *codec_read_key(codec_reader *r, int depth)
     if (r->at >= r->end)
         return NULL;
     Py_ssize_t length = (uint8_t)r->at[0];
-    if (!CODEC_ENABLED || length < 1 || length > CODEC_KEY_BYTES || length >= codec_left(r))
+    if (CODEC_HELD || length < 1 || length > CODEC_KEY_BYTES || length >= codec_left(r))
         return codec_read(r, depth);
     uint64_t mixed = 0;
     memcpy(&mixed, r->at + 1, length < 8 ? (size_t)length : 8);

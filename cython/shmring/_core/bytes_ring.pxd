@@ -76,7 +76,7 @@ cdef class FrameView:
     cdef object window  # the memoryview that the block was given
     cdef object entered  # the name of the block in `blocks`, once it was entered
 
-    cdef int take_up(self, object entered) except -1
+    cdef int take_up(self) except -1
     cdef int finish(self, bint keep) except -1
     cdef int drop(self) except -1
     cdef int let_go(self) except -1

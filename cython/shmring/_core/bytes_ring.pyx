@@ -602,8 +602,9 @@ cdef class BytesRing(MessageRing):
 
     cdef object check_reentry(self, bint writable, str what):
         """The name of a block that this thread may enter now."""
-        self.check_open()
+        self.enter()
         self.token = self.header.token
+        self.leave()
         block = (self.token, writable, threading.get_ident())
         if block in blocks:
             raise RuntimeError(f"{what} in the same thread on the same ring: leave the outer block first")
@@ -616,7 +617,8 @@ cdef class FrameView:
     """The payload of one frame, as a buffer; what reserve() and peek() return.
 
     Exports are counted.  While one lives, the frame is neither published nor
-    given back, so that no view ever shows recycled memory.
+    given back, so that no view ever shows recycled memory.  They may end in any
+    thread: without a GIL, the count and what follows from it have a lock.
     """
 
     def __init__(self, BytesRing ring, bint writable, Py_ssize_t length, block, timeout):
@@ -628,20 +630,26 @@ cdef class FrameView:
 
     def __enter__(self):
         cdef BytesRing ring = self.ring
-        if self.entered is not None:
-            raise RuntimeError("this block has been entered already: call reserve() or peek() anew")
         entered = ring.check_reentry(
             self.writable, "reserve() inside reserve()" if self.writable else "peek() inside peek()"
         )
+        with cython.critical_section(self):
+            if self.entered is not None:
+                raise RuntimeError("this block has been entered already: call reserve() or peek() anew")
+            self.entered = entered  # before it waits: another thread may enter the same block
         ring.enter()  # to the end, so that no close unmaps between the taking and the counting of the view
         try:
-            self.take_up(entered)
+            self.take_up()
+        except BaseException:
+            self.entered = None
+            raise
         finally:
             ring.leave()
+        blocks.add(entered)
         self.window = memoryview(self)
         return self.window
 
-    cdef int take_up(self, object entered) except -1:
+    cdef int take_up(self) except -1:
         """Reserve or lease the frame, and count the view."""
         cdef BytesRing ring = self.ring
         cdef Take take
@@ -676,8 +684,6 @@ cdef class FrameView:
         if ring.closed:
             self.finish(False)
             ring.check_open()
-        self.entered = entered
-        blocks.add(entered)
         return 0
 
     def __exit__(self, kind, error, traceback):
@@ -696,15 +702,16 @@ cdef class FrameView:
         except BufferError:
             pass  # an array looks at the window itself: counted in exports
         del window
-        if self.exports > 0:
-            self.abandoned = True
-            if kind is None:
-                raise BufferError(
-                    f"{self.exports} array(s) or slice(s) of the view are alive: nothing was"
-                    f" {'published' if self.writable else 'consumed'}; delete them inside the block"
-                )
-            return False
-        self.finish(kind is None)
+        with cython.critical_section(self):
+            exports = self.exports
+            self.abandoned = exports > 0
+            if exports == 0:
+                self.finish(kind is None)
+        if exports > 0 and kind is None:
+            raise BufferError(
+                f"{exports} array(s) or slice(s) of the view are alive: nothing was"
+                f" {'published' if self.writable else 'consumed'}; delete them inside the block"
+            )
         return False
 
     cdef int finish(self, bint keep) except -1:
@@ -721,14 +728,16 @@ cdef class FrameView:
                     result = ring.finish_lease(self.position, <uint64_t>self.length, keep, MAY_WAIT)
                 PyErr_CheckSignals()
         self.live = False
-        self.let_go()
-        if result == CHANGED and keep:
-            raise RingCorrupted(
-                f"the frame at position {self.position} changed hands inside the block: nothing was"
-                f" {'published' if self.writable else 'consumed'}"
-            )
-        if result != DONE and result != CHANGED:
-            ring.raise_outcome(result)
+        try:
+            if result == CHANGED and keep:
+                raise RingCorrupted(
+                    f"the frame at position {self.position} changed hands inside the block: nothing was"
+                    f" {'published' if self.writable else 'consumed'}"
+                )
+            if result != DONE and result != CHANGED:
+                ring.raise_outcome(result)
+        finally:
+            self.let_go()
         return 0
 
     cdef int drop(self) except -1:
@@ -755,19 +764,21 @@ cdef class FrameView:
         return 0
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        if not self.live or self.abandoned:
-            raise BufferError("the block of this view has been left")
-        if self.epoch != sync_epoch():
-            raise BufferError("this view was made before a fork and belongs to the parent process")
-        if flags & PyBUF_WRITABLE and not self.writable:
-            raise BufferError("peek() gives a read-only view")
-        PyBuffer_FillInfo(buffer, self, self.payload, self.length, not self.writable, flags)
-        self.exports += 1
+        with cython.critical_section(self):
+            if not self.live or self.abandoned:
+                raise BufferError("the block of this view has been left")
+            if self.epoch != sync_epoch():
+                raise BufferError("this view was made before a fork and belongs to the parent process")
+            if flags & PyBUF_WRITABLE and not self.writable:
+                raise BufferError("peek() gives a read-only view")
+            PyBuffer_FillInfo(buffer, self, self.payload, self.length, not self.writable, flags)
+            self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
-        if self.exports == 0 and self.abandoned and self.live and self.epoch == sync_epoch():
-            self.drop()
+        with cython.critical_section(self):
+            self.exports -= 1
+            if self.exports == 0 and self.abandoned and self.live and self.epoch == sync_epoch():
+                self.drop()
 
     def __dealloc__(self):
         # a block that was never left: its generator or frame was dropped

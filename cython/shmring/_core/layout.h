@@ -183,7 +183,8 @@ typedef struct {
     uint64_t shrunk_ns; /* advisory, as patience and needed_ns: 0, or nothing has grown since */
     uint32_t patience;  /* how often shrinking proved wrong lately */
     uint32_t producer_cpu; /* where the last producer ran, for spinning */
-    char pad_producers[128 - 88];
+    uint32_t last_producer; /* its pid; diagnostics only, as last_consumer: 0 is unknown */
+    char pad_producers[128 - 92];
     /* consumers */
     uint32_t consumer_lock;
     uint32_t consumer_holder; /* as producer_holder */
@@ -193,7 +194,8 @@ typedef struct {
     shmring_count get_count;
     uint64_t empty_position; /* where consumers last found nothing more */
     uint64_t needed_ns;      /* when the area was last of use, or made */
-    char pad_consumers[128 - 72];
+    uint32_t last_consumer;
+    char pad_consumers[128 - 76];
     /* joining */
     uint64_t done_count;
     uint32_t done_wait;

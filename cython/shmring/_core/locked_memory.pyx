@@ -202,23 +202,27 @@ cdef class TaskWords:
 
     cdef int64_t stamp(self, uint64_t task) except -1:
         cdef int64_t now = monotonic_ns()
-        store_release64(self.words.word(self.started), <uint64_t>now)
-        store_release64(self.words.word(self.heartbeat), <uint64_t>now)
-        store_release64(self.words.word(self.task), task)
+        with cython.critical_section(self.words):
+            store_release64(self.words.word(self.started), <uint64_t>now)
+            store_release64(self.words.word(self.heartbeat), <uint64_t>now)
+            store_release64(self.words.word(self.task), task)
         return now
 
     def begin(self, uint64_t task):
         """Say that a task begins; `task` as it stands in the word."""
-        self.stamp(task)
-        store_release64(self.words.word(self.state), self.working)
+        with cython.critical_section(self.words):
+            self.stamp(task)
+            store_release64(self.words.word(self.state), self.working)
 
     def end(self, uint64_t calls):
         """Say that nothing is being done, and that so many more calls are done."""
-        cdef uint64_t *tasks = self.words.word(self.tasks)
-        store_release64(self.words.word(self.task), 0)
-        store_release64(self.words.word(self.state), self.idle)
-        store_release64(self.words.word(self.heartbeat), <uint64_t>monotonic_ns())
-        store_release64(tasks, load_acquire64(tasks) + calls)
+        cdef uint64_t *tasks
+        with cython.critical_section(self.words):
+            tasks = self.words.word(self.tasks)
+            store_release64(self.words.word(self.task), 0)
+            store_release64(self.words.word(self.state), self.idle)
+            store_release64(self.words.word(self.heartbeat), <uint64_t>monotonic_ns())
+            store_release64(tasks, load_acquire64(tasks) + calls)
 
     def call_each(self, function, tuple items, list values, uint64_t task, uint64_t step, bint spread, int64_t span):
         """Call `function` for items and append what it returns, storing which is being done.

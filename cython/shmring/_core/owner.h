@@ -43,19 +43,33 @@ static inline char *owner_stat(uint32_t tid, char text[1024])
     return strrchr(text, ')');
 }
 
+/* Field `number` of such a text, from 4 on; 0 if there is none. */
+static inline uint64_t owner_field(const char *field, int number)
+{
+    for (int passed = 2; field != NULL && passed < number; passed++)
+        field = strchr(field + 1, ' ');
+    /* by hand: strtoull becomes a symbol of glibc 2.38 where that compiles it */
+    uint64_t value = 0;
+    if (field != NULL)
+        for (field++; *field >= '0' && *field <= '9'; field++)
+            value = value * 10 + (uint64_t)(*field - '0');
+    return value;
+}
+
 /* Field 22; 0 if unreadable. */
 static inline uint64_t owner_start_time(uint32_t pid)
 {
     char text[1024];
-    char *field = owner_stat(pid, text);
-    for (int skipped = 0; field != NULL && skipped < 20; skipped++)
-        field = strchr(field + 1, ' ');
-    /* by hand: strtoull becomes a symbol of glibc 2.38 where that compiles it */
-    uint64_t ticks = 0;
-    if (field != NULL)
-        for (field++; *field >= '0' && *field <= '9'; field++)
-            ticks = ticks * 10 + (uint64_t)(*field - '0');
-    return ticks;
+    return owner_field(owner_stat(pid, text), 22);
+}
+
+/* Fields 3 and 20: whether a process has ended and was not waited for.  The first thread may
+ * have ended before others. */
+static inline int owner_is_zombie(uint32_t pid)
+{
+    char text[1024];
+    const char *field = owner_stat(pid, text);
+    return field != NULL && strncmp(field, ") Z", 3) == 0 && owner_field(field, 20) <= 1;
 }
 
 /* Field 3: whether a thread runs, would if it had a CPU, or is inside the kernel; not if it is
@@ -83,7 +97,8 @@ static inline int owner_is_dead(uint64_t owner)
     if (fd < 0) {
         if (errno == ESRCH || errno == EINVAL) /* EINVAL: the number is a mere thread's now */
             return 1;
-        if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) /* no pidfd to be had */
+        /* no pidfd to be had */
+        if ((kill((pid_t)pid, 0) != 0 && errno == ESRCH) || owner_is_zombie(pid))
             return 1;
     }
     /* read after pidfd_open: the number cannot change hands in between unseen */

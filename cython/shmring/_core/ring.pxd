@@ -163,6 +163,8 @@ cdef class RingCore:
     @final
     cdef void commit_read(self, uint64_t pos, uint64_t count) noexcept nogil
     @final
+    cdef bint claim_is_held(self) noexcept nogil
+    @final
     cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil
     @final
     cdef void wake_consumers(self) noexcept nogil

@@ -29,12 +29,11 @@ from shmring._core.frame cimport frame_begin, frame_is_possible
 from shmring._core.lending cimport adopt_blocks
 from shmring._core.layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC,
-    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT,
-    SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_DEATHS_OFFSET,
-    SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
+    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT,
+    SHMRING_DEATHS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
     SHMRING_LENT, SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET,
     SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITER_COUNT, SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET,
-    SHMRING_WHOLE, Block, Frame, Header, shmring_area_of, shmring_frame_span,
+    SHMRING_WHOLE, Block, Claim, Frame, Header, shmring_area_of, shmring_frame_span,
 )
 from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
@@ -46,7 +45,7 @@ from shmring._core.sync cimport (
 )
 from shmring._core.diagnostics cimport (
     HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, death_record, holder_show,
-    holder_pid, holder_hide,
+    holder_pid, holder_hide, user_show,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -329,6 +328,7 @@ cdef class RingCore:
             count_on(&h.put_count, start, pos, at - done[0])
             if start & (CPU_BYTES - 1) < pos - start:
                 store_relaxed32(&h.producer_cpu, current_cpu())
+                user_show(&h.last_producer)
             store_release64(&h.write_position, pos)  # the commit
             if h.starved_producer != 0 and h.starved_producer == self.starved_name():
                 h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
@@ -459,6 +459,7 @@ cdef class RingCore:
         if limit - pos > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_limit = limit
+        user_show(&h.last_consumer)
         return EMPTY if limit == pos else DONE
 
     @cython.final
@@ -532,13 +533,19 @@ cdef class RingCore:
         store_release64(&h.read_position, pos)  # the commit
 
     @cython.final
+    cdef bint claim_is_held(self) noexcept nogil:
+        cdef Claim *claim = self.claim
+        return claim != NULL and load_acquire64(&claim.low) < load_relaxed64(&claim.high)
+
+    @cython.final
     cdef void take_leave(self, uint64_t following, uint64_t count) noexcept nogil:
         """Claim and commit what was copied out."""
         cdef Header *h = self.header
-        if self.claim != NULL:
+        cdef Claim *claim = self.claim  # once: another thread may end the claiming
+        if claim != NULL:
             # counts only up to read_position: valid with the commit, not before
-            store_release64(&self.claim.low, h.read_position)
-            store_release64(&self.claim.high, following)
+            store_release64(&claim.low, h.read_position)
+            store_release64(&claim.high, following)
         self.commit_read(following, count)
         if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
             RingCore.note_empty(self, following)
@@ -554,7 +561,7 @@ cdef class RingCore:
         cdef int result = RingCore.lock_consumers(self, flags)
         if result != DONE:
             return result
-        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
+        if self.claim_is_held():
             result = CLAIM_HELD
         else:
             result = self.first_frame(take)
@@ -677,7 +684,7 @@ cdef class RingCore:
         if result != DONE:
             return result
         bytes[0] = 0
-        if self.claim != NULL and load_acquire64(&self.claim.low) < load_relaxed64(&self.claim.high):
+        if self.claim_is_held():
             result = CLAIM_HELD
         else:
             result = self.first_frame(&found)

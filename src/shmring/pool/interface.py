@@ -40,6 +40,9 @@ class TaskCalls(abc.ABC):
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Schedule ``fn(*args, **kwargs)``.
 
+        Args:
+            fn, args, kwargs: pickled by the calling thread.
+
         Returns:
             its future. An argument that cannot be pickled is the future's exception.
 
@@ -122,6 +125,10 @@ class TaskCalls(abc.ABC):
 
         Returns:
             an iterator; closing it cancels what no worker has taken.
+
+        Raises:
+            InvalidArgument: an impossible chunksize or buffersize.
+            ImportError: `progress` is True and the extra is not installed.
         """
         from shmring.pool.stream import unordered
 
@@ -153,6 +160,9 @@ class TaskExecutor(TaskCalls, Executor):
 
         Returns:
             an object with ``submit``, ``map`` and ``map_unordered``.
+
+        Raises:
+            InvalidArgument: a negative number.
         """
         return _TasksWithRetries(self, retries)
 

@@ -87,7 +87,11 @@ def _is_gone(pid: int) -> bool:
         return True
     except PermissionError:
         pass
-    return False
+    try:
+        fields = _stat_fields(pid)
+        return fields[0] == b"Z" and int(fields[17]) <= 1  # the first thread may end before others
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def _is_another(pid: int, start_ticks: int) -> bool:
