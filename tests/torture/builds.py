@@ -142,14 +142,14 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            store_release64(&self.claim.low, h.read_position)\n"
-                "            store_release64(&self.claim.high, following)\n"
+                "            store_release64(&claim.low, h.read_position)\n"
+                "            store_release64(&claim.high, following)\n"
                 "        self.commit_read(following, count)\n",
                 "            low = h.read_position\n"
                 "        self.commit_read(following, count)\n"
-                "        if self.claim != NULL:\n"
-                "            store_release64(&self.claim.low, low)\n"
-                "            store_release64(&self.claim.high, following)\n",
+                "        if claim != NULL:\n"
+                "            store_release64(&claim.low, low)\n"
+                "            store_release64(&claim.high, following)\n",
             ),
             Patch(
                 CORE,

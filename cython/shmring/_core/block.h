@@ -62,8 +62,8 @@ typedef struct {
 typedef struct block_space {
     shmring_header *header;
     shmring_block *blocks;
-    int fd;      /* the handle's, */
-    int owns_fd; /* or left to us when that closed */
+    int handle_fd; /* the handle's, while that is open */
+    int fd; /* its own, without the lock of the name, which a view does not keep; -1 while none could be had */
     area_file file;
     int64_t references;
     uint64_t reaped_ns; /* atomics: advice */
@@ -86,15 +86,21 @@ static inline uint32_t block_slots(const block_space *space)
 static block_space *block_spaces;
 static pthread_mutex_t block_mutex = PTHREAD_MUTEX_INITIALIZER;
 
+/* Another description of the file: it shares no lock with `fd`. */
+SYNC_SLOW int block_reopen(int fd)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, O_RDWR | O_CLOEXEC);
+}
+
 /* Map a lent block anew through a description that carries a lock of its range. */
 SYNC_SLOW int block_pin(const block_space *space, const block_mapping *m)
 {
-    char path[32];
     area_file file = {0, 0, 0};
     struct flock range = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)m->offset,
                           .l_len = (off_t)m->capacity};
-    snprintf(path, sizeof path, "/proc/self/fd/%d", space->fd);
-    int fd = open(path, O_RDWR | O_CLOEXEC);
+    int fd = block_reopen(space->fd);
     if (fd < 0)
         return errno;
     int error = area_is_ours(fd, &space->file, &file);
@@ -150,6 +156,10 @@ SYNC_SLOW int block_space_open(shmring_header *header, int fd, const area_file *
     block_space *space = mmap(NULL, block_space_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (space == MAP_FAILED)
         return errno;
+    space->handle_fd = fd;
+    space->fd = block_reopen(fd);
+    if (space->fd >= 0) /* else what is mapped keeps the name: growing needs the records, and no descriptor */
+        fd = space->fd;
     space->header = mmap(NULL, SHMRING_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     space->blocks = mmap(NULL, SHMRING_BLOCKS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)page.offset);
     if (space->header == MAP_FAILED || space->blocks == MAP_FAILED) {
@@ -158,10 +168,11 @@ SYNC_SLOW int block_space_open(shmring_header *header, int fd, const area_file *
             munmap(space->header, SHMRING_HEADER_BYTES);
         if (space->blocks != MAP_FAILED)
             munmap(space->blocks, SHMRING_BLOCKS_BYTES);
+        if (space->fd >= 0)
+            close(space->fd);
         munmap(space, block_space_bytes());
         return error;
     }
-    space->fd = fd;
     space->file = *own;
     space->references = 1;
     pthread_mutex_lock(&block_mutex);
@@ -196,7 +207,7 @@ SYNC_SLOW void block_space_leave(block_space *space)
     for (int i = 0; i < SHMRING_BLOCK_COUNT; i++)
         if (space->mappings[i].data != NULL)
             munmap(space->mappings[i].data, space->mappings[i].capacity);
-    if (space->owns_fd && area_is_ours(space->fd, &space->file, &file) == 0)
+    if (area_is_ours(space->fd, &space->file, &file) == 0)
         close(space->fd);
     munmap(space->header, SHMRING_HEADER_BYTES);
     munmap(space->blocks, SHMRING_BLOCKS_BYTES);
@@ -223,6 +234,19 @@ SYNC_SLOW int block_make_records(shmring_header *header, int fd, const area_file
     return error;
 }
 
+/* Have a descriptor that is the ring's file: 0 or an errno. */
+SYNC_SLOW int block_need_file(block_space *space, area_file *file)
+{
+    if (space->fd < 0) {
+        int fd = block_reopen(space->handle_fd);
+        if (fd < 0)
+            return errno;
+        if (!compare_exchange32((uint32_t *)&space->fd, (uint32_t)-1, (uint32_t)fd))
+            close(fd); /* another thread was faster */
+    }
+    return area_is_ours(space->fd, &space->file, file);
+}
+
 /* ---- the mapping of a block ----------------------------------------------------------------------- */
 
 /* Map block `i`, which only the caller looks at now: once a process, and again when its memory is
@@ -245,7 +269,7 @@ SYNC_SLOW int block_map(block_space *space, int i)
     }
     if (m->data != NULL && m->serial == serial && m->offset == range.offset && m->capacity == range.capacity)
         return 0;
-    int error = area_is_ours(space->fd, &space->file, &file);
+    int error = block_need_file(space, &file);
     if (error != 0)
         return error;
     if (range.capacity == 0 || !area_is_inside(&range, file.bytes)
@@ -436,6 +460,8 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
     int slot, oldest, count;
     if (load_acquire32(&header->shutdown) != 0 || capacity > limit || capacity > SHMRING_SEGMENT_LENGTH)
         return -1;
+    if (block_need_file(space, &file) != 0)
+        return -2;
     for (int i = 0; i < SHMRING_BLOCK_COUNT; i++)
         sum += load_relaxed64(&space->blocks[i].capacity);
     for (;;) { /* of another size, and not in use: theirs are the slot and the share */
@@ -458,8 +484,6 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
         sum -= gone;
     }
     shmring_block *block = &space->blocks[slot];
-    if (area_is_ours(space->fd, &space->file, &file) != 0)
-        return -2;
     if ((count = area_taken(header, space->blocks, file.bytes, taken)) < 0)
         return -3;
     if ((uint32_t)slot >= load_relaxed32(&header->block_slots)) /* before it is held: block_reap looks so far */

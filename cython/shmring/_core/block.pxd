@@ -13,7 +13,6 @@ cdef extern from "block.h" nogil:
     ctypedef struct BlockSpace "block_space":
         Header *header
         Block *blocks  # the records
-        int owns_fd  # the handle's descriptor was left to it
         uint64_t refused_ns  # when /dev/shm was last full
         uint64_t vain_ns  # the last return before a wait in vain
         BlockMapping *mappings

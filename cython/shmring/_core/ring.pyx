@@ -114,9 +114,7 @@ cdef class RingCore:
         if self.header != NULL:
             munmap(self.header, SHMRING_HEADER_BYTES)
             self.header = NULL
-        if self.space != NULL:  # the last view leaves it, and closes the descriptor
-            self.space.owns_fd = True
-            self.fd = -1
+        if self.space != NULL:  # the views keep it
             block_space_leave(self.space)
             self.space = NULL
         if self.fd >= 0:
