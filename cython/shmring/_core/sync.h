@@ -444,7 +444,7 @@ SYNC_SLOW void wait_wake_all(uint32_t *word)
     futex_wake(word, INT_MAX);
 }
 
-/* One sleeper looks, and so does whoever announced itself and does not sleep yet.  WOKEN goes, as
+/* One sleeper looks, and so does one that announced itself and does not sleep yet.  WOKEN goes, as
  * with any that looks: a waker that found none asleep takes it back only from an unchanged word. */
 SYNC_SLOW void wait_wake_to_look(uint32_t *word)
 {

@@ -431,7 +431,7 @@ cdef class TakeWait(Waiting):
         if woken and result == EMPTY:
             shrink_idle(self.ring, self)
         elif woken and (result == SHUT or result == CORRUPT):
-            wait_wake_all(self.words[0])  # whoever said so may have been killed before it woke all
+            wait_wake_all(self.words[0])  # the process that said so may have been killed before it woke all
         return result
 
     cdef int64_t longest(self, int result, int64_t now) noexcept nogil:

@@ -6,8 +6,8 @@
  * that keep no watch sleep for SYNC_LONG_NS: 64 sleepers that all look take 3 % of a core.
  *
  * A watch is a promise: the time until which its keeper looks again, plus a grace.  It
- * lapses by itself, so a kill leaves nothing behind.  Whoever keeps the other one then
- * wakes a sleeper, which takes it over; so does a keeper that leaves the last one.
+ * lapses by itself, so a kill leaves nothing behind.  The thread that keeps the other one
+ * then wakes a sleeper, which takes it over; so does a keeper that leaves the last one.
  */
 #ifndef SHMRING_WATCH_H
 #define SHMRING_WATCH_H
