@@ -202,6 +202,8 @@ PLAN = [
     Search("count", 1, mistake="CURRENT_BEFORE_POSITION"),
     Search("count", 0, mistake="NO_SECOND_LOOK"),
     #
+    Search("wake", 0, "PUTS=1 PUTS_TOO=1 HANDS_ON"),
+    Search("wake", 0, "PUTS=1 PUTS_TOO=1 HANDS_ON", "HANDED_ON_WITH_WOKEN"),
     Search("wake", 0),
     Search("wake", 0, "PUTS=1 PUTS_TOO=1 EARLY=1"),
     Search("wake", 0, "PUTS=1 PUTS_TOO=0 CLOSERS=1"),

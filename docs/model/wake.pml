@@ -21,6 +21,7 @@
  * baton                 pass_baton
  * leaving early         take_or_wait: time-out or signal, then pass_baton
  * looker                wait_rings and leave (wait.pyx): takes nothing, passes the baton on leaving
+ * handing_on            wait_wake_to_look (sync.h), as watch_hand_on (watch.h) uses it
  * closer                _shutdown: wake_all, after which every get ends that finds nothing
  * recovery              recover_producers, recover_consumers: wake_all
  */
@@ -244,6 +245,21 @@ ended:
 }
 #endif
 
+#ifdef HANDS_ON
+proctype handing_on()
+{
+    bool woke;
+#ifdef HANDED_ON_WITH_WOKEN
+    STEP(word = ((word & SEQUENCE) + NEXT) | (word & (SLEEPING | WOKEN)));
+#else
+    STEP(word = ((word & SEQUENCE) + NEXT) | (word & SLEEPING));
+#endif
+    FUTEX_WAKE_ONE;
+died:
+    skip
+}
+#endif
+
 #if CLOSERS
 proctype closer()
 {
@@ -270,6 +286,9 @@ init
 #endif
 #if CONSUMERS > 2
         run consumer(2, 1);
+#endif
+#ifdef HANDS_ON
+        run handing_on();
 #endif
 #if LOOKERS
         run looker(CONSUMERS)

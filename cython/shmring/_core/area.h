@@ -27,6 +27,7 @@
 #define AREA_REGRET_NS ((uint64_t)1000000000) /* growing so soon after shrinking: it was a mistake */
 #define AREA_PATIENCE_NS ((uint64_t)250000000) /* after one mistake; doubled by each further one, */
 #define AREA_MOST_PATIENCE 4                  /* up to two seconds */
+#define AREA_TOUCH_LIMIT ((uint64_t)1 << 18) /* a page fault is 8 us of a round trip; at once they are 10 us for all */
 #define AREA_BURST_LIMIT ((uint64_t)256 << 20)
 #define AREA_DOUBLING_LIMIT ((uint64_t)64 << 20) /* growing holds the lock: 64 MiB take 25 ms */
 
@@ -107,6 +108,7 @@ SYNC_SLOW int area_map(int fd, const shmring_area *area, uint64_t generation, ar
 {
     uint64_t page = area_page(), guard = area_guard(), cap = area->capacity;
     size_t total = (size_t)(page + guard + 2 * cap + guard);
+    int touch = cap <= AREA_TOUCH_LIMIT ? MAP_POPULATE : 0;
     if (cap % page != 0 || area->offset % page != 0)
         return EINVAL;
     char *start = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -114,7 +116,7 @@ SYNC_SLOW int area_map(int fd, const shmring_area *area, uint64_t generation, ar
         return errno;
     char *data = start + page + guard;
     if (mprotect(start, page, PROT_READ | PROT_WRITE) != 0
-        || mmap(data, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED
+        || mmap(data, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | touch, fd, (off_t)area->offset) == MAP_FAILED
         || mmap(data + cap, cap, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)area->offset) == MAP_FAILED) {
         int error = errno;
         munmap(start, total);

@@ -11,14 +11,14 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmring._core.area cimport Mapping
-from shmring._core.ring cimport CPU_BYTES, DONE, Item, RingCore, Segment, Take
+from shmring._core.ring cimport CPU_BYTES, DONE, Item, RingCore, Segment, Take, note_cpu
 from shmring._core.count cimport count_on
 from shmring._core.frame cimport frame_begin, frame_is_possible
 from shmring._core.handle cimport GIL_BYTES, RingHandle
 from shmring._core.layout cimport SHMRING_FRAME_BYTES, SHMRING_WHOLE, Frame, Header, shmring_frame_span
 from shmring._core.sync cimport (
-    current_cpu, fence_after_unlock, handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed32,
-    load_relaxed64, lock_release, lock_try_free, store_relaxed32, store_release64, wait_wake_one, wait_wants_wake,
+    fence_after_unlock, handle_enter, handle_leave, load_acquire32, load_acquire64, load_relaxed32,
+    load_relaxed64, lock_release, lock_try_free, store_relaxed64, store_release64, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.wait cimport put_or_wait, take_or_wait
 from shmring._core.diagnostics cimport holder_show, holder_hide, user_show
@@ -47,7 +47,7 @@ cdef inline bint put_fast(RingCore ring, uint32_t kind, const char *data, uint64
         memcpy(<char *>frame + SHMRING_FRAME_BYTES, data, length)
         count_on(&h.put_count, pos, pos + span, 1)
         if pos & (CPU_BYTES - 1) < span:
-            store_relaxed32(&h.producer_cpu, current_cpu())
+            note_cpu(h)
             user_show(&h.last_producer)
         store_release64(&h.write_position, pos + span)  # the commit
         done = True
@@ -94,6 +94,7 @@ cdef inline bint take_fast(RingCore ring, Take *take) noexcept nogil:
                 following = pos + shmring_frame_span(length)
                 count_on(&h.get_count, pos, following, 1)
                 store_release64(&h.read_position, following)  # the commit
+                store_relaxed64(&ring.left_at, following)
                 if following == limit and m.capacity != h.min_capacity:
                     ring.note_empty(following)
                 done = True

@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from shmring._core.area cimport File, Mapping
 from shmring._core.block cimport BlockSpace
 from shmring._core.layout cimport Block, Claim, Header
+from shmring._core.sync cimport current_cpu, load_relaxed32, store_relaxed32
 
 cdef enum Outcome:
     DONE = 0
@@ -105,6 +106,7 @@ cdef class RingCore:
     cdef Mapping *consumer_mapping
     cdef Mapping *consumer_stale
     cdef uint64_t known_limit  # bytes up to here are committed and in this area
+    cdef uint64_t left_at  # where this handle's last take ended; atomic: others take too if consumers stand elsewhere
     # what both mappings hold: atomics, readable without their locks
     cdef uint64_t write_capacity
     cdef uint64_t read_capacity
@@ -170,3 +172,10 @@ cdef class RingCore:
     cdef void wake_consumers(self) noexcept nogil
     @final
     cdef int poison(self, uint32_t reason) noexcept nogil
+
+
+# Of a producer; stored when it changed, since the other producers and the consumers have the line.
+cdef inline void note_cpu(Header *h) noexcept nogil:
+    cdef uint32_t cpu = current_cpu()
+    if load_relaxed32(&h.producer_cpu) != cpu:
+        store_relaxed32(&h.producer_cpu, cpu)

@@ -38,7 +38,7 @@ from shmring._core.layout cimport (
 from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
-    compare_exchange32, compare_exchange64, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
+    compare_exchange32, compare_exchange64, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
     monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
     wait_wake_all, wait_wake_one, wait_wants_wake,
@@ -327,7 +327,7 @@ cdef class RingCore:
         if pos != start:
             count_on(&h.put_count, start, pos, at - done[0])
             if start & (CPU_BYTES - 1) < pos - start:
-                store_relaxed32(&h.producer_cpu, current_cpu())
+                note_cpu(h)
                 user_show(&h.last_producer)
             store_release64(&h.write_position, pos)  # the commit
             if h.starved_producer != 0 and h.starved_producer == self.starved_name():
@@ -547,6 +547,7 @@ cdef class RingCore:
             store_release64(&claim.low, h.read_position)
             store_release64(&claim.high, following)
         self.commit_read(following, count)
+        store_relaxed64(&self.left_at, following)
         if following == self.known_limit and self.consumer_mapping.capacity != h.min_capacity:
             RingCore.note_empty(self, following)
 

@@ -14,24 +14,30 @@
 #define SPIN_NS 20000
 #define SPIN_SLEPT_NS 200000 /* after a longer sleep nothing is expected soon */
 #define SPIN_BYTES_PER_NS 8
+#define LOOK_NS 250 /* the first pause between two looks, where others look as well; and the longest */
+#define LOOK_MOST_NS 2000
 
-/* A look takes the cache line away from the writer.  A pause is 6 ns on some
- * processors and 60 on others, so none of the limits counts pauses. */
 static inline void spin_between_looks(void)
 {
     for (int i = 0; i < 8; i++)
         spin_pause();
 }
 
-/* Whether the two came to differ. */
-SYNC_SLOW int spin_while_equal(const uint64_t *written, const uint64_t *read)
+/* Whether the two came to differ.  With others that look as well the pauses grow: what comes
+ * meanwhile is then taken with the lines still warm. */
+SYNC_SLOW int spin_while_equal(const uint64_t *written, const uint64_t *read, int others)
 {
-    int64_t until = monotonic_ns() + SPIN_NS;
+    int64_t now = monotonic_ns(), until = now + SPIN_NS, pause = LOOK_NS;
     do {
         if (load_acquire64(written) != load_relaxed64(read))
             return 1;
-        spin_between_looks();
-    } while (monotonic_ns() < until);
+        if (others) {
+            now = sync_pause(&pause, LOOK_MOST_NS);
+        } else {
+            spin_between_looks();
+            now = monotonic_ns();
+        }
+    } while (now < until);
     return 0;
 }
 

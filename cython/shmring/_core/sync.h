@@ -159,6 +159,7 @@ typedef struct {
     uint32_t epoch; /* of the process in which the rest was found out */
     uint32_t tid;
     uint32_t pid;
+    uint32_t random;
     struct robust_list_head *head;
 } sync_thread;
 
@@ -237,6 +238,7 @@ SYNC_SLOW void sync_identify(uint32_t epoch)
     size_t size = 0;
     sync_self.tid = (uint32_t)syscall(SYS_gettid);
     sync_self.pid = (uint32_t)getpid();
+    sync_self.random = sync_self.tid;
     sync_self.head = NULL;
 #if !defined(__GLIBC__)
     sync_register_robust_list();
@@ -254,6 +256,24 @@ static inline sync_thread *sync_current(void)
     return &sync_self;
 }
 
+/* Pause between two looks at a word that others write.  Each look takes the cache line away from
+ * the thread that writes it, and costs that thread as much as several stores; so the pauses double,
+ * up to `most`, and a random part keeps waiters from looking at the same moment.  By the clock: a
+ * pause instruction is 6 ns on some processors and 60 on others. */
+SYNC_SLOW int64_t sync_pause(int64_t *pause, int64_t most)
+{
+    uint32_t random = sync_self.random = sync_self.random * 1664525u + 1013904223u;
+    int64_t half = *pause / 2;
+    int64_t now = monotonic_ns();
+    int64_t until = now + half + (int64_t)((uint64_t)random * (uint64_t)half >> 32);
+    *pause = 2 * *pause < most ? 2 * *pause : most;
+    do {
+        spin_pause();
+        now = monotonic_ns();
+    } while (now < until);
+    return now;
+}
+
 /* This process; of a thread that has tried for a lock, one load. */
 static inline uint32_t sync_pid(void) { return sync_self.pid; }
 
@@ -269,6 +289,13 @@ enum {
 /* Of a word that was read: its owner, and whether that died. */
 static inline uint32_t lock_owner(uint32_t seen) { return seen & FUTEX_TID_MASK; }
 static inline int lock_is_orphan(uint32_t seen) { return (seen & FUTEX_OWNER_DIED) != 0; }
+
+/* How long a waiter looks before it sleeps, and how long it pauses between two looks.  The owner
+ * comes again meanwhile, with its lines still warm: some ten times, where taking turns would move
+ * all lines from CPU to CPU for each message. */
+#define LOCK_SPIN_NS 40000
+#define LOCK_PAUSE_NS 4000
+#define LOCK_PAUSE_MOST_NS 16000
 
 #define LOCK_COMPILER_BARRIER() __asm__ __volatile__("" ::: "memory")
 
@@ -306,7 +333,8 @@ static inline int lock_try(uint32_t *word)
     if (SYNC_UNLIKELY(self->head == NULL))
         return LOCK_GARBAGE;
     lock_set_pending(self, word);
-    if (__builtin_expect(compare_exchange32(word, 0, self->tid), 1))
+    /* a load first: an exchange in vain would take the line away from the owner */
+    if (__builtin_expect(load_relaxed32(word) == 0 && compare_exchange32(word, 0, self->tid), 1))
         return LOCK_TAKEN;
     return lock_try_slow(self, word, 0);
 }
@@ -340,17 +368,20 @@ static inline void lock_release(uint32_t *word)
 SYNC_SLOW int lock_wait(uint32_t *word, int64_t nanoseconds)
 {
     sync_thread *self = sync_current();
-    int64_t until = monotonic_ns() + (nanoseconds < SYNC_SLICE_NS ? nanoseconds : SYNC_SLICE_NS);
+    int64_t now = monotonic_ns();
+    int64_t until = now + (nanoseconds < SYNC_SLICE_NS ? nanoseconds : SYNC_SLICE_NS);
+    int64_t asleep_from = now + LOCK_SPIN_NS;
+    int64_t pause = LOCK_PAUSE_NS;
     uint32_t waiters = 0;
     if (self->head == NULL)
         return LOCK_GARBAGE;
-    for (int turn = 0;; turn++) {
+    for (;;) {
         lock_set_pending(self, word);
         int result = lock_try_slow(self, word, waiters);
         if (result != LOCK_BUSY)
             return result;
-        if (turn < 20) { /* a holder on another CPU is done within a microsecond */
-            spin_pause();
+        if (now < asleep_from) {
+            now = sync_pause(&pause, LOCK_PAUSE_MOST_NS);
             continue;
         }
         int64_t left = until - monotonic_ns();
@@ -371,6 +402,9 @@ SYNC_SLOW int lock_wait(uint32_t *word, int64_t nanoseconds)
         waiters = FUTEX_WAITERS; /* others may sleep beside us: pass the bit on */
         if (futex_wait(word, seen | FUTEX_WAITERS, left) == EINTR)
             return LOCK_BUSY;
+        now = monotonic_ns();
+        asleep_from = now + LOCK_SPIN_NS;
+        pause = LOCK_PAUSE_NS;
     }
 }
 
@@ -412,6 +446,16 @@ SYNC_SLOW void wait_wake_all(uint32_t *word)
     while (!compare_exchange32(word, seen, (seen & ~3u) + WAIT_STEP))
         seen = load_relaxed32(word);
     futex_wake(word, INT_MAX);
+}
+
+/* One sleeper looks, and so does one that announced itself and does not sleep yet.  WOKEN goes, as
+ * with any that looks: a waker that found none asleep takes it back only from an unchanged word. */
+SYNC_SLOW void wait_wake_to_look(uint32_t *word)
+{
+    uint32_t seen = load_relaxed32(word);
+    while (!compare_exchange32(word, seen, (seen & ~WAIT_WOKEN) + WAIT_STEP))
+        seen = load_relaxed32(word);
+    futex_wake(word, 1);
 }
 
 /* Announce, then look again (a full fence is in between), then wait_sleep. */

@@ -413,7 +413,9 @@ cdef class TakeWait(Waiting):
         cdef int64_t until
         cdef int result = EMPTY
         if (load_relaxed64(&self.ring.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU
-                and other != current_cpu() and spin_while_equal(&h.write_position, &h.read_position)):
+                and other != current_cpu()
+                and spin_while_equal(&h.write_position, &h.read_position,
+                                     self.ring.left_at != load_relaxed64(&h.read_position))):
             result = self.ring.take(self.take, MAY_WAIT)
             if result == BEHIND_RESERVATION:
                 until = monotonic_ns() + spin_for_writing(self.take.length)
@@ -430,7 +432,7 @@ cdef class TakeWait(Waiting):
         if woken and result == EMPTY:
             shrink_idle(self.ring, self)
         elif woken and (result == SHUT or result == CORRUPT):
-            wait_wake_all(self.words[0])  # whoever said so may have been killed before it woke all
+            wait_wake_all(self.words[0])  # the process that said so may have been killed before it woke all
         return result
 
     cdef int64_t longest(self, int result, int64_t now) noexcept nogil:
