@@ -14,8 +14,8 @@ SECONDS := 600
 RESULTS := benchmarks/results
 PEERS = $(shell sed -nE '/^peers = \[/,/^\]/s/^ *"(.*)",$$/\1/p' pyproject.toml)
 PYTEST := $(BIN)/python -m pytest -q
-WORKERS := 2
 # Most tests wait for processes most of the time.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 2 ? 2 : n > 12 ? 12 : n)))
 SHARED := -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -34,6 +34,11 @@ test: build $(VENV)/.with-test  ## all tests but torture; TEST_ARGS="-k ring -x"
 
 test-fallback: build $(VENV)/.with-test  ## the tests marked both_backends, on the fallback
 	SHMRING_BACKEND=queue $(PYTEST) $(SHARED) -m "both_backends and not torture" $(TEST_ARGS)
+
+# With a few hundred MB of packages, which `make test` does without.
+test-loaders: build $(VENV)/.with-test-loaders  ## tensors, DataLoader, pandas, loguru, faster-fifo
+	$(PYTEST) $(SHARED) tests/tensors tests/hooks tests/repository/test_documents.py \
+	  tests/repository/test_examples.py tests/repository/test_house.py $(TEST_ARGS)
 
 torture: build $(VENV)/.with-test  ## the long tests; SHMRING_STRIDE=10 kills at one in ten instructions
 	$(PYTEST) -m torture -o faulthandler_timeout=1200 $(TEST_ARGS)

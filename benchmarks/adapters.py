@@ -160,6 +160,13 @@ class ShmringInPlace(ShmringRing):
             return float(np.frombuffer(view, np.float32).sum())
 
 
+class ShmringLent(ShmringQueue):
+    """Arrays are written into a block of the queue and summed there."""
+
+    label = "shmring.Queue, lent"
+    carries = frozenset({"in place"})
+
+
 # ---- the standard library -------------------------------------------------------------------
 
 
@@ -622,6 +629,7 @@ TRANSPORTS: tuple[type[Transport], ...] = (
     ShmringQueue,
     ShmringRing,
     ShmringInPlace,
+    ShmringLent,
     MultiprocessingQueue,
     MultiprocessingSimpleQueue,
     MultiprocessingPipe,

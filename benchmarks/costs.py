@@ -29,6 +29,7 @@ from benchmarks.sessions import (
     sleeps,
     wait_until,
 )
+from shmring._core import bytes_ring
 
 IDLE = 64  # consumers
 PER_SECOND = 100  # messages
@@ -134,6 +135,42 @@ def first_message(settings: Settings) -> Row:
     text = f"{{}} ms later than multiprocessing ({theirs:.0f} ms)"
     targets = [Target(text, 20, ours - theirs, at_most=True)]
     return Row(question, f"{ours:.0f} ms", targets, raw=raw)
+
+
+def kept(settings: Settings) -> Row:
+    """Seconds until a consumer that keeps all of many arrays has them."""
+    import numpy as np
+
+    count = int(max(0.01, settings.scale) * 2000)
+    array = np.ones(1 << 18, np.float32)
+
+    def seconds(least: int) -> float:
+        before = bytes_ring._set_lend_bytes(least)
+        try:
+            with (
+                contextlib.closing(shmring.Queue(max_capacity=1 << 28)) as queue,
+                forever(_put_for_ever, queue, array),
+                deadline(DEADLINE_S, question),
+            ):
+                queue.get()  # the child has started
+                start = time.perf_counter()
+                arrays = [queue.get() for _ in range(count)]
+                took = time.perf_counter() - start
+                assert all(one[-1] == 1 for one in arrays)
+                return took
+        finally:
+            bytes_ring._set_lend_bytes(before)
+
+    question = f"{count:,} arrays of 1 MiB, all kept"
+    ours, theirs, raw = _in_turns(question, settings.runs, seconds, 1 << 20, 1 << 62)
+    text = f"{{}} times what copying takes ({theirs:.2f} s)"
+    targets = [Target(text, 1 / 0.9, ours / theirs, at_most=True)]
+    return Row(question, f"{ours:.2f} s", targets, raw=raw)
+
+
+def _put_for_ever(queue: Any, array: Any) -> None:
+    for _ in range(100):
+        queue.put(array)
 
 
 def unread(settings: Settings) -> Row:

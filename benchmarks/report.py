@@ -36,6 +36,7 @@ from benchmarks import (
 from benchmarks.adapters import (
     MultiprocessingQueue,
     ShmringInPlace,
+    ShmringLent,
     ShmringQueue,
     ShmringRing,
     ThreadQueue,
@@ -46,6 +47,7 @@ from benchmarks.sessions import OneWay, RoundTrips, Runs, forever, take_turns, t
 from benchmarks.work import bytes_of
 
 LONGER = 2.5  # times the work of `make bench`
+_NAMED = (ShmringRing, ShmringLent)  # beside others of ours in a row of the same question
 MEMCPY = "memcpy_1_mib_bytes_per_second"
 
 
@@ -63,6 +65,7 @@ class Rate:
     peer: float | None = None  # at least so many times the rate of the best package from PyPI
     limit: tuple[str, float] | None = None  # a limit, and at least this share of it
     thread_queue: float | None = None  # at most so many times the time of queue.SimpleQueue
+    in_place: float | None = None  # at least so many times the rate of Ring in place
 
     def __call__(self, settings: Settings) -> Row:
         asked = QUESTIONS[self.question]
@@ -70,6 +73,7 @@ class Rate:
         transports = [self.ours]
         transports += [MultiprocessingQueue] if self.mp_queue else []
         transports += [ThreadQueue] if self.thread_queue else []
+        transports += [ShmringInPlace] if self.in_place else []
         if self.peer and settings.peers:
             transports += [one for one in asked.transports if one.package and not one.missing()]
 
@@ -84,7 +88,7 @@ class Rate:
         slowest, fastest = (_rate(rate, size) for rate in (min(runs.rates), max(runs.rates)))
         raw: dict[str, Any] = {one.label: each.rates for one, each in found.items()}
         return Row(
-            self.question + (f", {self.ours.label}" if self.ours is ShmringRing else ""),
+            self.question + (f", {self.ours.label}" if self.ours in _NAMED else ""),
             # In one process the time of a call is of interest.
             f"{1e9 / runs.median:.0f} ns" if self.thread_queue else _rate(runs.median, size),
             list(self._targets(runs.median, size, found, allowed)),
@@ -107,6 +111,10 @@ class Rate:
             yield Target(text, share, ours * size / allowed)
         if self.peer:
             yield beside_best_peer(found, self.peer, ours)
+        if self.in_place:
+            theirs = found[ShmringInPlace].median
+            text = f"{{}} times {ShmringInPlace.label} ({_rate(theirs, size)})"
+            yield Target(text, self.in_place, ours / theirs)
         if self.thread_queue:
             text = f"{{}} times what {ThreadQueue.label} takes"
             yield Target(text, self.thread_queue, found[ThreadQueue].median / ours, at_most=True)
@@ -215,10 +223,13 @@ ROWS: dict[str, Callable[[Settings], Row]] = {
     ),
     "objects": Rate("small object of a class", limit=(limits.PICKLE, 0.9)),
     "two-to-two": Rate("64 B bytes, 2:2", rate=3.5e6, peer=4),
-    "one-mib": Rate(_one_mib, mp_queue=5, peer=1.5, limit=(MEMCPY, 0.42)),
+    "one-mib": Rate(_one_mib, mp_queue=5, peer=1.8, limit=(MEMCPY, 0.42)),
     "eight-mib": Rate("8 MiB float32, writable, summed", peer=1.5),
     "one-mib-in-place": Rate("1 MiB float32, summed in place", ours=ShmringInPlace, peer=1.25),
     "eight-mib-in-place": Rate("8 MiB float32, summed in place", ours=ShmringInPlace, peer=1),
+    "eight-mib-lent": Rate(
+        "8 MiB float32, summed in place", ours=ShmringLent, peer=1, in_place=0.85
+    ),
     "trips-apart": _trip(question="round trip of 64 B, a CPU each", median=1.3, p99=15, apart=True),
     "trips-free": _trip(question="round trip of 64 B, not bound", median=8, p99=25),
     "trips-idle": trips_idle,
@@ -228,6 +239,7 @@ ROWS: dict[str, Callable[[Settings], Row]] = {
     "idle-consumers": costs.idle_consumers,
     "joinable": costs.joinable,
     "unread": costs.unread,
+    "kept": costs.kept,
     "first-message": costs.first_message,
     "blocked": costs.blocked,
     "unused": costs.unused,

@@ -93,7 +93,7 @@ def only_cleaner() -> Iterator[None]:
         return False
 
     with CLEANERS_LOCK.open("a") as file:
-        wait_for(locked, 60, "the end of another run's test of cleaning")
+        wait_for(locked, 100, "the end of another run's test of cleaning")
         yield
 
 

@@ -260,6 +260,14 @@ PLAN = [
     Search("claim", 1, mistake="RELEASED_BEFORE_THE_ANSWER"),
     Search("claim", 1, mistake="DEATH_NOT_PROVEN"),
     #
+    Search("lend", 1, quick=True),
+    Search("lend", 2),
+    Search("lend", 1, mistake="POSITION_IGNORED", quick=True),
+    Search("lend", 1, mistake="POSITION_BEFORE_THE_PROOF"),
+    Search("lend", 1, mistake="HOLDER_AFTER_COMMIT"),
+    Search("lend", 0, mistake="HOLDER_FIRST"),
+    Search("lend", 1, mistake="LOCK_NOT_ROBUST"),
+    #
     Search("shutdown", 2, "IMMEDIATE=false"),
     Search("shutdown", 2, "IMMEDIATE=true"),
     Search("shutdown", 0, "IMMEDIATE=false", "SHUTDOWN_AFTER_POSITION", quick=True),

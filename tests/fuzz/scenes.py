@@ -26,7 +26,6 @@ AnyHandle = TypeVar("AnyHandle", BytesRing, ObjectRing)
 
 SMALL = 4096  # SMALL of bytes_ring.pyx: a longer message is taken in two visits
 PLAIN, KIND_TREE, KIND_MANY = 1, 4, 7
-_set_lend_bytes(SMALL)  # what is lent otherwise would make the images large
 OBJECTS: list[Any] = [
     b"raw",
     b"long and raw " * 400,
@@ -253,7 +252,9 @@ def _of_objects(name: str, objects: list[Any], *, grow: bool = False) -> Scene[O
     for _ in range(0 if grow else 15):  # so that what comes now lies across the end
         queue.put(b"w" * 1030)
         queue.get()
+    before = _set_lend_bytes(SMALL)  # larger ones would make the images large
     for obj in objects:
         queue.put(obj, False)
+    _set_lend_bytes(before)
     queue._close()
     return Scene(name, open_queue, ring, early)

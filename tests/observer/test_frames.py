@@ -65,6 +65,18 @@ def test_a_large_message_in_several_segments() -> None:
         assert decoded(frame, unpickle=True) == bytearray(3 << 20)
 
 
+def test_a_large_buffer_that_lies_in_a_block() -> None:
+    numpy = pytest.importorskip("numpy")
+    with Queue[Any]() as queue:
+        queue.put(numpy.arange(1 << 18))
+        (frame,) = frames(queue)
+        assert decoded(frame, unpickle=True).sum() == sum(range(1 << 18))
+        fd = queue._fileno()
+        (cut,) = last_frames(fd, header_in(read_bytes(fd), pid_namespace()), 1, 1000)
+        with pytest.raises(DecodeError, match="too large to be read here"):
+            decoded(cut, unpickle=True)
+
+
 class Dangerous:
     """Unpickling it ends the process."""
 

@@ -90,6 +90,26 @@ def _wait_for_one(queue: Queue[int]) -> None:
     queue.get()
 
 
+def _put_one(queue: Queue[int]) -> None:
+    queue.put(1)
+    signal.pause()
+
+
+def _get_one(queue: Queue[int]) -> None:
+    assert queue.get_nowait() == 1
+    signal.pause()
+
+
+def test_who_put_and_who_took_is_seen_afterwards() -> None:
+    with Queue[int](name=NAME) as queue, run_in_process(_put_one, queue) as producer:
+        wait_for(lambda: queue.qsize() == 1)
+        assert (found(NAME)["producers"], found(NAME)["consumers"]) == ([producer.pid], [])
+        with run_in_process(_get_one, queue) as consumer:
+            wait_for(lambda: queue.qsize() == 0)
+            block = found(NAME)
+            assert (block["producers"], block["consumers"]) == ([producer.pid], [consumer.pid])
+
+
 @pytest.mark.parametrize("side", ["producers", "consumers"])
 def test_a_lock_holder_is_seen(side: str) -> None:
     with (

@@ -36,7 +36,6 @@ PLACE = ROOT / "build" / "matrix"
 SID = PLACE / "sid"
 SID_FIRST = (3, 14)  # what Debian sid has
 SID_VERSIONS = ("3.14", "3.15")
-SID_MIRROR = "http://deb.debian.org/debian"
 SID_PACKAGES = [
     *("ca-certificates", "g++", "gcc", "libc6-dev", "make", "util-linux"),
     *(f"python{version}-{part}" for version in SID_VERSIONS for part in ("venv", "dev", "dbg")),
@@ -186,7 +185,7 @@ def make_sid() -> None:
         done = subprocess.run(
             [
                 *("debootstrap", "--variant=minbase", f"--include={','.join(SID_PACKAGES)}"),
-                *("sid", str(SID), SID_MIRROR),
+                *("sid", str(SID)),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import pickle
@@ -11,7 +12,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 from header import BLOCKS_AT, LAYOUT, READ_POSITION, blocks, first_frame, lock_word, word
 from shmring import ProcessPoolExecutor, Queue, RingClosed, RingCorrupted, ShutDown
+from shmring._core import bytes_ring
 from shmring._core.bytes_ring import LentBuffer
 from shmring.errors import DecodeError, Empty, Full
 from support import run_in_process, run_with_mounts, wait_for
@@ -26,7 +28,15 @@ from support import run_in_process, run_with_mounts, wait_for
 np = pytest.importorskip("numpy")
 
 MIB = 1 << 20
-FREE, FORKED = 0, 1
+FREE, FORKED = 0, 1 << 63
+
+
+@pytest.fixture(autouse=True)
+def lend_more() -> Iterator[None]:
+    """Smaller buffers than a program's are lent, which takes less memory."""
+    before = bytes_ring._set_lend_bytes(MIB // 4)
+    yield
+    bytes_ring._set_lend_bytes(before)
 
 
 def array(number: int, nbytes: int = MIB) -> Any:
@@ -288,7 +298,26 @@ def test_views_outlive_the_handle():
     assert is_whole(first, 5)
     assert is_whole(second, 2)
     del first, second
-    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 2
+
+
+def test_views_survive_a_close_beside_the_get():
+    def take(handle: Queue[Any], got: list[Any]) -> None:
+        with contextlib.suppress(RingClosed):
+            while True:
+                got.append(handle.get(timeout=30))
+
+    for _ in range(20):
+        with Queue() as queue:
+            handle, got = Queue.attach(queue.name), []
+            thread = threading.Thread(target=take, args=(handle, got))
+            thread.start()
+            for number in range(4):
+                queue.put(array(number))
+            handle.close()
+            thread.join(60)
+            assert not thread.is_alive()
+            assert all(is_whole(one, number) for number, one in enumerate(got))
 
 
 def test_a_closed_handle_gives_its_blocks_back_to_the_others():
@@ -629,6 +658,24 @@ def test_past_the_limit_of_file_sizes_buffers_are_copied():
             assert is_whole(queue.get(timeout=30), 3)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.fault(40)
+def test_without_descriptors_a_lent_message_stays_and_the_queue_grows():
+    with Queue() as queue:
+        other = Queue.attach(queue.name)
+        queue.put(array(1))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            with pytest.raises(OSError, match=r"descriptor|open files"):
+                other.get(timeout=1)
+            other.put(bytes(MIB))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert is_whole(other.get(timeout=30), 1)
+        assert other.get(timeout=30) == bytes(MIB)
+        other.close()
 
 
 # ---- records that lie ------------------------------------------------------------

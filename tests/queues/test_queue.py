@@ -132,9 +132,11 @@ def test_attach_by_name_from_an_unrelated_program():
 
 
 def test_the_name_of_an_anonymous_queue_comes_on_demand(queue):
-    before = set(os.listdir("/dev/shm"))
+    inode = os.fstat(queue._fileno()).st_ino
+    assert os.fstat(queue._fileno()).st_nlink == 0
     name = queue.name
-    assert set(os.listdir("/dev/shm")) - before == {name}
+    assert os.stat(f"/dev/shm/{name}").st_ino == inode
+    assert os.fstat(queue._fileno()).st_nlink == 1
     with Queue.attach(name) as other:
         other.put("by name")
     assert queue.get() == "by name"
@@ -164,14 +166,13 @@ def test_an_unused_queue_costs_little():
     descriptors = len(os.listdir("/proc/self/fd"))
     threads = threading.active_count()
     children = len(multiprocessing.active_children())
-    names = os.listdir("/dev/shm")
     with Queue() as queue:
         found = os.fstat(queue._fileno())
         assert max(found.st_size, found.st_blocks * 512) < 128 << 10
         assert len(os.listdir("/proc/self/fd")) == descriptors + 1
         assert threading.active_count() == threads
         assert len(multiprocessing.active_children()) == children
-        assert os.listdir("/dev/shm") == names
+        assert found.st_nlink == 0, "it has a name"
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 

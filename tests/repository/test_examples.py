@@ -60,6 +60,11 @@ def test_what_a_killed_process_logged_is_there() -> None:
     assert len(lines) == 6
 
 
+def test_a_model_is_trained_on_batches_in_place() -> None:
+    pytest.importorskip("torch")
+    assert "40 batches on c" in run("training_loop.py")
+
+
 def test_one_program_runs_here_and_on_dask() -> None:
     pytest.importorskip("distributed")
     assert "pi is about 3.1" in run("dask_scale_out.py")

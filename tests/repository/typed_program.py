@@ -65,6 +65,8 @@ def queues() -> None:
     simple.put(1)
     for each in (tasks, simple):
         each.close()
+    assert shmring.install()
+    shmring.uninstall()
     with shmring.get_context("spawn").Queue() as spawned:
         assert isinstance(spawned, shmring.Queue)
 

@@ -16,6 +16,7 @@ import array
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ __all__ = ["TORN", "Accounts", "CutGet", "Gap", "Intent", "Receipts", "Stream", 
 TORN = 0  # the stream of a message that was not what any producer wrote
 _RECORD = struct.Struct("=IIQQQ")  # divides a page: a write that is cut short leaves whole records
 _NEVER = 1 << 63
+_AHEAD_BYTES = 8192 * _RECORD.size
+_NAP_S, _NAPS_MOST = 0.001, 500
 
 
 def _words() -> memoryview:
@@ -74,12 +77,17 @@ class CutGet:
 
 
 class Receipts:
-    """What a consumer got: written at once, by the child; read on and on, by its parent."""
+    """What a consumer got: written at once, by the child; read on and on, by its parent.
+
+    A child that is `_AHEAD_BYTES` ahead waits a while, or a parent with many children would read
+    for ever and keep none of them in order.
+    """
 
     def __init__(self) -> None:
         self._stored = _words()
         self._fd = os.memfd_create("receipts", os.MFD_CLOEXEC)
-        self._read = 0
+        self._read = 0  # by the parent, and
+        self._written = 0  # by the child
 
     def begin(self, now: int, most: int) -> None:
         """Before a get of up to `most` messages."""
@@ -91,8 +99,12 @@ class Receipts:
         began = self._stored[0]
         records = [_RECORD.pack(stream, count, first, began, now) for stream, first, count in runs]
         if records:
-            os.write(self._fd, b"".join(records))
+            self._written += os.write(self._fd, b"".join(records))
         self._stored[1] = 0
+        for _ in range(_NAPS_MOST):
+            if self._written - self._stored[2] <= _AHEAD_BYTES:
+                break
+            time.sleep(_NAP_S)
 
     def cut_short(self, killed: int) -> CutGet | None:
         """The get in which the consumer was killed, if it was in one."""
@@ -101,12 +113,12 @@ class Receipts:
 
     def read(self) -> Iterator[tuple[int, int, int, int, int]]:
         """What came since the last call: (stream, count, first number, began, ended)."""
-        while data := os.pread(self._fd, 1 << 20, self._read):
-            whole = len(data) - len(data) % _RECORD.size
-            self._read += whole
-            yield from _RECORD.iter_unpack(data[:whole])
-            if whole < len(data):
-                return
+        there = os.fstat(self._fd).st_size  # and not what comes meanwhile
+        there -= there % _RECORD.size
+        while data := os.pread(self._fd, min(1 << 20, there - self._read), self._read):
+            self._read += len(data)
+            yield from _RECORD.iter_unpack(data)
+            self._stored[2] = self._read
 
     def close(self) -> None:
         """Read no more."""

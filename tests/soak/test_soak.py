@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+import accounts
 from accounts import TORN, Accounts, CutGet, Gap, Intent, Receipts, Stream, unexplained
 from flow import MILLISECOND, Flow
 from workload import Parcel, read, runs_of, unwrap, wrap, write
@@ -109,6 +111,20 @@ def test_the_books_of_one_ring():
     intent.settle()
     assert [(gap.first, gap.count) for gap in accounts.gaps()] == [(4, 1)]
     assert accounts.beyond() == 1
+    receipts.close()
+
+
+def test_a_consumer_far_ahead_waits_for_the_reader(monkeypatch):
+    monkeypatch.setattr(accounts, "_NAPS_MOST", 60_000)
+    receipts, book = Receipts(), Accounts()
+    writer = threading.Thread(target=receipts.end, args=([(9, 0, 1)] * 8193, 20))
+    writer.start()
+    writer.join(0.05)
+    assert writer.is_alive(), "it did not wait"
+    seen = len(book.read(receipts, {}))
+    writer.join(60)
+    assert not writer.is_alive()
+    assert seen + len(book.read(receipts, {})) == 8193
     receipts.close()
 
 

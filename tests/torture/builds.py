@@ -88,7 +88,7 @@ CORE, WAIT = "cython/shmring/_core/ring.pyx", "cython/shmring/_core/wait.pyx"
 DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
 WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
-BLOCK = "cython/shmring/_core/block.h"
+BLOCK, LENDING = "cython/shmring/_core/block.h", "cython/shmring/_core/lending.pxd"
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
@@ -142,14 +142,14 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            store_release64(&self.claim.low, h.read_position)\n"
-                "            store_release64(&self.claim.high, following)\n"
+                "            store_release64(&claim.low, h.read_position)\n"
+                "            store_release64(&claim.high, following)\n"
                 "        self.commit_read(following, count)\n",
                 "            low = h.read_position\n"
                 "        self.commit_read(following, count)\n"
-                "        if self.claim != NULL:\n"
-                "            store_release64(&self.claim.low, low)\n"
-                "            store_release64(&self.claim.high, following)\n",
+                "        if claim != NULL:\n"
+                "            store_release64(&claim.low, low)\n"
+                "            store_release64(&claim.high, following)\n",
             ),
             Patch(
                 CORE,
@@ -162,8 +162,13 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            block_lend(self.space, take.lent[j].index, self.myself())\n",
-                "            pass\n",
+                "cimport block_recover, block_return",
+                "cimport block_lend, block_recover, block_return",
+            ),
+            Patch(
+                LENDING,
+                "        block_lend(ring.space, take.lent[j].index, ring.myself())\n",
+                "        pass\n",
             ),
             Patch(
                 CORE,
@@ -180,10 +185,11 @@ BUILDS = {
         [
             Patch(
                 BLOCK,
-                "            || (position != SHMRING_NO_POSITION && position >= read))\n",
-                "            || (position == SHMRING_NO_POSITION && position > read))\n",
+                "        if (position != SHMRING_NO_POSITION && position >= read)\n",
+                "        if (position == SHMRING_NO_POSITION && position < read)\n",
             ),
         ],
+        ["bytes_ring", "wait"],  # what calls it
     ),
     "reaped before the punch": Build(
         [

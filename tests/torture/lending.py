@@ -37,8 +37,6 @@ BUFFER = 2 * LENT_BYTES
 ALL = 4  # blocks of 64 KiB in half of max_capacity
 BLOCKS_AT = LAYOUT["JOINING_OFFSET"] + 32
 
-bytes_ring._set_lend_bytes(LENT_BYTES)
-
 
 class Sheet:
     """An object with one large buffer."""
@@ -74,6 +72,7 @@ class Desk(Stage):
     puts: Sequence[bytes] = ()
     gets: int = 0
     kept: list[Sheet] = field(default_factory=list)
+    older: Queue[Any] | None = None
 
     def fill(self, *numbers: int) -> Desk:
         for number in numbers:
@@ -143,14 +142,17 @@ class Desk(Stage):
     def close(self) -> None:
         self.kept.clear()
         self.queue.close()
+        if self.older is not None:
+            self.older.close()
 
 
 def desk() -> Desk:
+    bytes_ring._set_lend_bytes(LENT_BYTES)
     return Desk(Queue(max_capacity=2 * ALL << 16))
 
 
 def with_free_block() -> Desk:
-    return desk().turn_over(1).fill(1)
+    return desk().turn_over(2).fill(1)
 
 
 def with_messages() -> Desk:
@@ -174,6 +176,7 @@ def left_by_dead_sender() -> Desk:
             word(stage.queue, at + 64 * i, (1 << 22) - 2)  # a pid that is none
             word(stage.queue, at + 64 * i + 8, word(stage.queue, LAYOUT["PRODUCERS_OFFSET"] + 8))
     forget_owner(stage.queue, "producers")
+    stage.older, stage.queue = stage.queue, opened_afresh(stage.queue)  # which looks for the dead
     return stage
 
 

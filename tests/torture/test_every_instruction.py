@@ -192,7 +192,7 @@ def test_stepped_against_each_other_nothing_is_lost(
         ("no second look of a producer", "a producer sleeps, a consumer wakes it", HUNG),
         ("shutdown after the position", "a consumer looks, a message comes and a shutdown", BROKEN),
         ("lent after the commit", "get lent, and keep", LEAKED),
-        ("taken out of a message", "put lent", TORN),
+        ("taken out of a message", "get lent", CORRUPTED),
         ("no baton", "two consumers sleep, a batch comes for both", HUNG),
         ("no baton", "a waiter and a consumer sleep, a message comes", HUNG),
     ],

@@ -38,9 +38,12 @@
 #define F_OFD_SETLK 37
 #endif
 
-#define BLOCK_PIECE ((uint64_t)256 << 10)        /* copied at once: more would bypass the cache */
+#define BLOCK_FORKED ((uint64_t)1 << 63) /* states in the place of an owner: none started so late */
+#define BLOCK_RETIRED (((uint64_t)1 << 63) + 1)
+
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
+#define BLOCK_WAKE_BYTES ((uint64_t)1 << 20)
 #define BLOCK_LATELY_NS ((uint64_t)200000000)    /* provided that one came back lately */
 #define BLOCK_IDLE_NS ((uint64_t)2000000000)     /* not used for so long: its memory goes */
 #define BLOCK_REAP_NS ((uint64_t)100000000)      /* between two looks for the dead, */
@@ -59,12 +62,13 @@ typedef struct {
 typedef struct block_space {
     shmring_header *header;
     shmring_block *blocks;
-    int fd;      /* the handle's, */
-    int owns_fd; /* or left to us when that closed */
+    int handle_fd; /* the handle's, while that is open */
+    int fd; /* its own, without the lock of the name, which a view does not keep; -1 while none could be had */
     area_file file;
     int64_t references;
     uint64_t reaped_ns; /* atomics: advice */
     uint64_t refused_ns;
+    uint64_t vain_ns;
     block_mapping mappings[SHMRING_BLOCK_COUNT];
     struct block_space *following, *previous; /* of this process, under block_mutex */
 } block_space;
@@ -82,15 +86,21 @@ static inline uint32_t block_slots(const block_space *space)
 static block_space *block_spaces;
 static pthread_mutex_t block_mutex = PTHREAD_MUTEX_INITIALIZER;
 
+/* Another description of the file: it shares no lock with `fd`. */
+SYNC_SLOW int block_reopen(int fd)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, O_RDWR | O_CLOEXEC);
+}
+
 /* Map a lent block anew through a description that carries a lock of its range. */
 SYNC_SLOW int block_pin(const block_space *space, const block_mapping *m)
 {
-    char path[32];
     area_file file = {0, 0, 0};
     struct flock range = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)m->offset,
                           .l_len = (off_t)m->capacity};
-    snprintf(path, sizeof path, "/proc/self/fd/%d", space->fd);
-    int fd = open(path, O_RDWR | O_CLOEXEC);
+    int fd = block_reopen(space->fd);
     if (fd < 0)
         return errno;
     int error = area_is_ours(fd, &space->file, &file);
@@ -114,7 +124,7 @@ static void block_before_fork(void)
             if (load_acquire32(&m->lent) != sync_epoch() || m->pinned)
                 continue;
             if (block_pin(space, m) != 0)
-                store_release64(&space->blocks[i].holder, SHMRING_BLOCK_RETIRED);
+                store_release64(&space->blocks[i].holder, BLOCK_RETIRED);
             m->pinned = 1;
         }
 }
@@ -146,6 +156,10 @@ SYNC_SLOW int block_space_open(shmring_header *header, int fd, const area_file *
     block_space *space = mmap(NULL, block_space_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (space == MAP_FAILED)
         return errno;
+    space->handle_fd = fd;
+    space->fd = block_reopen(fd);
+    if (space->fd >= 0) /* else what is mapped keeps the name: growing needs the records, and no descriptor */
+        fd = space->fd;
     space->header = mmap(NULL, SHMRING_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     space->blocks = mmap(NULL, SHMRING_BLOCKS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)page.offset);
     if (space->header == MAP_FAILED || space->blocks == MAP_FAILED) {
@@ -154,10 +168,11 @@ SYNC_SLOW int block_space_open(shmring_header *header, int fd, const area_file *
             munmap(space->header, SHMRING_HEADER_BYTES);
         if (space->blocks != MAP_FAILED)
             munmap(space->blocks, SHMRING_BLOCKS_BYTES);
+        if (space->fd >= 0)
+            close(space->fd);
         munmap(space, block_space_bytes());
         return error;
     }
-    space->fd = fd;
     space->file = *own;
     space->references = 1;
     pthread_mutex_lock(&block_mutex);
@@ -192,7 +207,7 @@ SYNC_SLOW void block_space_leave(block_space *space)
     for (int i = 0; i < SHMRING_BLOCK_COUNT; i++)
         if (space->mappings[i].data != NULL)
             munmap(space->mappings[i].data, space->mappings[i].capacity);
-    if (space->owns_fd && area_is_ours(space->fd, &space->file, &file) == 0)
+    if (area_is_ours(space->fd, &space->file, &file) == 0)
         close(space->fd);
     munmap(space->header, SHMRING_HEADER_BYTES);
     munmap(space->blocks, SHMRING_BLOCKS_BYTES);
@@ -219,6 +234,19 @@ SYNC_SLOW int block_make_records(shmring_header *header, int fd, const area_file
     return error;
 }
 
+/* Have a descriptor that is the ring's file: 0 or an errno. */
+SYNC_SLOW int block_need_file(block_space *space, area_file *file)
+{
+    if (space->fd < 0) {
+        int fd = block_reopen(space->handle_fd);
+        if (fd < 0)
+            return errno;
+        if (!compare_exchange32((uint32_t *)&space->fd, (uint32_t)-1, (uint32_t)fd))
+            close(fd); /* another thread was faster */
+    }
+    return area_is_ours(space->fd, &space->file, file);
+}
+
 /* ---- the mapping of a block ----------------------------------------------------------------------- */
 
 /* Map block `i`, which only the caller looks at now: once a process, and again when its memory is
@@ -241,7 +269,7 @@ SYNC_SLOW int block_map(block_space *space, int i)
     }
     if (m->data != NULL && m->serial == serial && m->offset == range.offset && m->capacity == range.capacity)
         return 0;
-    int error = area_is_ours(space->fd, &space->file, &file);
+    int error = block_need_file(space, &file);
     if (error != 0)
         return error;
     if (range.capacity == 0 || !area_is_inside(&range, file.bytes)
@@ -266,18 +294,26 @@ SYNC_SLOW int block_map(block_space *space, int i)
 SYNC_SLOW void block_free(block_space *space, int i, uint64_t freed_ns)
 {
     shmring_block *block = &space->blocks[i];
+    uint64_t capacity = load_relaxed64(&block->capacity);
     store_relaxed64(&block->freed_ns, freed_ns);
     store_release64(&block->position, SHMRING_NO_POSITION);
     store_release64(&block->holder, 0);
     fence_full();
-    if (wait_wants_wake(&space->header->space_wait))
+    /* a producer that waits for a smaller one looks by itself: a wake-up for each would cost more */
+    if (capacity >= BLOCK_WAKE_BYTES && wait_wants_wake(&space->header->space_wait))
         wait_wake_one(&space->header->space_wait);
+}
+
+/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
+static inline uint64_t block_capacity(uint64_t bytes)
+{
+    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
 }
 
 /* Is the memory right for `bytes`: enough, and not far too much? */
 static inline int block_fits(uint64_t capacity, uint64_t bytes)
 {
-    return capacity >= bytes && capacity - bytes <= bytes;
+    return capacity >= bytes && capacity <= 2 * block_capacity(bytes);
 }
 
 /* Take the free block that came back last, and map it: its index, or -1. */
@@ -312,8 +348,9 @@ SYNC_SLOW int block_take(block_space *space, uint64_t me, uint64_t bytes)
     return -1;
 }
 
-/* Are there blocks enough, and came one back lately: is the next one worth waiting for? */
-SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
+/* When the last block came back, if there are enough and the next one is worth waiting for; else 0.
+ * After a wait in vain none is, until another has come back. */
+SYNC_SLOW uint64_t block_last_return(block_space *space, uint64_t bytes)
 {
     uint64_t now = (uint64_t)monotonic_ns(), sum = 0, latest = 0;
     int count = 0;
@@ -327,7 +364,8 @@ SYNC_SLOW int block_is_worth_waiting(block_space *space, uint64_t bytes)
         if (freed > latest)
             latest = freed;
     }
-    return count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    int warm = count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
+    return warm && latest != load_relaxed64(&space->vain_ns) ? latest : 0;
 }
 
 /* Is there still a mapping that was pinned before a fork? */
@@ -344,18 +382,19 @@ SYNC_SLOW void block_reap(block_space *space, uint64_t me)
     uint64_t alive = me;
     for (int i = 0, slots = (int)block_slots(space); i < slots; i++) {
         shmring_block *block = &space->blocks[i];
-        uint64_t position = load_acquire64(&block->position);
-        /* in this order: a receiver stores itself before the message is read */
-        uint64_t read = load_acquire64(&space->header->read_position);
         uint64_t holder = load_acquire64(&block->holder);
-        uint64_t capacity = load_relaxed64(&block->capacity);
-        if (holder == 0 || holder == alive || holder == SHMRING_BLOCK_RETIRED
-            || (position != SHMRING_NO_POSITION && position >= read))
+        if (holder == 0 || holder == alive || holder == BLOCK_RETIRED)
             continue;
-        if (holder != SHMRING_BLOCK_FORKED && !owner_is_dead(holder)) {
+        if (holder != BLOCK_FORKED && !owner_is_dead(holder)) {
             alive = holder;
             continue;
         }
+        /* after the proof: it may have put its message, and died, in between */
+        uint64_t position = load_acquire64(&block->position);
+        uint64_t read = load_acquire64(&space->header->read_position);
+        uint64_t capacity = load_relaxed64(&block->capacity);
+        if (position != SHMRING_NO_POSITION && position >= read)
+            continue;
         if (capacity != 0 && block_is_pinned(space, load_relaxed64(&block->offset), capacity))
             continue;
         if (compare_exchange64(&block->holder, holder, me))
@@ -410,12 +449,6 @@ SYNC_SLOW int block_any_idle(block_space *space, uint64_t since_ns)
     return 0;
 }
 
-/* What a block for `bytes` takes: an eighth more than a power of two, at most. */
-static inline uint64_t block_capacity(uint64_t bytes)
-{
-    return area_align_up(bytes, bytes < ((uint64_t)1 << 20) ? 1 << 16 : area_power_of_two(bytes) >> 4);
-}
-
 /* Under the producers' lock: make a block for `bytes`, which the caller then holds: its index.
  * -1 if there may be no more, -2 if there is no memory, -3 if the records are garbage. */
 SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
@@ -427,6 +460,8 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
     int slot, oldest, count;
     if (load_acquire32(&header->shutdown) != 0 || capacity > limit || capacity > SHMRING_SEGMENT_LENGTH)
         return -1;
+    if (block_need_file(space, &file) != 0)
+        return -2;
     for (int i = 0; i < SHMRING_BLOCK_COUNT; i++)
         sum += load_relaxed64(&space->blocks[i].capacity);
     for (;;) { /* of another size, and not in use: theirs are the slot and the share */
@@ -449,8 +484,6 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
         sum -= gone;
     }
     shmring_block *block = &space->blocks[slot];
-    if (area_is_ours(space->fd, &space->file, &file) != 0)
-        return -2;
     if ((count = area_taken(header, space->blocks, file.bytes, taken)) < 0)
         return -3;
     if ((uint32_t)slot >= load_relaxed32(&header->block_slots)) /* before it is held: block_reap looks so far */
@@ -471,13 +504,6 @@ SYNC_SLOW int block_create(block_space *space, uint64_t me, uint64_t bytes)
         return slot;
     block_free(space, slot, 0);
     return -2;
-}
-
-/* In pieces, which stay in the cache that the receiver reads from. */
-static inline void block_copy(char *to, const char *from, uint64_t bytes)
-{
-    for (uint64_t done = 0; done < bytes; done += BLOCK_PIECE)
-        memcpy(to + done, from + done, bytes - done < BLOCK_PIECE ? bytes - done : BLOCK_PIECE);
 }
 
 /* Under the producers' lock, after its owner died: what was not committed is in no message. */
@@ -529,7 +555,7 @@ SYNC_SLOW void block_return(block_space *space, int i, char *data, uint64_t capa
         block_free(space, i, (uint64_t)monotonic_ns());
     else if (load_acquire64(&space->blocks[i].holder) == me) {
         store_release64(&space->blocks[i].position, SHMRING_NO_POSITION);
-        store_release64(&space->blocks[i].holder, SHMRING_BLOCK_FORKED);
+        store_release64(&space->blocks[i].holder, BLOCK_FORKED);
     }
 }
 

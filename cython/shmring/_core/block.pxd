@@ -13,8 +13,8 @@ cdef extern from "block.h" nogil:
     ctypedef struct BlockSpace "block_space":
         Header *header
         Block *blocks  # the records
-        int owns_fd  # the handle's descriptor was left to it
         uint64_t refused_ns  # when /dev/shm was last full
+        uint64_t vain_ns  # the last return before a wait in vain
         BlockMapping *mappings
 
     const uint64_t BLOCK_IDLE_NS
@@ -27,12 +27,11 @@ cdef extern from "block.h" nogil:
     int block_make_records(Header *header, int fd, const File *own) noexcept
     void block_free(BlockSpace *space, int index, uint64_t freed_ns) noexcept
     int block_take(BlockSpace *space, uint64_t me, uint64_t bytes) noexcept
-    bint block_is_worth_waiting(BlockSpace *space, uint64_t bytes) noexcept
+    uint64_t block_last_return(BlockSpace *space, uint64_t bytes) noexcept
     void block_reap_sometimes(BlockSpace *space, uint64_t me) noexcept
     int block_drop_idle(BlockSpace *space, uint64_t me, uint64_t since_ns) noexcept
     bint block_any_idle(BlockSpace *space, uint64_t since_ns) noexcept
     int block_create(BlockSpace *space, uint64_t me, uint64_t bytes) noexcept
-    void block_copy(char *to, const char *source, uint64_t bytes) noexcept
     void block_recover(BlockSpace *space, uint64_t write_position) noexcept
     int block_check(BlockSpace *space, uint64_t index, uint64_t position, uint64_t length) noexcept
     void block_lend(BlockSpace *space, int index, uint64_t me) noexcept

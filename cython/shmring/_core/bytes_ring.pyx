@@ -15,9 +15,10 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from shmring._core.area cimport area_release
-from shmring._core.block cimport BlockMapping, block_copy, block_free, block_space_keep
+from shmring._core.block cimport BlockMapping, block_free, block_space_keep
 from shmring._core.ring cimport (
     BRIEFLY, BUSY, CHANGED, DONE, LENT, LENT_MOST, MAY_WAIT, PARTIAL, POISON_FRAME, Item, Lending, Segment,
     Take, leave_blocks, return_block,
@@ -28,6 +29,7 @@ from shmring._core.layout cimport (
     SHMRING_FRAME_BYTES, SHMRING_KIND_BYTES, SHMRING_KIND_MULTI, SHMRING_SEGMENT_INDEX_SHIFT, SHMRING_SEGMENT_LENT,
     Frame, shmring_frame_span,
 )
+from shmring._core.lending cimport take_block
 from shmring._core.sync cimport (
     fence_full, fetch_add64, handle_enter, handle_leave, load_acquire64, load_relaxed64, monotonic_ns, sync_epoch,
     sync_start,
@@ -44,7 +46,7 @@ from shmring.errors import DecodeError, InvalidArgument, RingClosed, RingCorrupt
 
 cdef enum: SPAN_BYTES = 16384  # what one visit of get_many takes at most, over the stack
 
-cdef uint64_t lend_bytes = 262144  # a smaller buffer is copied through the ring
+cdef uint64_t lend_bytes = 1 << 20  # a smaller buffer costs less as a copy through the ring
 
 sync_start()
 
@@ -151,14 +153,14 @@ cdef class Parcel:
             ring.enter()
             try:
                 with nogil:
-                    index = ring.take_block(segment.length, patient)
+                    index = take_block(ring, segment.length, patient)
                     if index >= 0:
                         if lending.space == NULL:
                             lending.space = block_space_keep(ring.space)
                             lending.epoch = sync_epoch()
                         lending.indices[lending.count] = index
                         lending.count += 1
-                        block_copy(lending.space.mappings[index].data, segment.data, segment.length)
+                        memcpy(lending.space.mappings[index].data, segment.data, segment.length)
             finally:
                 ring.leave()
             if index < 0:
@@ -196,24 +198,26 @@ cdef list lent_buffers(MessageRing ring, Take *take):
     try:
         for i in range(take.lent_count):
             buffer = LentBuffer.__new__(LentBuffer)
-            mapping = &ring.space.mappings[take.lent[i].index]
-            buffer.space = block_space_keep(ring.space)
+            mapping = &take.space.mappings[take.lent[i].index]
             buffer.index = take.lent[i].index
             buffer.data = mapping.data
             buffer.capacity = mapping.capacity
             buffer.length = <Py_ssize_t>take.lent[i].length
             buffer.epoch = sync_epoch()
             buffer.owner = ring.myself()
-            take.lent[i].index = -1  # the buffer gives it back
+            buffer.space = block_space_keep(take.space)  # from here on it gives the block back
+            take.lent[i].index = -1
             made.append(memoryview(buffer))
         return made
     except BaseException:
         for i in range(take.lent_count):
             if take.lent[i].index >= 0:
-                mapping = &ring.space.mappings[take.lent[i].index]
+                mapping = &take.space.mappings[take.lent[i].index]
                 return_block(
-                    ring.space, take.lent[i].index, mapping.data, mapping.capacity, sync_epoch(), ring.myself())
+                    take.space, take.lent[i].index, mapping.data, mapping.capacity, sync_epoch(), ring.myself())
         raise
+    finally:
+        leave_blocks(take.space)
 
 
 @cython.binding(False)

@@ -86,4 +86,7 @@ static inline void holder_show(uint32_t *word) { store_relaxed32(word + 1, sync_
 static inline void holder_hide(uint32_t *word) { store_relaxed32(word + 1, 0); }
 static inline uint32_t holder_pid(const uint32_t *word) { return load_relaxed32(word + 1); }
 
+/* Which process used a side last: stored where that costs little, so not at each message. */
+static inline void user_show(uint32_t *word) { store_relaxed32(word, sync_pid()); }
+
 #endif

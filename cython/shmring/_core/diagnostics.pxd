@@ -36,3 +36,5 @@ cdef extern from "diagnostics.h" nogil:
     void holder_show(uint32_t *word) noexcept  # by a thread that has tried for it
     void holder_hide(uint32_t *word) noexcept
     uint32_t holder_pid(const uint32_t *word) noexcept  # pid, or 0
+
+    void user_show(uint32_t *word) noexcept  # of last_producer and last_consumer

@@ -21,7 +21,7 @@ from shmring._core.sync cimport (
     load_relaxed64, lock_release, lock_try_free, store_relaxed32, store_release64, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.wait cimport put_or_wait, take_or_wait
-from shmring._core.diagnostics cimport holder_show, holder_hide
+from shmring._core.diagnostics cimport holder_show, holder_hide, user_show
 
 
 cdef inline bint put_fast(RingCore ring, uint32_t kind, const char *data, uint64_t length) noexcept nogil:
@@ -48,6 +48,7 @@ cdef inline bint put_fast(RingCore ring, uint32_t kind, const char *data, uint64
         count_on(&h.put_count, pos, pos + span, 1)
         if pos & (CPU_BYTES - 1) < span:
             store_relaxed32(&h.producer_cpu, current_cpu())
+            user_show(&h.last_producer)
         store_release64(&h.write_position, pos + span)  # the commit
         done = True
     holder_hide(&h.producer_lock)
@@ -81,6 +82,7 @@ cdef inline bint take_fast(RingCore ring, Take *take) noexcept nogil:
             if load_acquire64(&h.write_generation) != m.generation or limit - pos > m.capacity:
                 limit = pos
             ring.known_limit = limit
+            user_show(&h.last_consumer)
         frame = <Frame *>(m.data + (pos & m.mask))
         if pos < limit and load_acquire32(&frame.state) == SHMRING_WHOLE:
             # one copy of each field, then checked, then used

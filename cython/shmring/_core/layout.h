@@ -84,9 +84,9 @@
 
 /* An entry in the table of segments: its length, or, of a segment that lies in a block,
  * LENT | index of the block << 48 | length. */
-#define SHMRING_SEGMENT_LENT ((uint64_t)1 << 63)
+#define SHMRING_SEGMENT_LENT 0x8000000000000000
 #define SHMRING_SEGMENT_INDEX_SHIFT 48
-#define SHMRING_SEGMENT_LENGTH (((uint64_t)1 << SHMRING_SEGMENT_INDEX_SHIFT) - 1)
+#define SHMRING_SEGMENT_LENGTH 0xffffffffffff /* the bits below the index */
 
 /* States of a frame. */
 #define SHMRING_WHOLE 1
@@ -111,13 +111,11 @@ typedef struct {
     uint64_t spare;
 } shmring_area;
 
-#define SHMRING_NO_POSITION UINT64_MAX
-#define SHMRING_BLOCK_FORKED 1  /* no process's owner word: see block.h */
-#define SHMRING_BLOCK_RETIRED 2
+#define SHMRING_NO_POSITION 0xffffffffffffffff
 
 /* A block: memory for one large buffer, a cache line each. */
 typedef struct {
-    uint64_t holder;   /* 0 is free; an owner, or one of the two above */
+    uint64_t holder;   /* 0 is free; an owner, or a state of block.h */
     uint64_t position; /* of the message that names it, or NO_POSITION; counts once committed */
     uint64_t offset;   /* where it lies in the file, */
     uint64_t capacity; /* and its bytes; 0 is an empty slot */
@@ -185,7 +183,8 @@ typedef struct {
     uint64_t shrunk_ns; /* advisory, as patience and needed_ns: 0, or nothing has grown since */
     uint32_t patience;  /* how often shrinking proved wrong lately */
     uint32_t producer_cpu; /* where the last producer ran, for spinning */
-    char pad_producers[128 - 88];
+    uint32_t last_producer; /* its pid; diagnostics only, as last_consumer: 0 is unknown */
+    char pad_producers[128 - 92];
     /* consumers */
     uint32_t consumer_lock;
     uint32_t consumer_holder; /* as producer_holder */
@@ -195,7 +194,8 @@ typedef struct {
     shmring_count get_count;
     uint64_t empty_position; /* where consumers last found nothing more */
     uint64_t needed_ns;      /* when the area was last of use, or made */
-    char pad_consumers[128 - 72];
+    uint32_t last_consumer;
+    char pad_consumers[128 - 76];
     /* joining */
     uint64_t done_count;
     uint32_t done_wait;

@@ -97,6 +97,7 @@ cdef extern from "layout.h" nogil:
         uint64_t lease_high
         uint32_t producer_lock
         uint32_t producer_cpu
+        uint32_t last_producer  # diagnostics only, as last_consumer
         uint64_t write_position
         uint64_t write_generation
         Count put_count
@@ -112,6 +113,7 @@ cdef extern from "layout.h" nogil:
         Count get_count
         uint64_t empty_position
         uint64_t needed_ns
+        uint32_t last_consumer
         uint64_t done_count
         uint32_t done_wait
         uint32_t recoveries

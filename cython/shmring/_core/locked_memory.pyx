@@ -224,7 +224,7 @@ cdef class TaskWords:
             store_release64(self.words.word(self.heartbeat), <uint64_t>monotonic_ns())
             store_release64(tasks, load_acquire64(tasks) + calls)
 
-    def call_each(self, function, list items, list values, uint64_t task, uint64_t step, bint spread, int64_t span):
+    def call_each(self, function, tuple items, list values, uint64_t task, uint64_t step, bint spread, int64_t span):
         """Call `function` for items and append what it returns, storing which is being done.
 
         Args:

@@ -147,6 +147,11 @@ cdef class Watched:
 
 
 # ---- messages --------------------------------------------------------------------------------------
+cdef bint is_long(object timeout):
+    """Whether a put has time to wait for a block."""
+    return timeout is None or (type(timeout) in (int, float) and timeout >= 1)
+
+
 @cython.binding(False)
 cdef class ObjectRing(MessageRing):
     """The compiled half of shmring.Queue."""
@@ -291,7 +296,7 @@ cdef class ObjectRing(MessageRing):
                     self, SHMRING_KIND_BUILTINS, writer.start, writer.at - writer.start, position, block, timeout)
             finally:
                 codec_free(&writer)
-        encoded = self.parcelled(obj, &kind, block and timeout is None)
+        encoded = self.parcelled(obj, &kind, block and is_long(timeout))
         if PyBytes_CheckExact(encoded):
             return put_one(
                 self, kind, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)

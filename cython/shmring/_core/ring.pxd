@@ -84,6 +84,7 @@ cdef struct Take:
     uint64_t owner  # of the lease or reservation in the way
     uint32_t kind
     uint32_t state  # of the frame
+    BlockSpace *space  # of what was lent: a reference that the caller leaves
     int lent_count
     Lent lent[LENT_MOST]
 
@@ -139,9 +140,6 @@ cdef class RingCore:
     cdef uint64_t myself(self) noexcept nogil
     cdef void unmap(self)
     cdef int find_blocks(self) noexcept nogil
-    cdef int take_block(self, uint64_t bytes, bint patient) noexcept nogil
-    cdef int make_block(self, uint64_t bytes, int flags) noexcept nogil
-    cdef void drop_idle_blocks(self) noexcept nogil
     # inside: called directly, not through the table of methods
     @final
     cdef int put_locked(self, Item *items, Py_ssize_t count, Py_ssize_t *done,
@@ -160,8 +158,6 @@ cdef class RingCore:
     cdef int first_frame(self, Take *take) noexcept nogil
     @final
     cdef const Block *blocks(self) noexcept nogil
-    @final
-    cdef int adopt(self, Take *take, char *table, uint64_t bytes) noexcept nogil
     @final
     cdef int look_further(self, uint64_t pos) noexcept nogil
     @final

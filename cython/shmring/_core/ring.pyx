@@ -23,35 +23,29 @@ from shmring._core.area cimport (
     AREA_GARBAGE, File, Mapping, area_grow, area_is_ours, area_may_shrink, area_next_capacity, area_open,
     area_power_of_two, area_reap, area_release, area_tidy,
 )
-from shmring._core.block cimport (
-    BLOCK_IDLE_NS, BLOCK_REFUSED_NS, block_any_idle, block_check, block_create, block_drop_idle,
-    block_is_worth_waiting, block_lend, block_make_records, block_reap_sometimes, block_recover, block_return,
-    block_space_leave, block_space_open, block_start, block_take,
-)
+from shmring._core.block cimport block_recover, block_return, block_space_leave, block_space_open, block_start
 from shmring._core.count cimport count_at, count_on, count_read
 from shmring._core.frame cimport frame_begin, frame_is_possible
+from shmring._core.lending cimport adopt_blocks
 from shmring._core.layout cimport (
     SHMRING_ABORTED, SHMRING_AREA_COUNT, SHMRING_AREAS_OFFSET, SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC,
-    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT,
-    SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_DEATHS_OFFSET,
-    SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
+    SHMRING_BLOCKS_BYTES, SHMRING_CLAIM_COUNT, SHMRING_CLAIMS_OFFSET, SHMRING_CONSUMERS_OFFSET, SHMRING_DEATH_COUNT,
+    SHMRING_DEATHS_OFFSET, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES, SHMRING_JOINING_OFFSET, SHMRING_KIND_MULTI,
     SHMRING_LENT, SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_PRODUCERS_OFFSET,
-    SHMRING_RESERVED, SHMRING_SEGMENT_INDEX_SHIFT, SHMRING_SEGMENT_LENGTH, SHMRING_SEGMENT_LENT, SHMRING_VERSION,
-    SHMRING_WAITER_COUNT, SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET, SHMRING_WHOLE, Block, Claim, Frame, Header,
-    shmring_area_of,
-    shmring_frame_span,
+    SHMRING_RESERVED, SHMRING_VERSION, SHMRING_WAITER_COUNT, SHMRING_WAITERS_OFFSET, SHMRING_WAITING_OFFSET,
+    SHMRING_WHOLE, Block, Claim, Frame, Header, shmring_area_of, shmring_frame_span,
 )
 from shmring._core.owner cimport OWNER_PID_BITS, owner_is_dead, owner_of, owner_pid, owner_self
 from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
-    compare_exchange32, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
+    compare_exchange32, compare_exchange64, current_cpu, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
     monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
-    wait_announce, wait_sleep, wait_wake_all, wait_wake_one, wait_wants_wake,
+    wait_wake_all, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.diagnostics cimport (
     HELD_CONSUMER_LOCK, HELD_LEASE, HELD_PRODUCER_LOCK, HELD_RESERVATION, death_record, holder_show,
-    holder_pid, holder_hide,
+    holder_pid, holder_hide, user_show,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -59,8 +53,6 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef int64_t RESERVED_NS = 300000000  # how long a waiting producer's need counts
 cdef int64_t BRIEFLY_NS = 1000000  # what an *_nowait call waits for a lock at most
-cdef int64_t BLOCK_PAUSE_NS = 1000000  # what a put waits for a block, and a nanosecond a byte
-cdef int64_t BLOCK_SLEEP_NS = 100000
 
 sync_start()
 block_start()
@@ -122,9 +114,7 @@ cdef class RingCore:
         if self.header != NULL:
             munmap(self.header, SHMRING_HEADER_BYTES)
             self.header = NULL
-        if self.space != NULL:  # the last view leaves it, and closes the descriptor
-            self.space.owns_fd = True
-            self.fd = -1
+        if self.space != NULL:  # the views keep it
             block_space_leave(self.space)
             self.space = NULL
         if self.fd >= 0:
@@ -338,6 +328,7 @@ cdef class RingCore:
             count_on(&h.put_count, start, pos, at - done[0])
             if start & (CPU_BYTES - 1) < pos - start:
                 store_relaxed32(&h.producer_cpu, current_cpu())
+                user_show(&h.last_producer)
             store_release64(&h.write_position, pos)  # the commit
             if h.starved_producer != 0 and h.starved_producer == self.starved_name():
                 h.starved_producer = h.reserved_space = h.reserved_until_ns = 0
@@ -468,6 +459,7 @@ cdef class RingCore:
         if limit - pos > m.capacity:
             return self.poison(POISON_POSITIONS)
         self.known_limit = limit
+        user_show(&h.last_consumer)
         return EMPTY if limit == pos else DONE
 
     @cython.final
@@ -601,9 +593,9 @@ cdef class RingCore:
                 memcpy(take.room, payload, take.length)
             if result == DONE and take.state == SHMRING_LENT:
                 if take.target_count != 0:
-                    result = self.adopt(take, take.targets[0].data, take.targets[0].length)
+                    result = adopt_blocks(self, take, take.targets[0].data, take.targets[0].length)
                 else:
-                    result = self.adopt(take, take.room, take.length)
+                    result = adopt_blocks(self, take, take.room, take.length)
         if (result == DONE or result == LENT) and take.leaser == 0:
             self.take_leave(take.position + shmring_frame_span(take.length), 1)
         RingCore.unlock_consumers(self)
@@ -616,113 +608,18 @@ cdef class RingCore:
 
     cdef int find_blocks(self) noexcept nogil:
         """Map the records of the blocks, if there are any: 0, an errno, or EILSEQ."""
+        cdef BlockSpace *opened
+        cdef int error
         if self.space != NULL or load_acquire64(&self.header.blocks_offset) == 0:
             return 0
-        return block_space_open(self.header, self.fd, &self.file, &self.space)
+        error = block_space_open(self.header, self.fd, &self.file, &opened)
+        if error == 0 and not compare_exchange64(<uint64_t *>&self.space, 0, <uint64_t>opened):
+            block_space_leave(opened)  # another thread was faster
+        return error
 
     @cython.final
     cdef const Block *blocks(self) noexcept nogil:
         return self.space.blocks if self.space != NULL else NULL
-
-    cdef int take_block(self, uint64_t bytes, bint patient) noexcept nogil:
-        """The index of a block that this process holds now; negative if the buffer is to be copied.
-
-        Where blocks come back, a patient producer waits for one rather than make
-        another: as with a ring that stays small, fresh memory is cold.
-        """
-        cdef Header *h = self.header
-        cdef int64_t until = 0
-        cdef uint32_t *word = &h.space_wait
-        cdef uint32_t announced
-        cdef int index = -1
-        if bytes > h.max_capacity // 2 or load_relaxed32(&h.poisoned) != 0:
-            return -1
-        if self.space != NULL:
-            index = block_take(self.space, self.myself(), bytes)
-            if index < 0 and patient and block_is_worth_waiting(self.space, bytes):
-                until = monotonic_ns() + BLOCK_PAUSE_NS + <int64_t>bytes
-                while index < 0 and monotonic_ns() < until:
-                    announced = wait_announce(word)
-                    index = block_take(self.space, self.myself(), bytes)
-                    if index < 0:
-                        wait_sleep(&word, &announced, 1, NULL, BLOCK_SLEEP_NS, SYNC_SLICE_NS)
-                        index = block_take(self.space, self.myself(), bytes)
-        if index < 0:
-            index = self.make_block(bytes, MAY_WAIT if patient else BRIEFLY)
-        return index
-
-    cdef int make_block(self, uint64_t bytes, int flags) noexcept nogil:
-        cdef Header *h = self.header
-        cdef int error
-        cdef int index = -1
-        if self.space != NULL:
-            if <uint64_t>monotonic_ns() - load_relaxed64(&self.space.refused_ns) < BLOCK_REFUSED_NS:
-                return -1
-            block_reap_sometimes(self.space, self.myself())
-            index = block_take(self.space, self.myself(), bytes)
-            if index >= 0:
-                return index
-        self.myself()  # asks /proc, the first time
-        if self.lock_producers(flags) != DONE:
-            return -1
-        error = block_make_records(h, self.fd, &self.file) if load_relaxed64(&h.blocks_offset) == 0 else 0
-        if error == 0:
-            error = self.find_blocks()
-        if error == 0:
-            index = block_create(self.space, self.myself(), bytes)
-        if error == EILSEQ or index == -3:
-            self.poison(POISON_AREA)
-        self.unlock_producers()
-        if index == -2:
-            store_relaxed64(&self.space.refused_ns, <uint64_t>monotonic_ns())
-        return index
-
-    cdef void drop_idle_blocks(self) noexcept nogil:
-        """After a sleep in which nothing came: give the memory of blocks back."""
-        cdef uint64_t since = <uint64_t>monotonic_ns() - BLOCK_IDLE_NS
-        if self.find_blocks() != 0 or self.space == NULL:
-            return
-        block_reap_sometimes(self.space, self.myself())
-        if block_any_idle(self.space, since) and self.lock_producers(MAY_WAIT) == DONE:
-            block_drop_idle(self.space, self.myself(), since)
-            self.unlock_producers()
-
-    @cython.final
-    cdef int adopt(self, Take *take, char *table, uint64_t bytes) noexcept nogil:
-        """The blocks of the message in front become this process's, with the commit that follows:
-        LENT, or why not, and then nothing has changed.  `table` is a private copy."""
-        cdef uint64_t count = 0
-        cdef uint64_t i = 0
-        cdef uint64_t part
-        cdef int error = self.find_blocks()
-        cdef int j
-        take.lent_count = 0
-        if error == 0 and (self.space == NULL or bytes < 8):
-            error = EILSEQ
-        if error == 0:
-            memcpy(&count, table, 8)
-            if count > (bytes - 8) // 8:
-                error = EILSEQ
-        while error == 0 and i < count:
-            memcpy(&part, table + 8 + 8 * i, 8)
-            i += 1
-            if part & SHMRING_SEGMENT_LENT == 0:
-                continue
-            if take.lent_count == LENT_MOST:
-                error = EILSEQ
-                break
-            take.lent[take.lent_count].index = <int>((part & ~SHMRING_SEGMENT_LENT) >> SHMRING_SEGMENT_INDEX_SHIFT)
-            take.lent[take.lent_count].length = part & SHMRING_SEGMENT_LENGTH
-            error = block_check(self.space, <uint64_t>take.lent[take.lent_count].index, take.position,
-                                part & SHMRING_SEGMENT_LENGTH)
-            take.lent_count += 1
-        if error == EILSEQ:
-            return self.poison(POISON_FRAME)
-        if error != 0:
-            return -error
-        for j in range(take.lent_count):
-            block_lend(self.space, take.lent[j].index, self.myself())
-        return LENT
 
     cdef int finish_reservation(self, char *payload, uint64_t position, bint commit) noexcept nogil:
         """No lock: the frame is the owner's until its state says otherwise."""

@@ -17,6 +17,7 @@ from shmring._core.diagnostics cimport (
 )
 from shmring._core.handle cimport GIL_BYTES, RingHandle, ends_wait, identity_of
 from shmring._core.layout cimport SHMRING_NO_CPU, Header, shmring_frame_span
+from shmring._core.lending cimport drop_idle_blocks
 from shmring._core.owner cimport owner_goes_on, owner_is_dead, owner_of
 from shmring._core.ring cimport (
     BEHIND_LEASE, BEHIND_RESERVATION, BRIEFLY, BUSY, CORRUPT, DONE, EMPTY, FULL, FULL_COUNT, IS_WAITING, LENT,
@@ -463,7 +464,7 @@ cdef void shrink_idle(RingHandle ring, Waiting wait) noexcept nogil:
             or load_relaxed64(&h.write_generation) != load_relaxed64(&h.read_generation)):
         ring.shrink(h.min_capacity, MAY_WAIT)
     if load_relaxed32(&h.block_slots) != 0:
-        ring.drop_idle_blocks()
+        drop_idle_blocks(ring)
 
 
 cdef int check_name(RingHandle ring) except -1:

@@ -34,7 +34,7 @@ class TaskWords:
     def call_each(
         self,
         function: Callable[..., Any],
-        items: list[Any],
+        items: tuple[Any, ...],
         values: list[Any],
         task: int,
         step: int,

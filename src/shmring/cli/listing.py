@@ -74,50 +74,47 @@ def row_of(block: dict[str, Any] | None, name_width: int, columns: int | None) -
         name_width: what the longest name takes.
         columns: of the terminal; columns that do not fit are left out.
     """
-    name_width, shown = _layout(name_width, columns)
-    cells = _cells(block) if block is not None else {title: title for title, _ in shown}
-    name = "NAME" if block is None else _label(block)
-    return cut(name, name_width).ljust(name_width) + "".join(
-        f" {cells.get(title, '-'):>{wide - 1}}" for title, wide in shown
-    )
+    name_width, count, form = _layout(name_width, columns)
+    if block is None:
+        name, cells = "NAME", tuple(title for title, _ in COLUMNS)
+    else:
+        name, cells = _label(block), _cells(block)
+    return cut(name, name_width).ljust(name_width) + form % cells[:count]
 
 
 @functools.lru_cache
-def _layout(name_width: int, columns: int | None) -> tuple[int, list[tuple[str, int]]]:
-    """The width of names, and the columns that fit behind them."""
+def _layout(name_width: int, columns: int | None) -> tuple[int, int, str]:
+    """The width of names, how many columns fit behind them, and the form of these."""
     shown = COLUMNS
     if columns is not None:
         name_width = min(name_width, max(_LEAST_NAME, columns - sum(each[1] for each in COLUMNS)))
         while len(shown) > 1 and name_width + sum(each[1] for each in shown) > columns:
             shown = shown[:-1]
-    return name_width, shown
+    return name_width, len(shown), "".join(f" %{wide - 1}s" for _, wide in shown)
 
 
 def _label(block: dict[str, Any]) -> str:
     return printable(block["id"]) + (" *" if block["name"] is None else "")
 
 
-def _cells(block: dict[str, Any]) -> dict[str, str]:
-    cells = {"KIND": block["kind"], "OPEN": str(len(block["pids"]))}
-    owner = block.get("owner")
-    if owner is not None:
-        cells["OWNER"] = f"{owner['pid']}" if owner["state"] == "alive" else owner["state"]
+def _cells(block: dict[str, Any]) -> tuple[str, ...]:
+    """What stands in each of the columns."""
+    messages = fill = rate = waiting = owner = died = made = put = get = "-"
+    if (known := block.get("owner")) is not None:
+        owner = str(known["pid"]) if known["state"] == "alive" else known["state"]
     if block.get("age_seconds") is not None:
-        cells["AGE"] = age(block["age_seconds"])
+        made = age(block["age_seconds"])
     if "messages" in block:
-        cells["MSGS"] = amount(block["messages"])
-        cells["FILL"] = f"{100 * fill_of(block):.0f}%"
-        if block["rate"] is not None:
-            cells["MSG/S"] = amount(block["rate"])
-        cells["PUT"], cells["GET"] = str(len(block["producers"])), str(len(block["consumers"]))
-        cells["WAIT"] = str(len(block["waiters"]))
-        cells["DIED"] = str(block["recoveries"])
+        messages, fill = amount(block["messages"]), f"{100 * fill_of(block):.0f}%"
+        rate = "-" if block["rate"] is None else amount(block["rate"])
+        put, get = str(len(block["producers"])), str(len(block["consumers"]))
+        waiting, died = str(len(block["waiters"])), str(block["recoveries"])
     elif "tasks" in block:
-        cells["MSGS"] = amount(block["tasks"]["unanswered"])
-        cells["DIED"] = str(block["died"])
+        messages, died = amount(block["tasks"]["unanswered"]), str(block["died"])
     if "processes" in block:
-        cells["WAIT"] = str(sum(each["waits_for"] is not None for each in block["processes"]))
-    return cells
+        waiting = str(sum(each["waits_for"] is not None for each in block["processes"]))
+    opened = str(len(block["pids"]))
+    return block["kind"], messages, fill, rate, waiting, owner, died, made, put, get, opened
 
 
 def fill_of(block: dict[str, Any]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import struct
 from typing import Any
 
 from shmring._core.ring import LAYOUT
@@ -32,7 +33,15 @@ __all__ = ["LoggedFrame", "decoded", "last_frames"]
 _MULTI = 0x80000000
 _BLOCK_BYTES = 1 << 20
 _MOST_WALKED = 64 << 20
-_STATES = {LAYOUT["WHOLE"]: "waiting", LAYOUT["RESERVED"]: "reserved", LAYOUT["ABORTED"]: "aborted"}
+_LENT = LAYOUT["LENT"]  # whole, and large segments lie in blocks of the file
+_STATES = {
+    LAYOUT["WHOLE"]: "waiting",
+    LAYOUT["RESERVED"]: "reserved",
+    LAYOUT["ABORTED"]: "aborted",
+    _LENT: "waiting",
+}
+_BLOCK = struct.Struct("<4Q32x")  # holder, position, offset, capacity
+_IN_BLOCK, _INDEX_SHIFT = 1 << 63, 48  # of a segment's entry in the table
 _KINDS = {
     KIND_BYTES: "bytes",
     KIND_PICKLE: "pickle",
@@ -136,6 +145,8 @@ def _read(fd: int, area: Area, position: int, nbytes: int) -> bytes:
 def _read_frame(fd: int, area: Area, position: int, header: Header, most_bytes: int) -> LoggedFrame:
     _, length, state, kind, owner = FRAME.unpack(_read(fd, area, position, FRAME.size))
     payload = _read(fd, area, position + FRAME.size, min(length, most_bytes))
+    if state == _LENT and len(payload) == length:
+        payload = _with_blocks(fd, header, position, payload, most_bytes)
     taken = position < header["read_position"]
     return LoggedFrame(
         position=position,
@@ -145,6 +156,45 @@ def _read_frame(fd: int, area: Area, position: int, header: Header, most_bytes: 
         owner=owner_in(owner)[0] or None,
         payload=payload,
     )
+
+
+def _with_blocks(fd: int, header: Header, position: int, payload: bytes, most: int) -> bytes:
+    """The payload with its lent segments in place; unchanged if one is gone or too large."""
+    count = int.from_bytes(payload[:8], "little")
+    if len(payload) < 8 or not 1 <= count <= (len(payload) - 8) // 8:
+        return payload
+    table = struct.unpack_from(f"<{count}Q", payload, 8)
+    at = 8 + 8 * count
+    parts = []
+    for entry in table:
+        if entry & _IN_BLOCK:
+            index, length = (entry & ~_IN_BLOCK) >> _INDEX_SHIFT, entry & ((1 << _INDEX_SHIFT) - 1)
+            part = _block_bytes(fd, header, position, index, min(length, most + 1))
+            if len(part) != length:
+                return payload
+        else:
+            part = payload[at : at + entry]
+            at += entry
+        parts.append(part)
+        most -= len(part)
+        if most < 0:
+            return payload
+    lengths = struct.pack(f"<{count + 1}Q", count, *map(len, parts))
+    return lengths + b"".join(parts)
+
+
+def _block_bytes(fd: int, header: Header, position: int, index: int, nbytes: int) -> bytes:
+    """The first bytes of a block that the message at a position names; empty if it is another's."""
+    limit = LAYOUT["MAX_CAPACITY"]
+    if index >= LAYOUT["BLOCK_COUNT"] or not 0 < header["blocks_offset"] < limit:
+        return b""
+    record = os.pread(fd, _BLOCK.size, header["blocks_offset"] + _BLOCK.size * index)
+    if len(record) < _BLOCK.size:
+        return b""
+    _, named_by, offset, capacity = _BLOCK.unpack(record)
+    if named_by != position or capacity < nbytes or offset > limit:
+        return b""
+    return os.pread(fd, nbytes, offset)
 
 
 class _Careful(PickleCodec):
@@ -205,6 +255,8 @@ def _segments(payload: bytes) -> list[Any]:
     segments: list[Any] = []
     for index in range(count):
         length = int.from_bytes(payload[8 + 8 * index : 16 + 8 * index], "little")
+        if length & _IN_BLOCK:
+            raise DecodeError("a large buffer was given back, or is too large to be read here")
         if length > len(payload) - at:
             raise DecodeError(f"segment {index} of {length} bytes reaches past the message")
         part = payload[at : at + length]

@@ -29,7 +29,7 @@ from shmring.shm import segment
 
 __all__ = ["Observer", "listing"]
 
-_MOST_SCANNING = 0.005  # of the time; what looking for files may take
+_MOST_SCANNING = 0.003  # of the time; what looking for files may take
 _RATE_S = 0.03  # for a rate that is measured between two looks
 _GETS = frozenset({"a message", "the end of a peek", "the end of a reserve"})
 
@@ -206,10 +206,11 @@ class Observer:
                 known.producers.add(each["pid"])
             elif each["waits_for"] in _GETS:
                 known.consumers.add(each["pid"])
-        if header["producer_lock"] and header["producer_holder"]:
-            known.producers.add(header["producer_holder"])
-        if header["consumer_lock"] and header["consumer_holder"]:
-            known.consumers.add(header["consumer_holder"])
+        for seen, words in (
+            (known.producers, ("last_producer", "producer_holder")),
+            (known.consumers, ("last_consumer", "consumer_holder")),
+        ):
+            seen.update(pid for word in words if (pid := header[word]))
 
 
 def _is_at_rest(facts: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ names and types of :data:`_LAYOUT` are those of ``cython/shmring/_core/layout.h`
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import time
@@ -34,10 +35,13 @@ _LAYOUT = {
     " pid_namespace:Q ready:I user_kind:I created_ns:Q creator:Q",
     LAYOUT["WAITING_OFFSET"]: "data_wait:I space_wait:I shutdown:I poisoned:I lease_owner:Q",
     LAYOUT["PRODUCERS_OFFSET"]: "producer_lock:I producer_holder:I write_position:Q"
-    " write_generation:Q puts_before:Q puts:Q puts_at:Q",
+    " write_generation:Q puts_before:Q puts:Q puts_at:Q starved_producer:Q reserved_space:Q"
+    " reserved_until_ns:Q shrunk_ns:Q patience:I producer_cpu:I last_producer:I",
     LAYOUT["CONSUMERS_OFFSET"]: "consumer_lock:I consumer_holder:I read_position:Q"
-    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q",
-    LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I",
+    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q empty_position:Q needed_ns:Q"
+    " last_consumer:I",
+    LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I block_slots:I"
+    " blocks_offset:Q",
 }
 _NAMES: list[str] = []
 _FORMAT = "<"
@@ -51,6 +55,7 @@ _HEADER = struct.Struct(_FORMAT)
 _READ_BYTES = LAYOUT["CLAIMS_OFFSET"]
 _NAME_OFFSET, _NAME_BYTES = LAYOUT["JOINING_OFFSET"] + 128, 256
 _DEATHS = struct.Struct(f"<{2 * LAYOUT['DEATH_COUNT']}Q")
+_NO_DEATHS = bytes(_DEATHS.size)
 _AREA = struct.Struct("<3Q")
 _WAITER = struct.Struct("<QQIII4x")
 _WAITERS = slice(
@@ -131,10 +136,9 @@ def facts_of(header: Header, processes: KnownProcesses) -> dict[str, Any]:
     area = area_at(header, header["write_generation"])
     creator, start_ticks = owner_in(header["creator"])
     created = header["created_ns"]
-    given = header.data[_NAME_OFFSET : _NAME_OFFSET + _NAME_BYTES].split(b"\0", 1)[0]
     return {
         "kind": _KINDS.get(header["user_kind"], "ring"),
-        "id": os.fsdecode(given) if given else f"shmring-{header['token']:016x}",
+        "id": _id_of(header.data[_NAME_OFFSET : _NAME_OFFSET + _NAME_BYTES], header["token"]),
         "age_seconds": max(0, now - created) / 1e9 if created else None,
         "owner": (
             {"pid": creator, "state": processes.state(creator, start_ticks)} if creator else None
@@ -171,13 +175,27 @@ def area_at(header: Header, generation: int) -> Area:
         RingCorrupted: no area can be like this.
     """
     at = LAYOUT["AREAS_OFFSET"] + 32 * (generation % LAYOUT["AREA_COUNT"])
-    area = Area(*_AREA.unpack_from(header.data, at))
+    return _area_in(header.data[at : at + _AREA.size])
+
+
+# These two are asked the same at each look.
+
+
+@functools.lru_cache(1024)
+def _area_in(record: bytes) -> Area:
+    area = Area(*_AREA.unpack(record))
     size, limit = area.capacity, LAYOUT["MAX_CAPACITY"]
     if size < LAYOUT["MIN_CAPACITY"] or size & (size - 1) or size > limit or area.offset > limit:
         raise RingCorrupted(
-            f"area {generation} has {size} bytes at offset {area.offset}: the ring is damaged"
+            f"an area of {size} bytes at offset {area.offset} cannot be: the ring is damaged"
         )
     return area
+
+
+@functools.lru_cache(1024)
+def _id_of(name: bytes, token: int) -> str:
+    given = name.split(b"\0", 1)[0]
+    return os.fsdecode(given) if given else f"shmring-{token:016x}"
 
 
 def _waiters(header: Header, processes: KnownProcesses, now: int) -> list[dict[str, Any]]:
@@ -241,6 +259,8 @@ def front_owner(fd: int, header: Header, processes: KnownProcesses) -> dict[str,
 
 
 def _deaths(header: Header, now: int) -> list[dict[str, Any]]:
+    if header.data.startswith(_NO_DEATHS, LAYOUT["DEATHS_OFFSET"]):
+        return []
     words = _DEATHS.unpack_from(header.data, LAYOUT["DEATHS_OFFSET"])
     found = [
         {

@@ -8,13 +8,13 @@ import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from shmring.errors import InvalidArgument
 from shmring.tasks.channel import SPREAD
-from shmring.tasks.task_table import Failure
+from shmring.tasks.task_table import Failure, PartialResults
 
 if TYPE_CHECKING:
     from shmring.pool.manager import PoolStatistics
@@ -35,10 +35,13 @@ class TaskCalls(abc.ABC):
     def _submit(
         self, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any] | int, retries: int
     ) -> Future[Any]:
-        """Schedule a call, or a chunk of calls: a list of items, and flags."""
+        """Schedule a call, or a chunk of calls: a tuple of items, and flags."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Schedule ``fn(*args, **kwargs)``.
+
+        Args:
+            fn, args, kwargs: pickled by the calling thread.
 
         Returns:
             its future. An argument that cannot be pickled is the future's exception.
@@ -88,7 +91,8 @@ class TaskCalls(abc.ABC):
         else:
             spread = len(iterables) != 1
             items = zip(*iterables, strict=False) if spread else iter(iterables[0])
-            chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
+            # Tuples, also as results: garbage collection leaves those of simple objects alone.
+            chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
             flags = SPREAD if spread else 0
             ahead = (submit(fn, chunk, flags, retries) for chunk in chunks)
         first = collections.deque(itertools.islice(ahead, buffersize))
@@ -121,6 +125,10 @@ class TaskCalls(abc.ABC):
 
         Returns:
             an iterator; closing it cancels what no worker has taken.
+
+        Raises:
+            InvalidArgument: an impossible chunksize or buffersize.
+            ImportError: `progress` is True and the extra is not installed.
         """
         from shmring.pool.stream import unordered
 
@@ -152,6 +160,9 @@ class TaskExecutor(TaskCalls, Executor):
 
         Returns:
             an object with ``submit``, ``map`` and ``map_unordered``.
+
+        Raises:
+            InvalidArgument: a negative number.
         """
         return _TasksWithRetries(self, retries)
 
@@ -216,11 +227,11 @@ def _results(
             each.cancel()
 
 
-def _successful(chunks: Generator[list[Any]]) -> Iterator[list[Any]]:
+def _successful(chunks: Generator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """Results of chunks, up to the first call that failed: its exception is raised."""
     with contextlib.closing(chunks):
         for results in chunks:
-            if type(results) is list:
+            if type(results) is not PartialResults:
                 yield results
                 continue
             for index, each in enumerate(results):

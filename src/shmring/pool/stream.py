@@ -94,7 +94,7 @@ class _Stream:
 
     def _fill(self) -> None:
         while len(self._open) < self._ahead:
-            chunk = list(itertools.islice(self._items, self._size))
+            chunk = tuple(itertools.islice(self._items, self._size))
             if not chunk:
                 return
             future = self._pool._submit(self._fn, chunk, 0, self._pool._max_retries)

@@ -71,7 +71,7 @@ def _writable(
     """Rebuild an array whose source was read-only, over a writable buffer."""
     import numpy
 
-    inner = data.obj if type(data) is memoryview else data
+    inner: Any = data.obj if type(data) is memoryview else data
     whole = memoryview(inner)
     if whole.readonly or whole.nbytes != memoryview(data).nbytes:
         inner = bytearray(data)

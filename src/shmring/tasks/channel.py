@@ -3,7 +3,7 @@
 ::
 
     task     (number, function, args, kwargs)     one call
-             (number, function, [item, ...], flags) a chunk: one function, many calls
+             (number, function, (item, ...), flags) a chunk: one function, many calls
              (-1, None, (), None)                 stop: one worker ends
     answer   (number, value)                      the result of a call, or all of a chunk
              (number, index, [value, ...])        results of a chunk from ``index`` on

@@ -250,7 +250,7 @@ class TaskLoop:
         self.answered += 1
         self._words.end(1)
 
-    def _call_each(self, number: int, function: Any, items: list[Any], flags: int) -> None:
+    def _call_each(self, number: int, function: Any, items: tuple[Any, ...], flags: int) -> None:
         """The calls of a chunk; it ends at the first one that raises."""
         token = _current.set(self)
         values: list[Any] = []
@@ -264,7 +264,7 @@ class TaskLoop:
                 self._words.call_each(call, items, values, number + 1, ITEM_STEP, spread, span)
                 self._cancellable = False
                 if sent == 0 and len(values) == len(items):
-                    self._send_all(number, values)
+                    self._send_all(number, tuple(values))
                 else:
                     self._send_part(number, sent, values[sent:])
                 sent = len(values)
@@ -278,11 +278,11 @@ class TaskLoop:
         self.answered += len(items)
         self._words.end(len(items))
 
-    def _send_all(self, number: int, values: list[Any]) -> None:
+    def _send_all(self, number: int, values: tuple[Any, ...]) -> None:
         try:
             self._send((number, values))
         except _UNSENDABLE:
-            self._send_part(number, 0, values)
+            self._send_part(number, 0, [*values])
 
     def _send_part(self, number: int, first: int, values: list[Any]) -> None:
         if len(values) == 1:

@@ -48,7 +48,7 @@ class Task(abc.ABC):
 
     Args:
         function: what to call, or its reference.
-        args: the arguments; of a chunk, a list of items.
+        args: the arguments; of a chunk, a tuple of items.
         kwargs: keyword arguments; of a chunk, its flags.
         retries: how often it may be tried again after the death of a worker.
     """
@@ -81,8 +81,8 @@ class Task(abc.ABC):
         """Called once the task is out of the table.
 
         Args:
-            outcome: the result, or a Failure; of a chunk the list of results, which is a
-                PartialResults if there are Failures in it.
+            outcome: the result, or a Failure; of a chunk the results, which are a
+                PartialResults if there are Failures among them.
         """
 
     def be_careful(self) -> None:

@@ -15,5 +15,6 @@ except ImportError as error:
 
 from shmring.torch.context import get_context
 from shmring.torch.tensors import TensorCodec
+from shmring.torch.views import tensor_over
 
-__all__ = ["TensorCodec", "get_context"]
+__all__ = ["TensorCodec", "get_context", "tensor_over"]

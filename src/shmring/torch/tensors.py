@@ -89,8 +89,8 @@ def _rebuild(
     size = array.nbytes
     if strides is not None and 0 in strides:
         size = array[tuple(slice(None) if stride else slice(0, 1) for stride in strides)].nbytes
-    if size != len(data):
-        raise ValueError(f"{len(data)} bytes for a tensor of shape {shape}, which has {size}")
+    if size != (given := memoryview(data).nbytes):
+        raise ValueError(f"{given} bytes for a tensor of shape {shape}, which has {size}")
     tensor = torch.from_numpy(array)
     return tensor if dtype is None else tensor.view(getattr(torch, dtype))
 
@@ -157,4 +157,4 @@ def _reduce_storage(storage: Any) -> Any:
 
 
 def _rebuild_storage(data: Any) -> Any:
-    return torch.from_numpy(numpy.ndarray((len(data),), "B", data)).untyped_storage()
+    return torch.from_numpy(numpy.ndarray((memoryview(data).nbytes,), "B", data)).untyped_storage()
