@@ -201,6 +201,8 @@ def listening_socket() -> None:
     PATH.chmod(0o600)
 
 
+A_LINK = os.strerror(errno.ELOOP)  # musl words it otherwise
+
 VICTIM = Path("/dev/shm", NAME + "-victim")
 SQUATTED = {  # and what attaching says
     "foreign file": (foreign_file, "begins with"),
@@ -210,9 +212,12 @@ SQUATTED = {  # and what attaching says
     "directory": (lambda: PATH.mkdir(0o700), "Is a directory"),
     "fifo": (lambda: os.mkfifo(PATH, 0o600), "not a regular file"),
     "socket": (listening_socket, "cannot be opened"),
-    "symlink to nothing": (symlink_to(VICTIM.with_name(NAME + "-nothing")), "symbolic links"),
-    "symlink to a file": (symlink_to(VICTIM), "symbolic links"),
-    "symlink to a ring": (symlink_to(VICTIM.with_name(NAME + "-ring")), "symbolic links"),
+    "symlink to nothing": (
+        symlink_to(VICTIM.with_name(NAME + "-nothing")),
+        A_LINK,
+    ),
+    "symlink to a file": (symlink_to(VICTIM), A_LINK),
+    "symlink to a ring": (symlink_to(VICTIM.with_name(NAME + "-ring")), A_LINK),
 }
 
 

@@ -441,7 +441,7 @@ def _create_without_file_size() -> None:
 @pytest.mark.parametrize(
     ("action", "number", "said"),
     [
-        (_create_without_descriptors, errno.EMFILE, "Too many open files"),
+        (_create_without_descriptors, errno.EMFILE, os.strerror(errno.EMFILE)),
         (_grow_without_descriptors, errno.EMFILE, "all the same"),
         (_create_without_address_space, errno.ENOMEM, "mapped"),
         (_create_without_file_size, errno.EFBIG, "RLIMIT_FSIZE"),
@@ -486,7 +486,7 @@ def _attach_without_address_space() -> None:
 @pytest.mark.parametrize(
     ("action", "number", "said"),
     [
-        (_attach_without_descriptors, errno.EMFILE, "Too many open files"),
+        (_attach_without_descriptors, errno.EMFILE, os.strerror(errno.EMFILE)),
         (_attach_without_address_space, errno.ENOMEM, "mapped"),
     ],
 )

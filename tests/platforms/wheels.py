@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ziglang
+
 from matrix import CannotTryError, Interpreter, enter_sid, find
 
 ROOT = Path(__file__).resolve().parents[2]
