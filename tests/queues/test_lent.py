@@ -604,10 +604,11 @@ def test_receivers_killed_at_random_leave_the_queue_whole():
                     queue.put(array(number))
                 wait_for(lambda: queue.qsize() < 10, 60)
                 receiver.kill()
+        got = None
         while not queue.empty():
             got = queue.get(timeout=30)
             assert is_whole(got, int(got[0]))
-        del got
+        got = None  # its block is free now
 
         def all_free() -> bool:
             kept = []
