@@ -40,7 +40,7 @@ from shmring._core.sync cimport (
     LOCK_BUSY, LOCK_GARBAGE, LOCK_TAKEN, SYNC_SLICE_NS,
     compare_exchange32, compare_exchange64, fence_after_unlock, fence_full, fetch_add32, fetch_add64,
     load_acquire32, load_acquire64, load_relaxed32, load_relaxed64, lock_release, lock_try, lock_wait,
-    monotonic_ns, store_relaxed32, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
+    monotonic_ns, store_relaxed64, store_release32, store_release64, sync_epoch, sync_start,
     wait_wake_all, wait_wake_one, wait_wants_wake,
 )
 from shmring._core.diagnostics cimport (
