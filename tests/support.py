@@ -176,8 +176,12 @@ def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[st
 
 
 def shared_memory_names() -> set[str]:
-    """What stands in /dev/shm, whatever it is called: a ring bears the name its user gave it."""
-    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+    """What stands in /dev/shm, whatever it is called: a ring bears the name its user gave it.
+
+    Not what the C library leaves of a semaphore when a process is killed in sem_open().
+    """
+    names = os.listdir(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else []
+    return {name for name in names if not re.fullmatch(r"sem\.\w{6}", name)}
 
 
 def holders(name: str) -> set[int]:
