@@ -125,7 +125,7 @@ wheels: $(VENV)/.with-wheel  ## build each wheel that can be built here, and tes
 	$(BIN)/python tests/platforms/wheels.py $(PYTHONS) $(WHEELS_ARGS)
 
 wheel: $(VENV)/.with-wheel  ## the wheel of one Python, with the tests of both backends
-	$(BIN)/python tests/platforms/wheels.py $(PYTHON) --targets own --tests "-m 'both_backends and not torture'"
+	$(BIN)/python tests/platforms/wheels.py $$(command -v $(PYTHON)) --targets own --tests "-m 'both_backends and not torture'"
 
 # As a user without our tree would get it: alone in a folder.
 sdist: $(VENV)/.with-wheel  ## make the sdist, and build and test what it holds
