@@ -124,11 +124,10 @@ def loaded(
     return compared(question, found, {STOCK: bound})
 
 
-def _echo(taken: Any, count: int, done: Any) -> None:
+def _take(taken: Any, count: int, done: Any) -> None:
     for _ in range(count):
         taken.get()
     done.put(None)
-    done.get()  # what torch shares is fetched from this process: it stays until told
 
 
 def through_a_queue(settings: Settings) -> Row:
@@ -140,12 +139,11 @@ def through_a_queue(settings: Settings) -> Row:
 
     def run(context: Any) -> None:
         queue, done = context.Queue(), context.SimpleQueue()
-        child = context.Process(target=_echo, args=(queue, count, done), daemon=True)
+        child = context.Process(target=_take, args=(queue, count, done), daemon=True)
         child.start()
         for _ in range(count):
             queue.put(message)
         done.get()
-        done.put(None)
         child.join()
         for each in (queue, done):
             each.close()
