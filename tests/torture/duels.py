@@ -24,7 +24,7 @@ from shmring.errors import Empty, Full
 from sleepers import LOOK_EVERY, Sleeper, is_dead, wait_until_asleep
 from support import wait_for
 from tally import BROKEN, DOUBLED, HUNG, LOST, TORN, Harm, Tally
-from trials import Selection, Trial, watch_for_a_hang
+from trials import ATTEMPTS, Selection, Trial, watch_for_a_hang
 from wakes import HALF, Feeder
 from walking import Walker, Way, end
 
@@ -133,7 +133,9 @@ class SleeperAndWaker(Duel):
     waking: Way = field(init=False)
 
     def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
-        self.sleeping = self.trace_sleeper(walker)
+        # The shortest way: a busy machine has a sleeper look more often than it will again.
+        ways = [self.trace_sleeper(walker) for _ in range(ATTEMPTS)]
+        self.sleeping = min(ways, key=lambda way: way.sleeps[0])
         self.waking = self.trace_waker(walker)
         asleep, through = self.sleeping.sleeps[0], len(self.waking)
         for n in range(asleep + 1):
