@@ -149,9 +149,13 @@ def samples() -> list[Sample]:
         NotSupportedByFallback: this is the fallback.
         AccessRefused: /dev/shm cannot be read, or /proc is not mounted.
     """
+    _check_backend()
+    return _source.samples()
+
+
+def _check_backend() -> None:
     if backend != "ring":
         raise NotSupportedByFallback("metrics are read from rings, and the fallback has none")
-    return _source.samples()
 
 
 def _samples_of(found: list[dict[str, Any]]) -> Iterator[Sample]:
@@ -185,6 +189,10 @@ def _of(what: str, facts: dict[str, Any], **labels: str) -> Iterator[Sample]:
 class _Collector:
     """What a Prometheus registry asks at each scrape."""
 
+    def describe(self) -> list[Any]:
+        # Without it the registry collects at once, and rings made just after are not looked for.
+        return []
+
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -211,7 +219,7 @@ def register(registry: CollectorRegistry | None = None) -> Any:
         NotSupportedByFallback: this is the fallback.
     """
     prometheus = _prometheus()
-    samples()  # refuses here rather than at each scrape
+    _check_backend()  # refuses here rather than at each scrape
     collector = _Collector()
     (prometheus.REGISTRY if registry is None else registry).register(collector)
     return collector
@@ -266,7 +274,7 @@ def observe_with(meter: Meter) -> None:
         from opentelemetry.metrics import Observation
     except ImportError:
         raise ImportError('this needs OpenTelemetry: pip install "shmring[otel]"') from None
-    samples()
+    _check_backend()
 
     def observed(metric: Metric, _: Any) -> list[Any]:
         return [Observation(each.value, each.labels) for each in samples() if each.metric is metric]
