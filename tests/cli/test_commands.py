@@ -248,17 +248,24 @@ def test_rm_stale(orphan: str) -> None:
 # ---- pipes, signals, terminals ----------------------------------------------------------------
 
 
+def watching() -> subprocess.Popen[str]:
+    """`shmring watch`, which has printed a line."""
+    process = subprocess.Popen(
+        [*SHMRING, "watch", NAME, "--interval", "0.05"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 def test_a_closed_pipe_ends_quietly() -> None:
     with Ring.create(name=NAME):
-        process = subprocess.Popen(
-            [*SHMRING, "watch", NAME, "--interval", "0.05"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = watching()
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdout.readline()
         process.stdout.close()
         assert process.wait(60) == 141
         assert process.stderr.read() == ""
@@ -267,14 +274,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 def test_ctrl_c_ends_with_one_line() -> None:
     with Ring.create(name=NAME):
-        process = subprocess.Popen(
-            [*SHMRING, "watch", NAME, "--interval", "0.05"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = watching()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (130, "shmring: interrupted\n")
