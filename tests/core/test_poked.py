@@ -1,4 +1,4 @@
-"""What nobody of shmring wrote, in shared memory: an error in time, never a crash.
+"""What no process of shmring wrote, in shared memory: an error in time, never a crash.
 
 Written into the file past all locks, as a stray pointer or a hostile peer of the same user would.
 """
@@ -68,11 +68,11 @@ def numbered(count: int) -> list[bytes]:
 # ---- locks -----------------------------------------------------------------------------------
 
 
-NOBODY = (1 << 22) + 1  # a TID beyond any that Linux gives out
+NO_THREAD = (1 << 22) + 1  # a TID beyond any that Linux gives out
 GARBAGE = {
-    "nobody": NOBODY,
-    "nobody, with waiters": NOBODY | WAITERS,
-    "nobody, who died": NOBODY | OWNER_DIED,
+    "no thread": NO_THREAD,
+    "no thread, with waiters": NO_THREAD | WAITERS,
+    "no thread, which died": NO_THREAD | OWNER_DIED,
     "all bits": 0xFFFFFFFF,
     "the caller": None,
 }
@@ -95,7 +95,7 @@ def test_a_lock_word_that_names_nobody(side, value):
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
 def test_a_lock_word_that_names_somebody_else(side):
-    """He may hold it, for all that can be known: the time-out ends the wait."""
+    """It may hold it, for all that can be known: the time-out ends the wait."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid())
@@ -120,7 +120,7 @@ def test_the_lock_word_of_plain_memory_names_nobody():
     with SharedMemoryManager(name, 100) as memory:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:
-            word(file.fileno(), MEMORY_LOCK, NOBODY, size=4)
+            word(file.fileno(), MEMORY_LOCK, NO_THREAD, size=4)
             with pytest.raises(RingCorrupted, match="lock word"):
                 memory.read_data(10)
             word(file.fileno(), MEMORY_LOCK, 0, size=4)
