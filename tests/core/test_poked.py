@@ -13,9 +13,11 @@ import random
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from header import (
+    BLOCKS_AT,
     LAYOUT,
     LOCKS,
     MEMORY_LOCK,
@@ -26,6 +28,7 @@ from header import (
     WRITE_GENERATION,
     WRITE_POSITION,
     area,
+    first_frame,
     lock_word,
     word,
 )
@@ -452,3 +455,77 @@ def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
         with run_in_process(flip), run_in_process(read) as reader:
             reader.join(60)
             assert reader.exitcode == 0
+
+
+# ---- records of lent blocks ------------------------------------------------------------------
+
+MIB = 1 << 20  # the smallest buffer that is lent
+
+
+def array(number: int) -> np.ndarray:
+    return np.full(MIB // 4, number, np.int32)
+
+
+def _forge_index(queue: Queue) -> None:
+    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
+    word(queue, at, word(queue, at) | 77 << 48)
+
+
+def _forge_length(queue: Queue) -> None:
+    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
+    word(queue, at, word(queue, at) + MIB)
+
+
+def _forge_position(queue: Queue) -> None:
+    word(queue, word(queue, BLOCKS_AT) + 8, word(queue, READ_POSITION) + 8)
+
+
+def _forge_offset(queue: Queue) -> None:
+    word(queue, word(queue, BLOCKS_AT) + 16, 1 << 40)
+    word(queue, word(queue, BLOCKS_AT) + 32, 99)
+
+
+def _forge_place(queue: Queue) -> None:
+    """Over an area that is in use."""
+    word(queue, word(queue, BLOCKS_AT) + 16, LAYOUT["HEADER_BYTES"])
+    word(queue, word(queue, BLOCKS_AT) + 32, 99)
+
+
+def _forge_records(queue: Queue) -> None:
+    word(queue, BLOCKS_AT, 4097)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        _forge_index,
+        _forge_length,
+        _forge_position,
+        _forge_offset,
+        _forge_place,
+        _forge_records,
+    ],
+)
+def test_a_record_that_lies_is_found_out(forge):
+    with Queue() as queue:
+        queue.put(array(1))
+        other = Queue.attach(queue.name)
+        forge(queue)
+        with pytest.raises(RingCorrupted):
+            other.get(timeout=30)
+        other.close()
+
+
+def test_a_lock_taken_from_a_dead_producer_leaves_no_block_in_a_message_that_was_never_put():
+    with Queue() as queue:
+        queue.put(array(1))
+        queue.put(array(2))
+        got = queue.get(timeout=30)
+        at = word(queue, BLOCKS_AT)
+        word(queue, at + 8, 1 << 40)  # stored, and its holder died before the commit
+        lock_word(queue, "producers", OWNER_DIED)
+        queue.put(b"recovers")
+        assert word(queue, at + 8) == (1 << 64) - 1
+        assert (got == 1).all()
+        assert (queue.get(timeout=30) == 2).all()
+        assert queue.get(timeout=30) == b"recovers"
