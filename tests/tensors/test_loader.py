@@ -16,7 +16,9 @@ import shmring
 
 torch = pytest.importorskip("torch")
 if shmring.backend != "ring":
-    pytest.skip("the ring's promises", allow_module_level=True)
+    pytest.skip(
+        "a killed process blocks a pipe, and a pipe waits for no memory", allow_module_level=True
+    )
 
 # ruff: noqa: E402  (needs torch)
 import shmring.torch
