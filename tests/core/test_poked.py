@@ -1,4 +1,4 @@
-"""What nobody of shmring wrote, in shared memory: an error in time, never a crash.
+"""What shmring did not write, in shared memory: an error in time, never a crash.
 
 Written into the file past all locks, as a stray pointer or a hostile peer of the same user would.
 """
@@ -71,11 +71,11 @@ def numbered(count: int) -> list[bytes]:
 # ---- locks -----------------------------------------------------------------------------------
 
 
-NOBODY = (1 << 22) + 1  # a TID beyond any that Linux gives out
+NO_THREAD = (1 << 22) + 1  # a TID beyond any that Linux gives out
 GARBAGE = {
-    "nobody": NOBODY,
-    "nobody, with waiters": NOBODY | WAITERS,
-    "nobody, who died": NOBODY | OWNER_DIED,
+    "no thread": NO_THREAD,
+    "no thread, with waiters": NO_THREAD | WAITERS,
+    "no thread, dead": NO_THREAD | OWNER_DIED,
     "all bits": 0xFFFFFFFF,
     "the caller": None,
 }
@@ -84,7 +84,7 @@ GARBAGE = {
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("value", GARBAGE.values(), ids=GARBAGE)
 @pytest.mark.parametrize("side", LOCKS)
-def test_a_lock_word_that_names_nobody(side, value):
+def test_a_lock_word_that_names_no_thread(side, value):
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getpid() if value is None else value)
@@ -97,8 +97,8 @@ def test_a_lock_word_that_names_nobody(side, value):
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
-def test_a_lock_word_that_names_somebody_else(side):
-    """He may hold it, for all that can be known: the time-out ends the wait."""
+def test_a_lock_word_that_names_another_process(side):
+    """It may hold the lock, for all that can be known: the time-out ends the wait."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid())
@@ -118,12 +118,12 @@ def test_a_lock_word_that_names_somebody_else(side):
 
 
 @pytest.mark.fault(24)
-def test_the_lock_word_of_plain_memory_names_nobody():
+def test_the_lock_word_of_plain_memory_that_names_no_thread():
     name = own_name("poked-memory")
     with SharedMemoryManager(name, 100) as memory:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:
-            word(file.fileno(), MEMORY_LOCK, NOBODY, size=4)
+            word(file.fileno(), MEMORY_LOCK, NO_THREAD, size=4)
             with pytest.raises(RingCorrupted, match="lock word"):
                 memory.read_data(10)
             word(file.fileno(), MEMORY_LOCK, 0, size=4)
@@ -174,7 +174,7 @@ WRONG = [
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_who_attaches_meets_the_record_of_a_wrong_area(wrong):
+def test_an_attaching_process_meets_the_record_of_a_wrong_area(wrong):
     with grown() as ring:
         area(ring, 1, record_of(ring, wrong))
         with pytest.raises(RingCorrupted), Ring.attach(ring.name) as third:
@@ -248,7 +248,7 @@ POSITIONS = {
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("wrong", POSITIONS)
-def test_impossible_positions_poison_the_ring_for_everybody(wrong):
+def test_impossible_positions_poison_the_ring_for_every_process(wrong):
     offset, change = POSITIONS[wrong]
     with Ring.create() as ring:
         ring.put_many(numbered(10))
@@ -278,7 +278,7 @@ def test_a_write_position_that_went_back_does_not_make_room_for_more_than_there_
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("side", LOCKS)
-def test_impossible_positions_are_seen_by_who_makes_good_a_death(side):
+def test_impossible_positions_are_seen_by_the_process_that_recovers_a_lock(side):
     with Ring.create() as ring:
         ring.put(b"x")
         word(ring, READ_POSITION, 1 << 20)
@@ -410,7 +410,7 @@ def opened_twice(dice: random.Random) -> None:
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("seed", range(4))
-def test_thousands_of_mutated_rings_crash_nobody(seed):
+def test_thousands_of_mutated_rings_crash_no_process(seed):
     def scene() -> None:
         dice = random.Random(seed)
         for _ in range(500):
@@ -423,7 +423,7 @@ def test_thousands_of_mutated_rings_crash_nobody(seed):
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", [Ring, Queue])
-def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
+def test_lengths_that_change_while_they_are_read_crash_no_process(kind):
     """Another process writes lengths into the frames all the while."""
     make = Ring.create if kind is Ring else lambda: Queue(codec="bytes", max_capacity=1 << 16)
     with make() as ring:

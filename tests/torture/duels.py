@@ -1,4 +1,4 @@
-"""Two processes stepped against each other; nobody is killed.
+"""Two processes stepped against each other; neither is killed.
 
 One is held before an instruction while the other runs, from end to end or to an
 instruction of its own.  What a slice of sleep would make good shows here, in a
@@ -47,22 +47,22 @@ def run_through(walker: Walker, act: Callable[[], object]) -> None:
     """Have another process do `act` now, from end to end."""
     pid = walker.victim(act)
     walker.hold_at_once(pid)
-    go_on(walker, pid, "who ran through")
+    go_on(walker, pid, "the one that ran through")
 
 
-def go_on(walker: Walker, pid: int, who: str) -> None:
+def go_on(walker: Walker, pid: int, what: str) -> None:
     """Release a process that is held, and wait for its end."""
     walker.release(pid)
-    must_end(pid, who)
+    must_end(pid, what)
 
 
-def must_end(pid: int, who: str) -> None:
+def must_end(pid: int, what: str) -> None:
     status = ended(pid, AT_ONCE)
     if status is None:
         end(pid)
-        raise Harm(HUNG, f"{who} did not come back within {AT_ONCE} s: its wake-up was lost")
+        raise Harm(HUNG, f"{what} did not come back within {AT_ONCE} s: its wake-up was lost")
     if status != 0:
-        raise Harm(BROKEN, f"{who} failed: {status:#x}")
+        raise Harm(BROKEN, f"{what} failed: {status:#x}")
 
 
 def end_if_alive(*pids: int) -> None:
@@ -108,7 +108,7 @@ class Duel(Trial):
         return tally
 
 
-# ---- a sleeper and who is to wake it -------------------------------------------------------------
+# ---- a sleeper and its waker ---------------------------------------------------------------------
 
 
 @dataclass
@@ -201,8 +201,8 @@ class SleeperAndWaker(Duel):
 class TwoSleepers(Duel):
     """One sleeper is held at each instruction; another, a consumer, sleeps behind it.
 
-    Once the held one has been woken, and until it has arrived, nobody makes another
-    wake-up: it is for him to pass it on.
+    Once the held one has been woken, and until it has arrived, no other
+    wake-up is made: it is to pass that on.
 
     Args:
         act: what the held one does.
@@ -257,7 +257,7 @@ class TwoSleepers(Duel):
             if self.takes_none:
                 run_through(walker, lambda: ring.put(LATER[0]))
             if stands:
-                must_end(held, "the one who was held")
+                must_end(held, "the one that was held")
             if answer[1] not in (*self.first, *self.later):
                 raise Harm(TORN, f"the other had {answer[1][:64].hex(' ', 8)}")
             now = ring.statistics()

@@ -2,7 +2,7 @@
 
 The holder is held in the middle of its operation.  Behind it waits another, and
 the victim; when the victim is dead the holder goes on, and both others come
-through: nobody's death takes the wake-up of a waiter with it, and nobody takes
+through: no death takes the wake-up of a waiter with it, and no process takes
 the lock from a holder that stands still.
 """
 
@@ -134,12 +134,12 @@ class BehindAHolder(Trial):
         return Finding("with the two others through")
 
 
-def put_as(ring: Ring, who: int) -> None:
-    ring.put(message(100 + who), timeout=SHORT_WAIT if who == 2 else AT_ONCE)
+def put_as(ring: Ring, number: int) -> None:
+    ring.put(message(100 + number), timeout=SHORT_WAIT if number == 2 else AT_ONCE)
 
 
-def get_as(ring: Ring, who: int) -> None:
-    ring.get(timeout=SHORT_WAIT if who == 2 else AT_ONCE)
+def get_as(ring: Ring, number: int) -> None:
+    ring.get(timeout=SHORT_WAIT if number == 2 else AT_ONCE)
 
 
 HOLDERS: list[Trial] = [

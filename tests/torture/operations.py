@@ -181,7 +181,7 @@ def left_locked(side: str) -> RingStage:
 
 
 def growth_cut_short() -> RingStage:
-    """A producer died while it grew: pages that nobody knows of, a front, a half-written record."""
+    """A producer died while it grew: pages that no process knows, a half-written record."""
     stage = ring_with(3, **GROWING)
     os.posix_fallocate(stage.ring._fileno(), 1 << 16, 1 << 15)
     word(stage.ring, LAYOUT["AREAS_OFFSET"] + 32, 12345)

@@ -34,7 +34,7 @@ __all__ = [
     "place",
 ]
 
-LIFETIME = 600  # seconds, longer than anybody watches a kill
+LIFETIME = 600  # seconds, longer than a kill is watched
 # What touches the shared file.
 EXTENSION = ("ring", "handle", "bytes_ring", "object_ring", "wait")
 
@@ -167,7 +167,7 @@ class Walker:
 
 
 def die_some_day() -> None:
-    """In a child: should nobody be left to end it, the kernel does."""
+    """In a child: should no process be left to end it, the kernel does."""
     signal.alarm(LIFETIME)
 
 
