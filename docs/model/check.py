@@ -215,7 +215,7 @@ PLAN = [
     Search("wake", 0, mistake="NO_BATON", quick=True),
     Search("wake", 0, "PUTS=1 PUTS_TOO=1 EARLY=1", "NO_BATON_ON_LEAVING"),
     Search("wake", 0, mistake="WOKEN_CLEARED_BEFORE_SLEEPING"),
-    Search("wake", 0, "EARLY=1", "NOBODY_THERE_IGNORED"),
+    Search("wake", 0, "EARLY=1", "NO_SLEEPER_IGNORED"),
     Search("wake", 0, "CLOSERS=1", "SEQUENCE_NOT_ADVANCED"),
     Search("wake", 0, "LOOKERS=1", "LOOKER_WITHOUT_BATON"),
     Search("wake", 1, mistake="UNBOUNDED"),
@@ -226,7 +226,7 @@ PLAN = [
     Search("space", 2),
     Search("space", 0, "CAPACITY=1", "NO_FENCE"),
     Search("space", 0, mistake="NO_SECOND_LOOK"),
-    Search("space", 1, mistake="NOBODY_THERE_IGNORED"),
+    Search("space", 1, mistake="NO_SLEEPER_IGNORED"),
     Search("space", 1, mistake="UNBOUNDED"),
     #
     Search("growth", 1),

@@ -44,7 +44,7 @@ OTHER_USER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-def as_nobody(action: Callable[[], object]) -> None:
+def as_another_user(action: Callable[[], object]) -> None:
     """Run something as another user, in a child, and have it succeed."""
 
     def drop_and_act() -> None:
@@ -139,7 +139,7 @@ def test_another_user_is_refused(make, attach):
         assert NAME not in cleanup_stale()
 
     with make():
-        as_nobody(be_refused)
+        as_another_user(be_refused)
         assert PATH.exists()
 
 
@@ -153,7 +153,7 @@ def test_what_another_user_left_is_his():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(AssertionError, match="-9"):
-        as_nobody(leave_it)
+        as_another_user(leave_it)
     try:
         assert PATH.stat().st_uid == OTHER_USER
         assert NAME not in cleanup_stale()

@@ -14,7 +14,7 @@ from shmring.errors import Empty
 
 FIRST_CAPACITY = 16
 LEASE_HIGH = LAYOUT["WAITING_OFFSET"] + 32
-FRONT_WHO, FRONT_NEED, FRONT_UNTIL_NS = (LAYOUT["PRODUCERS_OFFSET"] + at for at in (48, 56, 64))
+FRONT_TID, FRONT_NEED, FRONT_UNTIL_NS = (LAYOUT["PRODUCERS_OFFSET"] + at for at in (48, 56, 64))
 PATIENCE = LAYOUT["PRODUCERS_OFFSET"] + 80
 NEEDED_NS = LAYOUT["CONSUMERS_OFFSET"] + 64
 
@@ -72,7 +72,7 @@ def test_a_ring_never_shrinks_to_a_first_capacity_that_is_none(wrong):
 def test_a_producer_said_to_wait_for_ever_keeps_no_room():
     with Ring.create(4096) as ring:
         ring.put(b"x")
-        word(ring, FRONT_WHO, 12345)
+        word(ring, FRONT_TID, 12345)
         word(ring, FRONT_NEED, 4096)
         word(ring, FRONT_UNTIL_NS, (1 << 64) - 1)
         ring.put_nowait(b"y")

@@ -237,7 +237,7 @@ def test_a_woken_consumer_killed_leaves_the_message_to_another():
 
 
 @pytest.mark.fault(6)
-def test_puts_after_the_death_of_sleepers_wake_nobody():
+def test_puts_after_the_death_of_sleepers_wake_no_process():
     with Ring.create() as ring, contextlib.ExitStack() as victims:
         for _ in range(3):
             victims.enter_context(run_in_process(ring.get))
