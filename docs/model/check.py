@@ -270,6 +270,14 @@ PLAN = [
     Search("lend", 0, mistake="HOLDER_FIRST"),
     Search("lend", 1, mistake="LOCK_NOT_ROBUST"),
     #
+    Search("watch", 0, "LEAVES=2"),
+    Search("watch", 1),
+    Search("watch", 2),
+    Search("watch", 1, mistake="NO_SECOND_LOOK", quick=True),
+    Search("watch", 1, mistake="WORD_NOT_CHANGED"),
+    Search("watch", 1, mistake="NEVER_HANDED_ON"),
+    Search("watch", 0, "LEAVES=2", "LEFT_WITHOUT_HANDING_ON"),
+    #
     Search("shutdown", 2, "IMMEDIATE=false"),
     Search("shutdown", 2, "IMMEDIATE=true"),
     Search("shutdown", 0, "IMMEDIATE=false", "SHUTDOWN_AFTER_POSITION", quick=True),

@@ -6,7 +6,7 @@
  *   the view is written, with no lock held    clock: still mine? READ_POSITION, or not;
  *   CAS the state to WHOLE or ABORTED                lease_owner = 0
  *
- *   what meets it waits; is the owner dead, then under clock, looked at anew:
+ *   the process that meets it waits; is the owner dead, then under clock, looked at anew:
  *   CAS the state to ABORTED                  lease_owner = 0
  *
  * Model               code (ring.pyx)

@@ -145,7 +145,7 @@ def test_another_user_is_refused(make, attach):
 
 @as_root
 @pytest.mark.fault(29, 37)
-def test_what_another_user_left_stays_its():
+def test_what_another_user_left_is_his():
     """Also for root, which could open and remove it."""
 
     def leave_it() -> None:
@@ -161,8 +161,8 @@ def test_what_another_user_left_stays_its():
             Ring.attach(NAME)
         with pytest.raises(RingExists, match="not ours"):
             Ring.create(name=NAME)
-        as_another_user(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
-        assert not PATH.exists(), "another user can"
+        as_nobody(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
+        assert not PATH.exists(), "its owner can remove it"
     finally:
         PATH.unlink(missing_ok=True)
 
@@ -171,7 +171,7 @@ def test_what_another_user_left_stays_its():
 
 
 def foreign_file() -> None:
-    PATH.write_bytes(b"of another program" * 1000)
+    PATH.write_bytes(b"another user's" * 1000)
     PATH.chmod(0o600)
 
 

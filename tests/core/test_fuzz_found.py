@@ -96,7 +96,7 @@ def test_a_moment_that_is_none_does_not_keep_memory(wrong):
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
 def test_a_lock_word_of_the_dead_that_names_the_living(side):
-    """The kernel takes the name out when it says so; no owner need be waited for."""
+    """The kernel takes the name out when it says so; no process need be waited for."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid() | OWNER_DIED | WAITERS)

@@ -1,4 +1,4 @@
-"""Killed in a chosen place, not reaped, replaced by `exec`: no process waits for the dead."""
+"""Killed in a chosen place, not reaped, replaced by `exec`: no call waits for the dead."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_wake_that_never_arrives_costs_one_slice_of_sleep():
             thread.start()
             wait_for(lambda: word(ring, DATA_WAIT, size=4) & SLEEPING)
             woken = word(ring, DATA_WAIT, word(ring, DATA_WAIT, size=4) | WOKEN, size=4)
-            ring.put(b"and no waiter is told")
+            ring.put(b"and no process is told")
             left_alone += word(ring, DATA_WAIT, size=4) == woken and not taken
             wait_for(lambda: taken, what="the end of its slice")  # noqa: B023
             thread.join(10)

@@ -1,4 +1,4 @@
-"""What shmring did not write, in shared memory: an error in time, never a crash.
+"""What no process of shmring wrote, in shared memory: an error in time, never a crash.
 
 Written into the file past all locks, as a stray pointer or a hostile peer of the same user would.
 """
@@ -75,7 +75,7 @@ NO_THREAD = (1 << 22) + 1  # a TID beyond any that Linux gives out
 GARBAGE = {
     "no thread": NO_THREAD,
     "no thread, with waiters": NO_THREAD | WAITERS,
-    "no thread, dead": NO_THREAD | OWNER_DIED,
+    "no thread, which died": NO_THREAD | OWNER_DIED,
     "all bits": 0xFFFFFFFF,
     "the caller": None,
 }
@@ -97,8 +97,8 @@ def test_a_lock_word_that_names_no_thread(side, value):
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
-def test_a_lock_word_that_names_another_process(side):
-    """It may hold the lock, for all that can be known: the time-out ends the wait."""
+def test_a_lock_word_that_names_somebody_else(side):
+    """It may hold it, for all that can be known: the time-out ends the wait."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid())

@@ -134,12 +134,12 @@ def in_fresh_process(look: Callable[[], Finding]) -> Finding:
             said = os.read(near, 1 << 16)
         else:
             os.kill(pid, signal.SIGKILL)
-            raise Harm(HUNG, f"the one that looked did not come back within {PATIENCE} s")
+            raise Harm(HUNG, f"the process that looked did not come back within {PATIENCE} s")
     finally:
         os.close(near)
         _, status = os.waitpid(pid, 0)
     if not said:
-        raise Harm(BROKEN, f"the one that looked was killed by signal {os.WTERMSIG(status)}")
+        raise Harm(BROKEN, f"the process that looked was killed by signal {os.WTERMSIG(status)}")
     harm, found = json.loads(said)
     if harm is not None:
         raise Harm(harm, found)
@@ -181,7 +181,7 @@ def sort_out(
     for m in found:
         if m not in place:
             raise Harm(
-                TORN, f"a message of {len(m)} bytes that no producer put: {m[:64].hex(' ', 8)}"
+                TORN, f"a message of {len(m)} bytes that no process put: {m[:64].hex(' ', 8)}"
             )
     places = [place[m] for m in found]
     if len(set(places)) != len(places):

@@ -9,7 +9,7 @@
  *
  * trace() steps through a whole operation and writes its stops down: address,
  * and how often the address has come by, in `own` only, where no other
- * comes by.  go() takes another process, which does the same, to one of them
+ * thread comes by.  go() takes another process, which does the same, to one of them
  * quickly: by a breakpoint to the nearest stop in `own` before it, and the
  * rest in single steps.  It leaves the process there, to be killed or released.
  *

@@ -1,4 +1,4 @@
-"""Killed while a process sleeps: the waker, and the one that was woken.
+"""Killed while another process sleeps: the waker, and the process that was woken.
 
 Whichever dies, a message that is there is taken and room that is there is used,
 after one slice of sleep at most.
@@ -23,6 +23,7 @@ from walking import die_some_day, end
 
 __all__ = ["HALF", "WAKERS", "WOKEN", "Feeder"]
 
+FIRST = message(0)  # made here: what Python does while it is traced is stepped too
 LIMIT = 20.0  # seconds, four times what a call may have to wait
 HALF = 3000  # more than half of a ring of 4096 bytes: one fits, two do not
 
@@ -31,7 +32,7 @@ class Feeder:
     """A process that waits until the victim sleeps or is dead, then brings up and feeds others.
 
     Args:
-        victim: what it waits for.
+        victim: the process that it waits for.
         others: sleepers that begin then.
         feed: done when all of them sleep.
     """
@@ -55,7 +56,7 @@ class Feeder:
         """When it had fed them; waits for it."""
         said = os.read(self._near, 8)
         if not said:
-            raise Harm(HUNG, "the one that was to put could not")
+            raise Harm(HUNG, "the feeder could not put")
         return float(struct.unpack("<d", said)[0])
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ class BothSleep(WakeStage):
         assert self.feeder is not None
         since = max(self.died, self.feeder.fed())
         left = [message(i) for i in range(self.messages)]
-        if self.messages == 1:  # either took it; where the next one goes tells which
+        if self.messages == 1:  # either took it; the next message shows which
             try:
                 wait_for(lambda: not self.ring.qsize(), AT_ONCE, dump=False, every=0.001)
             except TimeoutError:
@@ -213,7 +214,7 @@ WAKERS = [
     Operation(
         "put that wakes a consumer",
         consumer_sleeps,
-        lambda stage: stage.ring.put(message(0)),
+        lambda stage: stage.ring.put(FIRST),
         sleeps=True,
     ),
     Operation(
