@@ -161,7 +161,7 @@ def test_what_another_user_left_is_his():
             Ring.attach(NAME)
         with pytest.raises(RingExists, match="not ours"):
             Ring.create(name=NAME)
-        as_nobody(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
+        as_another_user(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
         assert not PATH.exists(), "its owner can remove it"
     finally:
         PATH.unlink(missing_ok=True)
