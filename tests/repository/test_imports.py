@@ -48,7 +48,15 @@ NEEDLESS = {
 # What a queue stands on, beside the compiled floor, whose modules cost little.
 FLOORS = {
     *("_lazy", "_warnings", "errors", "arguments", "process", "process.leaving", "process.threads"),
-    *("shm", "shm.segment", "queues", "queues.handle", "queues.aio", "queues.arrays"),
+    *(
+        "shm",
+        "shm.descriptors",
+        "shm.segment",
+        "queues",
+        "queues.handle",
+        "queues.aio",
+        "queues.arrays",
+    ),
     *("queues.codec", "queues.queue"),
 }
 
