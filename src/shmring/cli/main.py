@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from shmring.cli.common import CLOSED_PIPE, IMPOSSIBLE, INTERRUPTED, WRONG, Stop, cores
+from shmring.cli.common import CLOSED_PIPE, IMPOSSIBLE, INTERRUPTED, WRONG, Stop, cores, width
 from shmring.errors import ShmringError
 
 __all__ = ["main"]
@@ -27,8 +27,18 @@ exit status:
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal; argparse itself would import shutil for every command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(width=(width() or 80) - 2, **options)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise Stop(f"{message} (see {self.prog} --help)", IMPOSSIBLE)
@@ -85,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Message queues in shared memory: see them, debug them, use them.",
         epilog=_examples("shmring ls", "shmring top", "shmring inspect jobs", "shmring doctor")
         + _STATUSES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = sys.modules["shmring"].__version__  # imported already
     parser.add_argument("--version", action="version", version=f"shmring {version}")
@@ -97,7 +106,6 @@ def _parser() -> argparse.ArgumentParser:
             help=summary,
             description=description,
             epilog=_examples(*examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(run=run)
         return made
