@@ -23,7 +23,14 @@ from shmring.errors import RingNotFound, ShmringError
 from shmring.ipc.slot import REGISTRY_MAGIC
 from shmring.observer.files import SharedFile, find_files, find_named
 from shmring.observer.processes import KnownProcesses
-from shmring.observer.ring import deliveries_in, facts_of, front_owner, header_in, read_bytes
+from shmring.observer.ring import (
+    blocks_in,
+    deliveries_in,
+    facts_of,
+    front_owner,
+    header_in,
+    read_bytes,
+)
 from shmring.shm import segment
 
 __all__ = ["Observer", "listing"]
@@ -198,6 +205,7 @@ class Observer:
             return known.facts
         header = header_in(data, self._namespace)
         facts = facts_of(header, self.processes)
+        facts |= blocks_in(known.fd, header)
         put, taken, passed = facts["messages_put"], facts["messages_taken"], now - known.when
         measured = known.when != 0.0 and passed > 0
         facts["put_rate"] = max(0, put - known.put) / passed if measured else None
@@ -230,7 +238,7 @@ class Observer:
 
 def _is_at_rest(facts: dict[str, Any]) -> bool:
     """Whether nothing but rates and the age changes in facts while the header does not."""
-    return not (facts["waiters"] or facts["holders"] or facts["deaths"]) and (
+    return not any(facts[each] for each in ("waiters", "holders", "deaths", "blocks")) and (
         facts["owner"] is not None and facts["owner"]["state"] == "alive"
     )
 

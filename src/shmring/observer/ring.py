@@ -19,10 +19,12 @@ from shmring.errors import AccessRefused, LayoutMismatch, RingCorrupted
 from shmring.observer.processes import KnownProcesses
 
 __all__ = [
+    "BLOCK",
     "FRAME",
     "Area",
     "Header",
     "area_at",
+    "blocks_in",
     "deliveries_in",
     "facts_of",
     "front_owner",
@@ -60,6 +62,7 @@ _WAITER = struct.Struct("<QQIII4x")
 _WAITERS = struct.Struct("<" + LAYOUT["WAITER_COUNT"] * f"Q{_WAITER.size - 8}x")  # their owners
 _CLAIM = struct.Struct("<4Q")
 FRAME = struct.Struct("<QQIIQ")
+BLOCK = struct.Struct("<4Q32x")  # holder, position, offset, capacity
 
 _PID_BITS = 22  # of an owner's word; the start time of the process stands above them
 _TID_MASK, _OWNER_DIED = 0x3FFFFFFF, 0x40000000  # of a robust futex
@@ -272,6 +275,23 @@ def _deaths(header: Header, now: int) -> list[dict[str, Any]]:
         if (when_ns := words[2 * held + 1])
     ]
     return sorted(found, key=lambda each: each["when_ns"])
+
+
+def blocks_in(fd: int, header: Header) -> dict[str, int]:
+    """The fields of ``statistics()`` on blocks for large buffers."""
+    at = header["blocks_offset"]
+    known = 0 < at < LAYOUT["MAX_CAPACITY"]
+    records = os.pread(fd, LAYOUT["BLOCK_COUNT"] * BLOCK.size, at) if known else b""
+    sizes = [
+        (capacity, holder != 0)
+        for holder, _, _, capacity in BLOCK.iter_unpack(records[: len(records) // 64 * 64])
+        if capacity
+    ]
+    return {
+        "blocks": len(sizes),
+        "block_bytes": sum(capacity for capacity, _ in sizes),
+        "lent_bytes": sum(capacity for capacity, is_held in sizes if is_held),
+    }
 
 
 def deliveries_in(fd: int, header: Header) -> dict[int, int]:
