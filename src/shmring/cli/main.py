@@ -272,7 +272,9 @@ def _add_run(command: Callable[..., Any]) -> None:
         "run:run",
         "run a program with shmring's queues in place of multiprocessing's",
         "Run a Python program as `python SCRIPT ARGS...` would, with shmring's Queue,\n"
-        "JoinableQueue and SimpleQueue in place of multiprocessing's, in it and in its children.\n"
+        "JoinableQueue and SimpleQueue in place of multiprocessing's, in it and in the processes\n"
+        "that multiprocessing starts.  Programs started by subprocess keep the standard ones,\n"
+        "unless they call shmring.install() or are started by `shmring run` themselves.\n"
         "The exit status is the program's.",
         "shmring run program.py --its-own-option",
         "shmring run -m package.module",
