@@ -52,9 +52,10 @@ class ProcessPoolExecutor(TaskExecutor):
             must not run twice: ``pool.options(retries=0).submit(...)``.
         task_timeout: seconds that a call may take, also inside a chunk; then its worker
             is killed with the processes it started, and the call fails with TaskTimeout.
-        max_memory_per_worker: bytes of resident memory. A worker above it is replaced
-            between two tasks; a call that outgrows it fails with MemoryExceeded
-            (extra ``pool``).
+        max_memory_per_worker: bytes of resident memory, as RSS in ``ps``: also what the
+            worker shares, of its parent's memory, of libraries and of shared arrays. A
+            worker above it is replaced between two tasks; a call that outgrows it fails
+            with MemoryExceeded (extra ``pool``).
         on_event: called with an Event: see ``Event.kind``; by the thread of the pool, or by
             the one whose submit() starts workers. What it raises is logged.
 
