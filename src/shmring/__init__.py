@@ -121,7 +121,7 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.entry import executor, register_joblib
     from shmring.pool.executor import ProcessPoolExecutor
-    from shmring.pool.manager import Event, PoolStatistics
+    from shmring.pool.interface import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
     from shmring.queues.codec import Codec
     from shmring.queues.statistics import IPCStatistics, RingStatistics
@@ -139,8 +139,8 @@ else:
             "JoinableQueue": "_backend",
             "Message": "ipc.message",
             "MessageType": "ipc.message",
-            "Event": "pool.manager",
-            "PoolStatistics": "pool.manager",
+            "Event": "pool.interface",
+            "PoolStatistics": "pool.interface",
             "ProcessPoolExecutor": "pool.executor",
             "ProcessRole": "ipc.registry",
             "ProcessState": "ipc.registry",
