@@ -121,7 +121,7 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.entry import executor, register_joblib
     from shmring.pool.executor import ProcessPoolExecutor
-    from shmring.pool.manager import Event, PoolStatistics
+    from shmring.pool.interface import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
     from shmring.queues.codec import Codec
     from shmring.queues.statistics import IPCStatistics, RingStatistics
@@ -153,7 +153,7 @@ else:
             "ipc.registry": ("ProcessRole", "ProcessState", "RegistryEntry", "RegistrySlot"),
             "pool.entry": ("executor", "register_joblib"),
             "pool.executor": ("ProcessPoolExecutor",),
-            "pool.manager": ("Event", "PoolStatistics"),
+            "pool.interface": ("Event", "PoolStatistics"),
             "pool.shared": ("SharedArray", "share"),
             "queues.codec": ("Codec",),
             "queues.statistics": ("IPCStatistics", "RingStatistics"),

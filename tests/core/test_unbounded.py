@@ -429,7 +429,8 @@ def _create_without_address_space() -> None:
     try:
         Queue(max_capacity=1 << 24)
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, -1))
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
 
 def _create_without_file_size() -> None:
