@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ SLOW = [
     *("not_reused", "parallel_backend", "pretty_print", "race", "separated", "threading"),
     *("unpicklable", "verbose"),
 ]
+PATIENCE = 300  # seconds
 QUICK = f"not ({' or '.join(SLOW)})"
 
 
@@ -36,6 +38,8 @@ QUICK = f"not ({' or '.join(SLOW)})"
 def test_joblibs_own_tests_pass_in_the_place_of_loky(chosen: str, tmp_path: Path) -> None:
     settings = tmp_path / "pytest.ini"
     settings.write_text("[pytest]\nfaulthandler_timeout = 60\n")
+    # A fork server makes workers that import joblib anew: two minutes for all are too few.
+    faulthandler.dump_traceback_later(PATIENCE + 60, exit=True, file=sys.__stderr__)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"),
@@ -49,7 +53,7 @@ def test_joblibs_own_tests_pass_in_the_place_of_loky(chosen: str, tmp_path: Path
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr

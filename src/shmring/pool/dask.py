@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
-from shmring.pool.interface import TaskExecutor
-from shmring.pool.manager import BrokenTask, PoolStatistics
+from shmring.pool.interface import PoolStatistics, TaskExecutor
+from shmring.pool.manager import BrokenTask
 from shmring.tasks.channel import SPREAD
 from shmring.tasks.task_loop import described
 from shmring.tasks.task_table import Failure, PartialResults

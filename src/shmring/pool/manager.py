@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from shmring.errors import Full, RingClosed, WorkerDied
 from shmring.ipc.registry import Registry
+from shmring.pool.interface import Event, PoolStatistics
 from shmring.process.leaving import Exit
 from shmring.process.lifeline import Lifeline
 from shmring.process.liveness import process_start_ticks
@@ -27,7 +27,7 @@ from shmring.tasks.task_loop import run_pool_worker
 from shmring.tasks.task_table import Failure, Task
 from shmring.tasks.workers import ChildWorkers, Departure, WorkerReport
 
-__all__ = ["Event", "Manager", "PoolStatistics"]
+__all__ = ["Manager"]
 
 _LOG = logging.getLogger("shmring")
 
@@ -37,44 +37,6 @@ _IDLE_SLICE = 0.1
 _GRACE = 10.0
 # How long a worker whose initializer failed may take to end, in seconds.
 _FLUSH_S = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened in a pool.
-
-    Attributes:
-        kind: "started", "left", "died", "retried", "timed out", "too large", "cancelled".
-        worker: the name of the worker.
-        pid: its process.
-        task: the number of the task; None where it is about the worker alone.
-    """
-
-    kind: str
-    worker: str
-    pid: int
-    task: int | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    """Counts of a pool.
-
-    Attributes:
-        submitted: tasks taken in; a chunk of ``map`` is one.
-        answered: tasks that have a result or an exception.
-        waiting: tasks that no worker has taken yet, as far as known.
-        retried: how often a task was put back because its worker died.
-        died: workers that ended without being told to.
-        workers: one row for each worker that there was.
-    """
-
-    submitted: int
-    answered: int
-    waiting: int
-    retried: int
-    died: int
-    workers: tuple[Any, ...]
 
 
 class BrokenTask(WorkerDied, BrokenProcessPool):
