@@ -137,11 +137,7 @@ def run_spawned_worker(
     """What a coordinator with ``spawn=True`` starts: a worker that leaves Ctrl-C to it.
 
     Args:
-        worker_id: the worker's name.
         index: not needed: it finds a slot itself.
-        queue_name: the name of the task queue.
-        handler: as for :func:`worker_process`.
-        namespace: the coordinator's.
         inherited: the coordinator's own, after fork: a handle that is not
             closed would keep its names in /dev/shm; None otherwise.
     """

@@ -63,14 +63,7 @@ _current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current", defau
 
 
 def echo(task: Any) -> Any:
-    """Return the task: the handler that is used when none is given.
-
-    Args:
-        task: anything.
-
-    Returns:
-        the same.
-    """
+    """Return the task: the handler that is used when none is given."""
     return task
 
 

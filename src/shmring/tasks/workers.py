@@ -89,13 +89,7 @@ class Departure:
     useful: bool = False
 
     def held(self, pid: int, start_ticks: int, key: int) -> bool:
-        """Whether a delivery was its own.
-
-        Args:
-            pid: of the process that took it.
-            start_ticks: when that process started; 0 where that is not known.
-            key: of the worker; 0 where it died before it wrote it, or is about to.
-        """
+        """Whether a delivery was its own; `key` is 0 until its taker has written it."""
         known = self.start_ticks != 0 and start_ticks != 0
         if pid != self.pid or (known and start_ticks != self.start_ticks):
             return False
