@@ -78,11 +78,6 @@ class Top:
         self._bars = _BARS if unicode else _PLAIN_BARS
         self._observer: Observer | None = None
 
-    @property
-    def needs_detail(self) -> bool:
-        """Whether the page shows what costs further system calls."""
-        return self.page is not None
-
     def update(self, found: list[dict[str, Any]], observer: Observer | None = None) -> None:
         """Take in a look of an observer."""
         self._observer = observer
@@ -115,15 +110,12 @@ class Top:
         elif self.page is None and key in ("enter", "right"):
             self.page = self._chosen
         elif self.page is None and key in ("up", "down", "page up", "page down"):
+            ids = [each["id"] for each in self._found]
             step = {"up": -1, "down": 1, "page up": -10, "page down": 10}[key]
-            self._move(step)
+            if ids:
+                at = ids.index(str(self._chosen)) + step
+                self._chosen = ids[min(max(0, at), len(ids) - 1)]
         return True
-
-    def _move(self, step: int) -> None:
-        ids = [each["id"] for each in self._found]
-        if ids:
-            at = ids.index(str(self._chosen))
-            self._chosen = ids[min(max(0, at + step), len(ids) - 1)]
 
     # -- lines ---------------------------------------------------------------------------------
 
@@ -221,12 +213,14 @@ class Top:
             if pid in holding:
                 doing = f"holds {holding[pid]['holds']}"
             taken = block.get("deliveries", {}).get(pid)
+            command = self._observer.processes.command(pid) if self._observer else ""
             yield Line(
-                f"{pid:>7} {self._state(pid, block):<7} {'+'.join(roles) or '-':<7}"
+                f"{pid:>7} {'stopped' if pid in block['stopped'] else 'alive':<7}"
+                f" {'+'.join(roles) or '-':<7}"
                 f" {age(known['seconds']) if known else '-':>3}"
                 f" {f'{amount(taken)}B' if taken else '-':>8}"
                 f" {age(beats[pid]) if pid in beats else '-':>5}"
-                f"  {doing:<21} {self._command(pid)}",
+                f"  {doing:<21} {printable(command)}",
                 "bad" if pid in block["stopped"] else "",
             )
 
@@ -243,13 +237,6 @@ class Top:
                 f" {printable(each['waits_for'] or '')}",
                 "bad" if each["state"] in ("dead", "stopped") else "",
             )
-
-    @staticmethod
-    def _state(pid: int, block: dict[str, Any]) -> str:
-        return "stopped" if pid in block["stopped"] else "alive"
-
-    def _command(self, pid: int) -> str:
-        return printable(self._observer.processes.command(pid)) if self._observer else ""
 
 
 def _is_bad(block: dict[str, Any]) -> bool:
@@ -348,7 +335,7 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
             if now >= due:
                 due = now + options.interval
                 if not shown.paused:
-                    shown.update(observer.look(detail=shown.needs_detail), observer)
+                    shown.update(observer.look(detail=shown.page is not None), observer)
                 looks += 1
             drawn = _draw(screen, shown, styles, drawn)
             screen.timeout(max(1, math.ceil(1000 * (due - time.monotonic()))))
@@ -359,7 +346,7 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
                 continue
             if not shown.press(keys.get(key, chr(key) if 0 < key < 256 else "")):
                 return
-            if shown.needs_detail and not shown.paused:
+            if shown.page is not None and not shown.paused:
                 due = time.monotonic()  # the page shows more than the list has looked at
 
 
