@@ -69,10 +69,10 @@ def test_what_is_larger_than_the_area_still_fits_up_to_max_capacity():
 
 @pytest.mark.parametrize("size", [5_000, 60_000, 500_000])
 def test_what_is_larger_than_the_area_fits_while_another_producer_waits(size):
-    """His room is left free where there is room for both; that does not make an area larger."""
+    """Its room is left free where there is room for both; that does not make an area larger."""
     with Ring.create(4096, max_capacity=1 << 20) as ring:
         message = bytes(range(250)) * (size // 250)
-        waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 2 * 10**8)  # who, need, until
+        waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 2 * 10**8)  # owner, need, until
         os.pwrite(ring._fileno(), waits, LAYOUT["PRODUCERS_OFFSET"] + 48)
         ring.put(message, timeout=5)
         assert ring.get() == message

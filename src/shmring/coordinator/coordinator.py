@@ -349,7 +349,6 @@ class _Run:
         try:
             with contextlib.suppress(ShmringError, Full):
                 if backend == "ring":
-                    dispatcher.bring_in_departed()  # a death beside the last answer counts too
                     dispatcher.recall()  # after an error tasks are left
                 for _ in range(workers.to_dismiss()):
                     self._ipc._send_control(self._queue_name, MessageType.SHUTDOWN)
@@ -357,6 +356,8 @@ class _Run:
                 while not workers.all_gone() and time.monotonic() < deadline:
                     dispatcher.take_in(0.005)  # so that no worker waits for room
                 dispatcher.take_in(0)
+                if backend == "ring":
+                    dispatcher.bring_in_departed()  # a death beside the last answer counts too
         finally:
             workers.stop(0.0 if workers.all_gone() else _HASTE)
 

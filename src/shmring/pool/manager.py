@@ -89,11 +89,6 @@ class Manager:
             self._lifeline = Lifeline()
             undo.pop_all()
         self._slots = slots
-        slots.tell(
-            self.pid,
-            process_start_ticks(self.pid),
-            *(queue._identity()[1] for queue in (self._tasks, self._answers)),
-        )
         self.workers = ChildWorkers(
             self._registry,
             number,
@@ -102,7 +97,7 @@ class Manager:
             context,
             at_once=at_once,
             prefix="shmring-worker-",
-            on_start=self._started,
+            on_start=self._started if on_event is not None else None,
         )
         self.dispatcher = Dispatcher(
             self._tasks,
@@ -129,7 +124,7 @@ class Manager:
         """
         if not self.dispatcher.submit(task):
             raise self._refusal()
-        if self.workers.missing:
+        if self.workers.missing or self._thread is None:  # Ctrl-C may come between the two
             self._start(len(self.dispatcher.table))
 
     def _refusal(self) -> Exception:
@@ -220,7 +215,7 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        told = (0, 0, 0, 0)  # to observers
+        told = who = None  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
@@ -229,7 +224,8 @@ class Manager:
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
                 counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
                 if counts != told:
-                    self._slots.tell(*counts, start=4)
+                    who = who or self._identity()  # not before the first result
+                    self._slots.tell(*who, *counts)
                     told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
@@ -243,6 +239,10 @@ class Manager:
         finally:
             with self._start_lock:
                 self._end()
+
+    def _identity(self) -> tuple[int, ...]:
+        queues = (queue._identity()[1] for queue in (self._tasks, self._answers))
+        return self.pid, process_start_ticks(self.pid), *queues
 
     def _dismiss(self) -> None:
         """Tell the workers to stop, take what they still send, see to their end."""

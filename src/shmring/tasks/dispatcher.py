@@ -129,7 +129,7 @@ class Dispatcher:
         self._on_message = on_message
         self._on_event = on_event
         self._oldest_position = 0
-        self._next_look = 0.0
+        self._next_look = time.monotonic() + _LOOK
         self._next_orphans = 0.0
         self._silent: set[int] = set()
         self._next_round = 0

@@ -15,23 +15,19 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Block Ctrl-C in this thread, and in what it starts, until the block ends or the call.
+def interrupts_held() -> Iterator[None]:
+    """Block Ctrl-C in this thread, and in what it starts.
 
     A worker that inherits it cannot die of Ctrl-C before it has learnt to ignore it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield lambda: None
+        yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
     try:
-        yield release
+        yield
     finally:
-        release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

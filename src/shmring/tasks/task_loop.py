@@ -416,7 +416,7 @@ def run_pool_worker(
 class _Owner:
     """The process that made the pool."""
 
-    patience = 1.0  # the lifeline ends the process; asking is for what it cannot reach
+    patience = 1.5  # the lifeline ends the process; asking is for what it cannot reach
 
     def __init__(self, lifeline: Lifeline) -> None:
         self._lifeline = lifeline

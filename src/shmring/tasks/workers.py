@@ -302,7 +302,7 @@ class ChildWorkers:
         self._on_start = on_start
         self._seen = SeenWorkers(slots)
         self._exitcodes: dict[int, int | None] = {}
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # of those with an exit code
         self._count = 0
         self._start_ticks: dict[int, int] = {}
         self._false_starts = 0.0
@@ -334,6 +334,11 @@ class ChildWorkers:
 
     def _start(self, unanswered: int) -> None:
         wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
+        if len(self.processes) < wanted:
+            with interrupts_put_off(), interrupts_held():  # once: what runs between forks is slow
+                self._start_up_to(wanted)
+
+    def _start_up_to(self, wanted: int) -> None:
         while len(self.processes) < wanted:
             if self._false_starts >= _MOST_FALSE_STARTS:
                 raise ShmringError(
@@ -362,12 +367,8 @@ class ChildWorkers:
         )
         _start_servants(method)
         try:
-            with interrupts_put_off(), interrupts_held():
-                process.start()
-                self._names[process.pid or 0] = worker_id
-                self._start_ticks[process.pid or 0] = process_start_ticks(process.pid or 0)
-                self.processes[index] = process
-                self._ends.add(process, method)
+            process.start()
+            self.processes[index] = process
             if self._on_start is not None:
                 self._on_start(worker_id, process.pid or 0)
         except (AttributeError, TypeError, ValueError) as error:
@@ -386,11 +387,27 @@ class ChildWorkers:
 
     def departed(self) -> list[Departure]:
         """Those that have ended since the last call; not reaped here yet."""
-        ended = self._ends.ended()
+        ended = self._ended()
         if not ended:
             return []
         self._seen.look()
         return [self._departure(each) for each in ended]
+
+    def _ended(self) -> list[BaseProcess]:
+        if len(self._start_ticks) < len(self.processes):
+            self._watch_new()
+        return self._ends.ended()
+
+    def _watch_new(self) -> None:
+        """Watch those started of late; done as they start, it would delay the first result."""
+        with self._lock:
+            for process in self.processes.values():
+                pid = process.pid or 0
+                if pid not in self._start_ticks:
+                    self._ends.add(process, self._context.get_start_method())
+                    ticks = process_start_ticks(pid)
+                    reaped = process._popen.returncode is not None  # type: ignore[attr-defined]
+                    self._start_ticks[pid] = 0 if reaped else ticks
 
     def _departure(self, process: BaseProcess) -> Departure:
         pid = process.pid or 0
@@ -417,9 +434,7 @@ class ChildWorkers:
                     if not departure.clean:
                         self._signal_group(process, signal.SIGKILL)
                     process.join()
-                    self._exitcodes[departure.pid] = process.exitcode
-                    self._start_ticks.pop(departure.pid, None)
-                    self._ends.remove(process)
+                    self._forget(process)
                     del self.processes[index]
         if useful or departure.clean:
             self._false_starts = 0.0
@@ -429,6 +444,13 @@ class ChildWorkers:
         for records in (self._names, self._exitcodes, self._seen.last_seen):
             while len(records) > _MOST_RECORDS:
                 records.pop(next(iter(records)))
+
+    def _forget(self, process: BaseProcess) -> None:
+        pid = process.pid or 0
+        self._names[pid] = process.name
+        self._exitcodes[pid] = process.exitcode
+        self._start_ticks.pop(pid, None)
+        self._ends.remove(process)
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
         """None: :meth:`departed` tells of all."""
@@ -466,7 +488,7 @@ class ChildWorkers:
 
     def all_gone(self) -> bool:
         """Whether all have ended."""
-        return len(self._ends.ended()) == len(self.processes)
+        return len(self._ended()) == len(self.processes)
 
     def kill(self, seen: RegistryEntry) -> bool:
         """Kill one with SIGKILL if it still is at the call of this look.
@@ -494,6 +516,7 @@ class ChildWorkers:
 
     def signal_all(self, signum: int) -> None:
         """Send a signal to all of them, and to what they started."""
+        self._watch_new()
         for process in list(self.processes.values()):
             self._signal_group(process, signum)
 
@@ -527,6 +550,7 @@ class ChildWorkers:
             self.wait_for_one(left)
 
     def _reap_all(self) -> None:
+        self._watch_new()
         self._seen.look()
         for process in self.processes.values():
             if not self._departure(process).clean:
@@ -534,8 +558,7 @@ class ChildWorkers:
             process.kill()
         for process in self.processes.values():
             process.join()
-            self._exitcodes[process.pid or 0] = process.exitcode
-            self._ends.remove(process)
+            self._forget(process)
         self.processes.clear()
 
     def _signal_group(self, process: BaseProcess, signum: int) -> None:
@@ -543,7 +566,7 @@ class ChildWorkers:
         pid = process.pid or 0
         with contextlib.suppress(ProcessLookupError, PermissionError):
             started = process_start_ticks(pid)
-            if started == self._start_ticks.get(pid) and os.getpgid(pid) != pid:
+            if started and started == self._start_ticks.get(pid) and os.getpgid(pid) != pid:
                 os.kill(pid, signum)
             # 0: reaped, by multiprocessing or the fork server. No process gets the number
             # as long as its group has members; with another start time one has got it.
@@ -554,11 +577,14 @@ class ChildWorkers:
         """All workers that there were."""
         rows = self._seen.report(self._exitcodes)
         # One that died at once may have lost its slot to the next before it was looked at.
-        seen = {row.pid for row in rows}
+        unseen = {pid: (name, "dead") for pid, name in list(self._names.items())}
+        for process in list(self.processes.values()):
+            unseen[process.pid or 0] = process.name, "starting"
+        for row in rows:
+            unseen.pop(row.pid, None)
         rows += [
-            WorkerReport(name, pid, 0, 0, "dead", self._exitcodes.get(pid))
-            for pid, name in list(self._names.items())
-            if pid not in seen
+            WorkerReport(name, pid, 0, 0, state, self._exitcodes.get(pid))
+            for pid, (name, state) in unseen.items()
         ]
         return rows
 
