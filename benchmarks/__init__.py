@@ -3,6 +3,7 @@
     bench_queues.py   `make bench`: the questions, on pytest-benchmark (options: conftest.py)
     report.py         `make report`: every figure beside its target
     costs.py          rows of the report: the drop-in, resources
+    commands.py       rows of the report: what shmring ls and shmring top take
     recovery.py       rows of the report: how soon messages flow again after a kill
     pools.py          rows of the report: process pools
     loaders.py        rows of the report: tensors, where torch is installed

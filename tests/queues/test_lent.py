@@ -23,7 +23,8 @@ from shmring import ProcessPoolExecutor, Queue, RingClosed, ShutDown
 from shmring._core import bytes_ring
 from shmring._core.bytes_ring import LentBuffer
 from shmring.errors import DecodeError, Empty, Full
-from support import run_in_process, run_with_mounts, wait_for
+from shmring.observer.observer import Observer
+from support import own_name, run_in_process, run_with_mounts, wait_for
 
 np = pytest.importorskip("numpy")
 
@@ -677,3 +678,24 @@ def test_without_descriptors_a_lent_message_stays_and_the_queue_grows():
         assert is_whole(other.get(timeout=30), 1)
         assert other.get(timeout=30) == bytes(MIB)
         other.close()
+
+
+def test_statistics_and_observers_count_the_blocks() -> None:
+    def counted() -> tuple[int, ...]:
+        with Observer() as observer:
+            (found,) = (each for each in observer.look() if each["name"] == queue.name)
+        names = ("blocks", "block_bytes", "lent_bytes")
+        ours = tuple(getattr(queue.statistics(), each) for each in names)
+        assert ours == tuple(found[each] for each in names)
+        return ours
+
+    with Queue[Any](name=own_name("blocks")) as queue:
+        assert counted() == (0, 0, 0)
+        queue.put(array(1))
+        _, nbytes, _ = counted()
+        assert nbytes >= MIB
+        assert counted() == (1, nbytes, nbytes)
+        got = queue.get()
+        assert counted() == (1, nbytes, nbytes)
+        del got
+        assert counted() == (1, nbytes, 0)

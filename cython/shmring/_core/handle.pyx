@@ -19,9 +19,9 @@ from shmring._core.diagnostics cimport (
     holder_pid,
 )
 from shmring._core.layout cimport (
-    SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
+    SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
     SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_NO_CPU, SHMRING_VERSION,
-    SHMRING_WAITER_COUNT, Death, Header, Waiter, shmring_area_of,
+    SHMRING_WAITER_COUNT, Block, Death, Header, Waiter, shmring_area_of,
 )
 from shmring._core.owner cimport owner_is_dead, owner_pid, owner_start_ticks
 from shmring._core.ring cimport (
@@ -475,6 +475,7 @@ def counters(RingHandle ring):
 
 cdef object counters_of(RingHandle ring):
     cdef Header *h = ring.header
+    blocks, block_bytes, lent_bytes = blocks_of(ring)
     return {
         "capacity": capacity_of(ring),
         "max_capacity": h.max_capacity,
@@ -485,12 +486,33 @@ cdef object counters_of(RingHandle ring):
         "messages_taken": count_read(&h.get_count, &h.read_position),
         "bytes_put": load_acquire64(&h.write_position),
         "growths": load_acquire64(&h.write_generation),
+        "blocks": blocks,
+        "block_bytes": block_bytes,
+        "lent_bytes": lent_bytes,
         "recoveries": load_relaxed32(&h.recoveries),
         "consumers_waiting": load_relaxed32(&h.data_wait) & 1 != 0,
         "producers_waiting": load_relaxed32(&h.space_wait) & 1 != 0,
         "shut_down": load_relaxed32(&h.shutdown) != 0,
         "poisoned": load_relaxed32(&h.poisoned) != 0,
     }
+
+
+cdef object blocks_of(RingHandle ring):
+    """(how many, bytes of all, bytes of those that are held)."""
+    cdef const Block *block
+    cdef uint64_t capacity
+    cdef int count = 0, i
+    total = held = 0
+    ring.find_blocks()
+    block = ring.blocks()
+    if block != NULL:
+        for i in range(<int>SHMRING_BLOCK_COUNT):
+            capacity = load_relaxed64(&block[i].capacity)
+            if capacity != 0:
+                count += 1
+                total += capacity
+                held += capacity if load_relaxed64(&block[i].holder) != 0 else 0
+    return count, total, held
 
 
 def waiters(RingHandle ring):

@@ -85,6 +85,11 @@ def facts_lines(block: dict[str, Any]) -> list[str]:
             f"grown or shrunk {many(block['growths'], 'time')}, lock owners found dead:"
             f" {block['recoveries']}",
         ]
+    if block.get("blocks"):
+        lines.append(
+            f"{many(block['blocks'], 'block')} for large buffers: {block['block_bytes']:,} bytes,"
+            f" {block['lent_bytes']:,} of them in messages or received arrays"
+        )
     for pid, nbytes in block.get("deliveries", {}).items():
         lines.append(f"process {pid} took {nbytes:,} bytes that it has not acknowledged")
     return lines

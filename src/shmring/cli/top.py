@@ -351,7 +351,7 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
                     shown.update(observer.look(detail=shown.needs_detail), observer)
                 looks += 1
             drawn = _draw(screen, shown, styles, drawn)
-            screen.timeout(max(1, int(1000 * (due - time.monotonic()))))
+            screen.timeout(max(1, math.ceil(1000 * (due - time.monotonic()))))
             key = screen.getch()
             if key == curses.KEY_RESIZE:
                 drawn = None

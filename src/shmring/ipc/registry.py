@@ -40,6 +40,7 @@ from shmring.ipc import slot as layout
 from shmring.ipc.slot import (
     MAX_PROCESS_ID_BYTES,
     REGISTRY_BYTES,
+    REGISTRY_MAGIC,
     SLOTS,
     ProcessRole,
     ProcessState,
@@ -54,7 +55,6 @@ from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
 __all__ = [
     "MAX_PROCESS_ID_BYTES",
     "REGISTRY_BYTES",
-    "REGISTRY_MAGIC",
     "SLOTS",
     "ProcessRole",
     "ProcessState",
@@ -66,7 +66,6 @@ __all__ = [
     "open_segment",
 ]
 
-REGISTRY_MAGIC = int.from_bytes(b"SHMREGST", "little")
 _VERSION = 1
 # The slot of a dead process is not taken for this long while there are others.
 _KEPT_NS = 10_000_000_000

@@ -35,6 +35,7 @@ __all__ = ["ProcessRole", "ProcessState", "RegistrySlot", "TaskWords", "Words", 
 
 SLOT_WORDS = 32
 SLOTS = 255
+REGISTRY_MAGIC = int.from_bytes(b"SHMREGST", "little")
 REGISTRY_BYTES = (SLOTS + 1) * SLOT_WORDS * 8
 
 H_MAGIC, H_VERSION, H_USED = 1, 2, 3

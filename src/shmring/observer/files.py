@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import stat
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from shmring.errors import AccessRefused, RingNotFound
 from shmring.shm import segment
@@ -17,8 +17,7 @@ __all__ = ["SharedFile", "find_files", "find_named"]
 _ANONYMOUS = (f"{segment.DIRECTORY}/", "/memfd:shmring")
 
 
-@dataclasses.dataclass(slots=True)
-class SharedFile:
+class SharedFile(NamedTuple):
     """A file of this user in shared memory.
 
     Attributes:
@@ -29,7 +28,7 @@ class SharedFile:
 
     path: str
     name: str | None
-    pids: list[int] = dataclasses.field(default_factory=list)
+    pids: list[int]
 
     def open(self) -> int:
         """Open it for reading alone; return the descriptor."""
@@ -37,28 +36,33 @@ class SharedFile:
         return os.open(self.path, flags if self.name is None else flags | os.O_NOFOLLOW)
 
 
-def find_files() -> dict[tuple[int, int], SharedFile]:
-    """The files of this user, by device and inode, the named ones first.
+def find_files() -> Iterator[tuple[tuple[int, int], SharedFile]]:
+    """Each file of this user with its device and inode, the named ones first.
+
+    A file comes as soon as it is found; its ``pids`` are complete at the end.
 
     Raises:
         AccessRefused: /proc is not mounted, or /dev/shm cannot be read.
     """
+    user = os.geteuid()
     found: dict[tuple[int, int], SharedFile] = {}
     for name in segment.names():
         path = f"{segment.DIRECTORY}/{name}"
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                found[status.st_dev, status.st_ino] = SharedFile(path, name)
-    for pid, path in _open_files():
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            if status.st_uid == os.geteuid():
+            if stat.S_ISREG(status.st_mode) and status.st_uid == user:
                 key = status.st_dev, status.st_ino
-                file = found.setdefault(key, SharedFile(path, None))
-                if pid not in file.pids:
-                    file.pids.append(pid)
-    return found
+                found[key] = SharedFile(path, name, [])
+                yield key, found[key]
+    for pid, number, status in _open_files():
+        if status.st_uid == user:
+            key = status.st_dev, status.st_ino
+            if key not in found:
+                found[key] = SharedFile(f"/proc/{pid}/fd/{number}", None, [])
+                yield key, found[key]
+            pids = found[key].pids
+            if pid not in pids:
+                pids.append(pid)
 
 
 def find_named(name: str) -> tuple[tuple[int, int], SharedFile]:
@@ -83,24 +87,28 @@ def find_named(name: str) -> tuple[tuple[int, int], SharedFile]:
             errno.EACCES,
             f"{path} belongs to user {status.st_uid}, this process runs as {os.geteuid()}",
         )
-    return (status.st_dev, status.st_ino), SharedFile(path, name)
+    return (status.st_dev, status.st_ino), SharedFile(path, name, [])
 
 
-def _open_files() -> Iterator[tuple[int, str]]:
-    """(pid, path) of each file in shared memory that a process of this user has open."""
+def _open_files() -> Iterator[tuple[int, str, os.stat_result]]:
+    """Process, descriptor and status of each file in shared memory that may be written through it.
+
+    An observer's descriptor may not: it is no user of the file.
+    """
     if not os.path.isdir("/proc/self/fd"):
         raise AccessRefused(
             errno.ENOENT, "/proc is not mounted: it shows the open files of processes"
         )
     for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                path = f"/proc/{pid}/fd/{number}"
-                with contextlib.suppress(OSError):
-                    if os.readlink(path).startswith(_ANONYMOUS) and _is_writable(path):
-                        yield pid, path
-
-
-def _is_writable(path: str) -> bool:
-    """Whether a descriptor may write; an observer's may not, and is no user of the file."""
-    return os.lstat(path).st_mode & stat.S_IWUSR != 0
+        # It has ended, or is another user's.
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            for number in os.listdir(folder):
+                try:
+                    # No stat of other files: they may be on a server that does not answer.
+                    shared = os.readlink(number, dir_fd=folder).startswith(_ANONYMOUS)
+                    if shared and os.lstat(number, dir_fd=folder).st_mode & stat.S_IWUSR:
+                        yield pid, number, os.stat(number, dir_fd=folder)
+                except OSError:  # it is closed by now
+                    continue

@@ -15,7 +15,7 @@ from typing import Any
 from shmring._core.ring import LAYOUT
 from shmring.errors import DecodeError, RingCorrupted
 from shmring.ipc.message import MessageCodec
-from shmring.observer.ring import FRAME, Area, Header, area_at, owner_in
+from shmring.observer.ring import BLOCK, FRAME, Area, Header, area_at, owner_in
 from shmring.queues.codec import (
     KIND_BUILTINS,
     KIND_BYTES,
@@ -40,7 +40,6 @@ _STATES = {
     LAYOUT["ABORTED"]: "aborted",
     _LENT: "waiting",
 }
-_BLOCK = struct.Struct("<4Q32x")  # holder, position, offset, capacity
 _IN_BLOCK, _INDEX_SHIFT = 1 << 63, 48  # of a segment's entry in the table
 _KINDS = {
     KIND_BYTES: "bytes",
@@ -188,10 +187,10 @@ def _block_bytes(fd: int, header: Header, position: int, index: int, nbytes: int
     limit = LAYOUT["MAX_CAPACITY"]
     if index >= LAYOUT["BLOCK_COUNT"] or not 0 < header["blocks_offset"] < limit:
         return b""
-    record = os.pread(fd, _BLOCK.size, header["blocks_offset"] + _BLOCK.size * index)
-    if len(record) < _BLOCK.size:
+    record = os.pread(fd, BLOCK.size, header["blocks_offset"] + BLOCK.size * index)
+    if len(record) < BLOCK.size:
         return b""
-    _, named_by, offset, capacity = _BLOCK.unpack(record)
+    _, named_by, offset, capacity = BLOCK.unpack(record)
     if named_by != position or capacity < nbytes or offset > limit:
         return b""
     return os.pread(fd, nbytes, offset)

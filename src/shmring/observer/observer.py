@@ -13,7 +13,6 @@ longer, no record is freed, nothing is recovered for being looked at.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import struct
 import time
@@ -21,33 +20,42 @@ from typing import Any, Self
 
 from shmring._core.ring import LAYOUT
 from shmring.errors import RingNotFound, ShmringError
+from shmring.ipc.slot import REGISTRY_MAGIC
 from shmring.observer.files import SharedFile, find_files, find_named
 from shmring.observer.processes import KnownProcesses
-from shmring.observer.registry import is_registry, registry_facts
-from shmring.observer.ring import deliveries_in, facts_of, front_owner, header_in, read_bytes
+from shmring.observer.ring import (
+    blocks_in,
+    deliveries_in,
+    facts_of,
+    front_owner,
+    header_in,
+    read_bytes,
+)
 from shmring.shm import segment
 
 __all__ = ["Observer", "listing"]
 
 _MOST_SCANNING = 0.003  # of the time; what looking for files may take
 _RATE_S = 0.03  # for a rate that is measured between two looks
+_UNKNOWN = frozenset({0})  # pids
 _GETS = frozenset({"a message", "the end of a peek", "the end of a reserve"})
 
 
-@dataclasses.dataclass(slots=True)
 class _Known:
     """A file that is looked at."""
 
-    file: SharedFile
-    fd: int
-    kind: str  # "ring", "registry" or "memory", by its first words
-    producers: set[int] = dataclasses.field(default_factory=set)
-    consumers: set[int] = dataclasses.field(default_factory=set)
-    when: float = 0.0  # of the last look
-    put: int = 0
-    taken: int = 0
-    data: bytes = b""  # of the header, at the last look
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that header
+    def __init__(self, file: SharedFile, fd: int, kind: str) -> None:
+        self.file = file
+        self.fd = fd
+        self.kind = kind  # "ring", "registry" or "memory", by its first words
+        self.users: frozenset[int] = frozenset()  # the pids of the file
+        self.producers: set[int] = set()
+        self.consumers: set[int] = set()
+        self.when = 0.0  # of the last look
+        self.put = 0
+        self.taken = 0
+        self.data = b""  # of the header, at the last look
+        self.facts: dict[str, Any] = {}  # of that header
 
 
 class Observer:
@@ -93,7 +101,21 @@ class Observer:
         """
         if time.monotonic() >= self._scan_due:
             self._scan()
-        return [self._facts(key, known, detail) for key, known in self._known.items()]
+        users = frozenset[int]().union(*(known.users for known in self._known.values()))
+        stopped = {pid for pid in users if self.processes.state(pid) == "stopped"}
+        return [self._facts(known, stopped, detail) for known in self._known.values()]
+
+    def begin(self) -> float:
+        """Look at each ring when it is found, so that the next look has rates.
+
+        Returns:
+            When the last one was found, by ``time.monotonic``; 0.0: there is none.
+
+        Raises:
+            AccessRefused: as for :meth:`look`.
+        """
+        self._scan(begin=True)
+        return max((known.when for known in self._known.values()), default=0.0)
 
     def sample(self) -> None:
         """See which processes put and take just now; cheap, and measures no rate."""
@@ -112,8 +134,8 @@ class Observer:
         for known in self._known.values():
             if known.kind == "ring" and known.file.name == identifier:
                 return known.fd
-        for key, known in self._known.items():
-            if known.kind == "ring" and self._facts(key, known, False)["id"] == identifier:
+        for known in self._known.values():
+            if known.kind == "ring" and self._facts(known, set(), False)["id"] == identifier:
                 return known.fd
         raise RingNotFound(f"{identifier} is not there (any more)")
 
@@ -129,39 +151,42 @@ class Observer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _scan(self) -> None:
-        began, cpu = time.monotonic(), time.process_time()
-        if self._name is None:
-            found = find_files()
-        else:
-            key, file = find_named(self._name)
-            found = {key: file}
-        for key in self._known.keys() - found.keys():
+    def _scan(self, *, begin: bool = False) -> None:
+        began, cpu = time.monotonic(), time.thread_time()
+        found = set()
+        for key, file in find_files() if self._name is None else [find_named(self._name)]:
+            found.add(key)
+            known = self._known.pop(key, None) or _opened(file, key)
+            if known is not None:
+                known.file = file
+                self._known[key] = known  # in the order of the search
+                if begin and known.kind == "ring":
+                    with contextlib.suppress(ShmringError, OSError):
+                        self._ring_facts(known, False)
+        for key in self._known.keys() - found:
             os.close(self._known.pop(key).fd)
-        for key, file in found.items():
-            if key in self._known:
-                self._known[key].file = file
-            elif (known := _opened(file, key)) is not None:
-                self._known[key] = known
-        order = {key: at for at, key in enumerate(found)}
-        self._known = dict(sorted(self._known.items(), key=lambda each: order[each[0]]))
-        spent = time.process_time() - cpu
+        for known in self._known.values():
+            known.users = frozenset(known.file.pids)
+        spent = time.thread_time() - cpu
         self._scan_due = began + max(self._scan_s, spent / _MOST_SCANNING if self._scan_s else 0)
 
-    def _facts(self, key: tuple[int, int], known: _Known, detail: bool) -> dict[str, Any]:
+    def _facts(self, known: _Known, stopped: set[int], detail: bool) -> dict[str, Any]:
         file = known.file
+        status = os.fstat(known.fd)
         facts: dict[str, Any] = {
             "name": file.name,
-            "id": file.name or f"anonymous-{key[1]}",
+            "id": file.name or f"anonymous-{status.st_ino}",
             "kind": known.kind,
-            "nbytes": os.fstat(known.fd).st_blocks * 512,
+            "nbytes": status.st_blocks * 512,
             "pids": file.pids,
-            "stopped": [pid for pid in file.pids if self.processes.state(pid) == "stopped"],
+            "stopped": sorted(stopped & known.users),
         }
         try:
             if known.kind == "ring":
                 facts |= self._ring_facts(known, detail)
             elif known.kind == "registry":
+                from shmring.observer.registry import registry_facts  # 10 ms that rings do not need
+
                 facts |= registry_facts(known.fd, file.path, self.processes)
         except (ShmringError, OSError, ValueError) as error:
             facts["error"] = error.strerror if isinstance(error, OSError) else str(error)
@@ -180,6 +205,7 @@ class Observer:
             return known.facts
         header = header_in(data, self._namespace)
         facts = facts_of(header, self.processes)
+        facts |= blocks_in(known.fd, header)
         put, taken, passed = facts["messages_put"], facts["messages_taken"], now - known.when
         measured = known.when != 0.0 and passed > 0
         facts["put_rate"] = max(0, put - known.put) / passed if measured else None
@@ -193,8 +219,8 @@ class Observer:
             known.consumers |= facts["deliveries"].keys()
         self._note_roles(known, header, facts["waiters"])
         for role, seen in (("producers", known.producers), ("consumers", known.consumers)):
-            if known.file.pids:
-                seen &= set(known.file.pids)
+            if known.users:
+                seen &= known.users
             facts[role] = sorted(seen)
         known.data, known.facts = data, facts
         return facts
@@ -206,16 +232,13 @@ class Observer:
                 known.producers.add(each["pid"])
             elif each["waits_for"] in _GETS:
                 known.consumers.add(each["pid"])
-        for seen, words in (
-            (known.producers, ("last_producer", "producer_holder")),
-            (known.consumers, ("last_consumer", "consumer_holder")),
-        ):
-            seen.update(pid for word in words if (pid := header[word]))
+        known.producers |= {header["last_producer"], header["producer_holder"]} - _UNKNOWN
+        known.consumers |= {header["last_consumer"], header["consumer_holder"]} - _UNKNOWN
 
 
 def _is_at_rest(facts: dict[str, Any]) -> bool:
     """Whether nothing but rates and the age changes in facts while the header does not."""
-    return not (facts["waiters"] or facts["holders"] or facts["deaths"]) and (
+    return not any(facts[each] for each in ("waiters", "holders", "deaths", "blocks")) and (
         facts["owner"] is not None and facts["owner"]["state"] == "alive"
     )
 
@@ -234,7 +257,7 @@ def _opened(file: SharedFile, key: tuple[int, int]) -> _Known | None:
         words = struct.unpack("<2Q", os.pread(fd, 16, 0).ljust(16, b"\0"))
         if words[0] in (LAYOUT["MAGIC"], LAYOUT["BLOCK_MAGIC"]):
             kind = "ring"
-        elif is_registry(words):
+        elif words[1] == REGISTRY_MAGIC and words[0] in (0, segment.MEMORY_MAGIC):
             kind = "registry"
         elif words[0] == segment.MEMORY_MAGIC:
             kind = "memory"
@@ -257,11 +280,8 @@ def listing(rate_s: float = _RATE_S) -> list[dict[str, Any]]:
         AccessRefused: /dev/shm cannot be read, or /proc is not mounted.
     """
     with Observer(scan_s=2 * rate_s + 1.0) as observer:
-        observer.look(detail=False)
-        until = time.monotonic() + rate_s
-        while (
-            left := until - time.monotonic()
-        ) > 0:  # looks in between see which processes put and take
+        until = observer.begin() + rate_s
+        while (left := until - time.monotonic()) > 0:  # which processes put and take
             time.sleep(min(left, rate_s / 10))
             observer.sample()
         return observer.look()

@@ -9,12 +9,12 @@ import time
 from typing import Any
 
 from shmring.errors import LayoutMismatch
-from shmring.ipc.registry import REGISTRY_BYTES, REGISTRY_MAGIC, Registry, RegistryEntry
+from shmring.ipc.registry import REGISTRY_BYTES, Registry, RegistryEntry
 from shmring.ipc.slot import H_POOL, POOL_WORDS
 from shmring.observer.processes import KnownProcesses
 from shmring.shm import segment
 
-__all__ = ["is_registry", "registry_facts"]
+__all__ = ["registry_facts"]
 
 _POOL = struct.Struct(f"<{len(POOL_WORDS)}Q")
 
@@ -30,11 +30,6 @@ class _Copy:
 
     def close(self) -> None:
         self.buffer.release()
-
-
-def is_registry(words: tuple[int, ...]) -> bool:
-    """Whether a file that begins with these words of eight bytes is one, named or a pool's."""
-    return words[1] == REGISTRY_MAGIC and words[0] in (0, segment.MEMORY_MAGIC)
 
 
 def registry_facts(fd: int, path: str, processes: KnownProcesses) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Header of a ring, read through a descriptor that cannot write.
 
 One ``pread`` copies the header; what it says is checked and never trusted.  The
-names and types of :data:`_LAYOUT` are those of ``cython/shmring/_core/layout.h``.
+names and types of :data:`_LAYOUT` are those of ``cython/shmring/_core/layout.h``;
+what is not shown is skipped.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from shmring.errors import AccessRefused, LayoutMismatch, RingCorrupted
 from shmring.observer.processes import KnownProcesses
 
 __all__ = [
+    "BLOCK",
     "FRAME",
     "Area",
     "Header",
     "area_at",
+    "blocks_in",
     "deliveries_in",
     "facts_of",
     "front_owner",
@@ -31,25 +34,23 @@ __all__ = [
 ]
 
 _LAYOUT = {
-    0: "magic:Q version:I header_bytes:I min_capacity:Q max_capacity:Q max_messages:Q"
-    " pid_namespace:Q ready:I user_kind:I created_ns:Q creator:Q",
+    0: "magic:Q version:I 12x max_capacity:Q max_messages:Q pid_namespace:Q ready:I user_kind:I"
+    " created_ns:Q creator:Q",
     LAYOUT["WAITING_OFFSET"]: "data_wait:I space_wait:I shutdown:I poisoned:I lease_owner:Q",
     LAYOUT["PRODUCERS_OFFSET"]: "producer_lock:I producer_holder:I write_position:Q"
-    " write_generation:Q puts_before:Q puts:Q puts_at:Q starved_producer:Q reserved_space:Q"
-    " reserved_until_ns:Q shrunk_ns:Q patience:I producer_cpu:I last_producer:I",
+    " write_generation:Q puts_before:Q puts:Q puts_at:Q 40x last_producer:I",
     LAYOUT["CONSUMERS_OFFSET"]: "consumer_lock:I consumer_holder:I read_position:Q"
-    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q empty_position:Q needed_ns:Q"
-    " last_consumer:I",
-    LAYOUT["JOINING_OFFSET"]: "done_count:Q done_wait:I recoveries:I token:Q named:I block_slots:I"
-    " blocks_offset:Q",
+    " read_generation:Q reaped:Q gets_before:Q gets:Q gets_at:Q 16x last_consumer:I",
+    LAYOUT["JOINING_OFFSET"]: "12x recoveries:I token:Q 8x blocks_offset:Q",
 }
 _NAMES: list[str] = []
 _FORMAT = "<"
 for _offset, _words in _LAYOUT.items():
     _FORMAT += f"{_offset - struct.calcsize(_FORMAT)}x"
     for _word in _words.split():
-        _NAMES.append(_word.partition(":")[0])
-        _FORMAT += _word[-1]
+        _name, _, _type = _word.rpartition(":")
+        _NAMES += [_name] if _name else []
+        _FORMAT += _type
 _HEADER = struct.Struct(_FORMAT)
 
 _READ_BYTES = LAYOUT["CLAIMS_OFFSET"]
@@ -58,12 +59,10 @@ _DEATHS = struct.Struct(f"<{2 * LAYOUT['DEATH_COUNT']}Q")
 _NO_DEATHS = bytes(_DEATHS.size)
 _AREA = struct.Struct("<3Q")
 _WAITER = struct.Struct("<QQIII4x")
-_WAITERS = slice(
-    LAYOUT["WAITERS_OFFSET"], LAYOUT["WAITERS_OFFSET"] + LAYOUT["WAITER_COUNT"] * _WAITER.size
-)
-_NO_WAITERS = bytes(LAYOUT["WAITER_COUNT"] * _WAITER.size)
+_WAITERS = struct.Struct("<" + LAYOUT["WAITER_COUNT"] * f"Q{_WAITER.size - 8}x")  # their owners
 _CLAIM = struct.Struct("<4Q")
 FRAME = struct.Struct("<QQIIQ")
+BLOCK = struct.Struct("<4Q32x")  # holder, position, offset, capacity
 
 _PID_BITS = 22  # of an owner's word; the start time of the process stands above them
 _TID_MASK, _OWNER_DIED = 0x3FFFFFFF, 0x40000000  # of a robust futex
@@ -199,13 +198,16 @@ def _id_of(name: bytes, token: int) -> str:
 
 
 def _waiters(header: Header, processes: KnownProcesses, now: int) -> list[dict[str, Any]]:
-    records = header.data[_WAITERS]
-    if records == _NO_WAITERS:
-        return []
+    start = LAYOUT["WAITERS_OFFSET"]
     found = []
-    for owner, since_ns, tid, call, reason in _WAITER.iter_unpack(records):
+    for index, owner in enumerate(_WAITERS.unpack_from(header.data, start)):
+        if not owner:
+            continue
+        _, since_ns, tid, call, reason = _WAITER.unpack_from(
+            header.data, start + index * _WAITER.size
+        )
         pid, start_ticks = owner_in(owner)
-        if not owner or not since_ns or (state := processes.state(pid, start_ticks)) == "dead":
+        if not since_ns or (state := processes.state(pid, start_ticks)) == "dead":
             continue
         found.append(
             {
@@ -273,6 +275,23 @@ def _deaths(header: Header, now: int) -> list[dict[str, Any]]:
         if (when_ns := words[2 * held + 1])
     ]
     return sorted(found, key=lambda each: each["when_ns"])
+
+
+def blocks_in(fd: int, header: Header) -> dict[str, int]:
+    """The fields of ``statistics()`` on blocks for large buffers."""
+    at = header["blocks_offset"]
+    known = 0 < at < LAYOUT["MAX_CAPACITY"]
+    records = os.pread(fd, LAYOUT["BLOCK_COUNT"] * BLOCK.size, at) if known else b""
+    sizes = [
+        (capacity, holder != 0)
+        for holder, _, _, capacity in BLOCK.iter_unpack(records[: len(records) // 64 * 64])
+        if capacity
+    ]
+    return {
+        "blocks": len(sizes),
+        "block_bytes": sum(capacity for capacity, _ in sizes),
+        "lent_bytes": sum(capacity for capacity, is_held in sizes if is_held),
+    }
 
 
 def deliveries_in(fd: int, header: Header) -> dict[int, int]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import multiprocessing.util
 import os
 import stat
 import struct
@@ -410,6 +409,8 @@ def release(name: str, identity: tuple[int, int]) -> None:
     if identity_at(_path(name)) != identity or reclaim(name):
         return
     if _left_by != os.getpid():
+        import multiprocessing.util  # 5 ms, which only few need
+
         _left_by = os.getpid()
         _left.clear()
         # A priority below 0: after the daemons.
