@@ -507,7 +507,8 @@ class ChildWorkers:
         """As :meth:`kill`, with another signal."""
         for process in list(self.processes.values()):
             if process.pid == seen.pid and process.is_alive():
-                with _stopped(seen.pid):
+                # One that a fork server reaps is not there any more, once it has ended.
+                with contextlib.suppress(ProcessLookupError), _stopped(seen.pid):
                     if not self._seen.is_at(seen):
                         return False
                     os.kill(seen.pid, signum)
