@@ -403,6 +403,25 @@ def test_an_idle_worker_that_is_killed_is_replaced(pool: ProcessPoolExecutor) ->
     assert second in pool._processes
 
 
+@pytest.mark.fault(12)
+def test_a_worker_that_vanishes_before_it_is_killed_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = multiprocessing.get_context("forkserver")  # which reaps it
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert pool.submit(square, 2).result(60) == 4
+        workers = pool._manager.workers
+        (seen,) = workers.living()
+
+        def vanish(_: object) -> bool:
+            os.kill(seen.pid, signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{seen.pid}").exists(), 30)
+            return True
+
+        monkeypatch.setattr(workers._seen, "is_at", vanish)
+        assert not workers.kill(seen)
+
+
 # ---- limits ------------------------------------------------------------------------------------
 
 

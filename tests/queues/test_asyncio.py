@@ -191,7 +191,7 @@ def test_a_call_with_a_timeout_is_served_in_its_turn(queue):
 
 def test_a_call_that_times_out_in_its_turn_leaves_the_message_to_the_next(queue, monkeypatch):
     async def main():
-        first = asyncio.create_task(queue.aget(timeout=0.05))
+        first = asyncio.create_task(queue.aget(timeout=0.5))
         await until(lambda: waiting(queue) == 1)
         heir = asyncio.create_task(queue.aget())
         await until(lambda: waiting(queue) == 2)

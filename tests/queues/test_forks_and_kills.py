@@ -7,6 +7,7 @@ knows that it killed what it meant to kill.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -152,8 +154,10 @@ def test_a_stopped_lock_holder_is_waited_for_and_never_robbed(side):
         assert ring.statistics().recoveries == 0
 
 
-def _hold_and_run(ring: Ring, side: str, seconds: float) -> None:
+def _hold_and_run(ring: Ring, side: str, seconds: float, seen: Any) -> None:
     lock_word(ring, side, os.getpid())
+    while not seen.value:
+        pass
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         pass
@@ -169,8 +173,10 @@ def test_a_lock_holder_that_needs_a_cpu_is_waited_for_even_by_nowait(side, secon
     ends = contextlib.nullcontext() if seconds < 1 else pytest.raises((Full, Empty))
     with Ring.create() as ring:
         ring.put(b"there")
-        with run_in_process(_hold_and_run, ring, side, seconds):
+        seen = multiprocessing.RawValue("b", 0)
+        with run_in_process(_hold_and_run, ring, side, seconds, seen):
             wait_for(lambda: lock_word(ring, side) & OWNER)
+            seen.value = 1
             with ends:
                 _ = ring.put_nowait(b"") if side == "producers" else ring.get_nowait()
 

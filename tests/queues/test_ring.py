@@ -253,15 +253,17 @@ def test_a_view_that_ends_while_the_lock_is_held_gives_its_message_back_later(ho
         run_in_process(signal.pause) as holder,
     ):
         ring.put(b"peeked")
-        block = ring.peek()
-        exported = [np.frombuffer(block.__enter__(), "u1")]
-        if how == "left":
-            with pytest.raises(BufferError):
-                block.__exit__(None, None, None)
-        del block
-        lock_word(ring, "consumers", holder.pid)
+        peeked, locked = threading.Event(), threading.Event()
 
-        def end() -> None:
+        def end() -> None:  # without a GIL, what another thread has made ends there
+            block = ring.peek()
+            exported = [np.frombuffer(block.__enter__(), "u1")]
+            if how == "left":
+                with pytest.raises(BufferError):
+                    block.__exit__(None, None, None)
+            del block
+            peeked.set()
+            locked.wait(10)
             exported.clear()
             gc.collect()
             if closed:
@@ -270,6 +272,9 @@ def test_a_view_that_ends_while_the_lock_is_held_gives_its_message_back_later(ho
         thread = threading.Thread(target=end)
         try:
             thread.start()
+            assert peeked.wait(10)
+            lock_word(ring, "consumers", holder.pid)
+            locked.set()
             if not closed:
                 thread.join(10)
                 assert not thread.is_alive()

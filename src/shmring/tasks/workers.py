@@ -424,11 +424,13 @@ class ChildWorkers(Workers):
     def signal(self, seen: RegistryEntry, signum: int) -> bool:
         for process in list(self.processes.values()):
             if process.pid == seen.pid and process.is_alive():
-                with _stopped(seen.pid):  # so that what the second look shows is true at the signal
-                    still = _call_of(seen) in map(_call_of, self._slots())
-                    if still:
-                        os.kill(seen.pid, signum)
-                    return still
+                # One that a fork server reaps is not there any more, once it has ended.
+                # It is stopped, so that what the second look shows is true at the signal.
+                with contextlib.suppress(ProcessLookupError), _stopped(seen.pid):
+                    if _call_of(seen) not in map(_call_of, self._slots()):
+                        return False
+                    os.kill(seen.pid, signum)
+                    return True
         return False
 
     def signal_all(self, signum: int) -> None:
