@@ -62,7 +62,7 @@ class Traced:
         status = os.waitpid(self.task, _WALL)[1]
         assert os.WIFSTOPPED(status), f"{self.task} has ended: {status}"
 
-    def step_while(self, on_the_way: Callable[[], object], most: int = 100_000) -> None:
+    def step_while(self, on_the_way: Callable[[], object], most: int = 1_000_000) -> None:
         """One instruction after the other, until it is there."""
         for _ in range(most):
             if not on_the_way():

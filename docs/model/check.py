@@ -215,7 +215,7 @@ PLAN = [
     Search("wake", 0, mistake="NO_BATON", quick=True),
     Search("wake", 0, "PUTS=1 PUTS_TOO=1 EARLY=1", "NO_BATON_ON_LEAVING"),
     Search("wake", 0, mistake="WOKEN_CLEARED_BEFORE_SLEEPING"),
-    Search("wake", 0, "EARLY=1", "NOBODY_THERE_IGNORED"),
+    Search("wake", 0, "EARLY=1", "NO_SLEEPER_IGNORED"),
     Search("wake", 0, "CLOSERS=1", "SEQUENCE_NOT_ADVANCED"),
     Search("wake", 0, "LOOKERS=1", "LOOKER_WITHOUT_BATON"),
     Search("wake", 1, mistake="UNBOUNDED"),
@@ -226,7 +226,7 @@ PLAN = [
     Search("space", 2),
     Search("space", 0, "CAPACITY=1", "NO_FENCE"),
     Search("space", 0, mistake="NO_SECOND_LOOK"),
-    Search("space", 1, mistake="NOBODY_THERE_IGNORED"),
+    Search("space", 1, mistake="NO_SLEEPER_IGNORED"),
     Search("space", 1, mistake="UNBOUNDED"),
     #
     Search("growth", 1),
@@ -269,6 +269,14 @@ PLAN = [
     Search("lend", 1, mistake="HOLDER_AFTER_COMMIT"),
     Search("lend", 0, mistake="HOLDER_FIRST"),
     Search("lend", 1, mistake="LOCK_NOT_ROBUST"),
+    #
+    Search("watch", 0, "LEAVES=2"),
+    Search("watch", 1),
+    Search("watch", 2),
+    Search("watch", 1, mistake="NO_SECOND_LOOK", quick=True),
+    Search("watch", 1, mistake="WORD_NOT_CHANGED"),
+    Search("watch", 1, mistake="NEVER_HANDED_ON"),
+    Search("watch", 0, "LEAVES=2", "LEFT_WITHOUT_HANDING_ON"),
     #
     Search("shutdown", 2, "IMMEDIATE=false"),
     Search("shutdown", 2, "IMMEDIATE=true"),

@@ -6,7 +6,7 @@
  *   the view is written, with no lock held    clock: still mine? READ_POSITION, or not;
  *   CAS the state to WHOLE or ABORTED                lease_owner = 0
  *
- *   who meets it waits; is the owner dead, then under clock, looked at anew:
+ *   the process that meets it waits; is the owner dead, then under clock, looked at anew:
  *   CAS the state to ABORTED                  lease_owner = 0
  *
  * Model               code (ring.pyx)
@@ -121,7 +121,7 @@ inline front()
     skip
 }
 
-/* The frame in front, and who holds it; by `pos` and `holder` is it known again. */
+/* The frame in front, and its holder; by `pos` and `holder` is it known again. */
 inline clear_the_way()
 {
     if

@@ -16,7 +16,7 @@
  * try, slow, wait, sleep  lock_try, lock_try_slow, lock_wait, futex_wait
  * release                 lock_release
  * died                    the kernel: exit_robust_list, handle_futex_death
- * dirty                   what the owner has half done; who finds it has to be told (LOCK_TAKEN_FROM_DEAD)
+ * dirty                   what the owner has half done; the one that finds it has to be told (LOCK_TAKEN_FROM_DEAD)
  */
 #ifndef PROCESSES
 #define PROCESSES 3

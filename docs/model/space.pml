@@ -28,7 +28,7 @@
 #define CAPACITY 2
 #endif
 #ifndef PUTS
-#define PUTS 3                  /* of the first producer, who fills the ring; the second one puts PUTS_TOO */
+#define PUTS 3                  /* of the first producer, which fills the ring; the second one puts PUTS_TOO */
 #endif
 #ifndef PUTS_TOO
 #define PUTS_TOO 2

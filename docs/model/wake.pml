@@ -40,7 +40,7 @@
 #endif
 #define PRODUCERS 2
 #ifndef CONSUMERS
-#define CONSUMERS 2             /* who take one each, the first one what is left */
+#define CONSUMERS 2             /* that take one each, the first one what is left */
 #endif
 #define SLEEPERS  (CONSUMERS + LOOKERS)
 #include "robust.inc"

@@ -121,53 +121,43 @@ if typing.TYPE_CHECKING:
     from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry, RegistrySlot
     from shmring.pool.entry import executor, register_joblib
     from shmring.pool.executor import ProcessPoolExecutor
-    from shmring.pool.manager import Event, PoolStatistics
+    from shmring.pool.interface import Event, PoolStatistics
     from shmring.pool.shared import SharedArray, share
     from shmring.queues.codec import Codec
     from shmring.queues.statistics import IPCStatistics, RingStatistics
     from shmring.tasks.task_loop import current_worker
     from shmring.tasks.workers import WorkerReport
 else:
-    # Names without a line below are in errors; listed as well they would stand here three times.
+    # SharedMemoryManager is not in __all__: multiprocessing has one too.
     __getattr__, __dir__ = _lazy.lazily(
         globals(),
         {
-            **dict.fromkeys(__all__, "errors"),
-            "Codec": "queues.codec",
-            "HighPerformanceIPC": "ipc.high_performance_ipc",
-            "IPCStatistics": "queues.statistics",
-            "JoinableQueue": "_backend",
-            "Message": "ipc.message",
-            "MessageType": "ipc.message",
-            "Event": "pool.manager",
-            "PoolStatistics": "pool.manager",
-            "ProcessPoolExecutor": "pool.executor",
-            "ProcessRole": "ipc.registry",
-            "ProcessState": "ipc.registry",
-            "Progress": "coordinator.coordinator",
-            "SharedArray": "pool.shared",
-            "share": "pool.shared",
-            "Queue": "_backend",
-            "RegistryEntry": "ipc.registry",
-            "RegistrySlot": "ipc.registry",
-            "Report": "coordinator.coordinator",
-            "Ring": "_backend",
-            "RingStatistics": "queues.statistics",
-            "SharedMemoryManager": "_backend",  # not in __all__: multiprocessing has one too
-            "SimpleQueue": "_backend",
-            "Worker": "coordinator.worker",
-            "WorkerReport": "tasks.workers",
-            "backend": "_backend",
-            "cleanup_stale": "_backend",
-            "coordinator_process": "coordinator.coordinator",
-            "current_worker": "tasks.task_loop",
-            "executor": "pool.entry",
-            "get_context": "context",
-            "install": "drop_in",
-            "multiprocessing_example": "coordinator.example",
-            "register_joblib": "pool.entry",
-            "uninstall": "drop_in",
-            "wait": "_backend",
-            "worker_process": "coordinator.worker",
+            "errors": __all__,  # what no line below names
+            "_backend": (
+                "JoinableQueue",
+                "Queue",
+                "Ring",
+                "SharedMemoryManager",
+                "SimpleQueue",
+                "backend",
+                "cleanup_stale",
+                "wait",
+            ),
+            "context": ("get_context",),
+            "coordinator.coordinator": ("Progress", "Report", "coordinator_process"),
+            "coordinator.example": ("multiprocessing_example",),
+            "coordinator.worker": ("Worker", "worker_process"),
+            "drop_in": ("install", "uninstall"),
+            "ipc.high_performance_ipc": ("HighPerformanceIPC",),
+            "ipc.message": ("Message", "MessageType"),
+            "ipc.registry": ("ProcessRole", "ProcessState", "RegistryEntry", "RegistrySlot"),
+            "pool.entry": ("executor", "register_joblib"),
+            "pool.executor": ("ProcessPoolExecutor",),
+            "pool.interface": ("Event", "PoolStatistics"),
+            "pool.shared": ("SharedArray", "share"),
+            "queues.codec": ("Codec",),
+            "queues.statistics": ("IPCStatistics", "RingStatistics"),
+            "tasks.task_loop": ("current_worker",),
+            "tasks.workers": ("WorkerReport",),
         },
     )

@@ -61,15 +61,15 @@ if TYPE_CHECKING:
     from shmring.shm.segment import cleanup_stale
 else:
     _homes = {
-        "JoinableQueue": "queues.queue",
-        "Queue": "queues.queue",
-        "Ring": "queues.ring",
-        "SharedMemoryManager": "shm.memory",
-        "SimpleQueue": "queues.queue",
-        "cleanup_stale": "shm.segment",
-        "wait": "queues.wait",
+        "queues.queue": ("JoinableQueue", "Queue", "SimpleQueue"),
+        "queues.ring": ("Ring",),
+        "queues.wait": ("wait",),
+        "shm.memory": ("SharedMemoryManager",),
+        "shm.segment": ("cleanup_stale",),
     }
     if backend == "queue":
-        _homes = dict.fromkeys(_homes, "fallback.queues")
-        _homes |= dict.fromkeys(("SharedMemoryManager", "cleanup_stale"), "fallback.files")
+        _homes = {
+            "fallback.files": ("SharedMemoryManager", "cleanup_stale"),
+            "fallback.queues": ("JoinableQueue", "Queue", "Ring", "SimpleQueue", "wait"),
+        }
     __getattr__, __dir__ = lazily(globals(), _homes)

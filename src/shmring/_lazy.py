@@ -7,14 +7,14 @@ use must not delay it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 __all__ = ["lazily"]
 
 
 def lazily(
-    namespace: dict[str, Any], homes: Mapping[str, str]
+    namespace: dict[str, Any], names: Mapping[str, Iterable[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make ``__getattr__`` and ``__dir__`` for a module that exports names of others.
 
@@ -22,16 +22,17 @@ def lazily(
 
     Args:
         namespace: the module's ``globals()``, where a name is kept once it is known.
-        homes: the module of this package that defines each name.  These modules and
-            their packages can be asked for too, as if they had been imported.
+        names: what each module of this package defines.  These modules and their
+            packages can be asked for too, as if they had been imported.
     """
     own_name: str = namespace["__name__"]
+    homes = {name: home for home, defined in names.items() for name in defined}
 
     def __getattr__(name: str) -> Any:
         home = homes.get(name)
         if home is not None:
             value = getattr(importlib.import_module(f"shmring.{home}"), name)
-        elif any(f"{each}.".startswith(f"{name}.") for each in homes.values()):
+        elif any(f"{each}.".startswith(f"{name}.") for each in names):
             value = importlib.import_module(f"shmring.{name}")
         else:
             raise AttributeError(f"module {own_name!r} has no attribute {name!r}")

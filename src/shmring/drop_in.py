@@ -111,5 +111,8 @@ class _InChild:
 
 def _preparation_data(name: str) -> dict[str, Any]:
     data: dict[str, Any] = _preparation[0](name)
+    if sys._getframe(1).f_globals.get("__name__") == "multiprocessing.forkserver":
+        # The server would import the main module for its children, with the stock queues.
+        data.pop("init_main_from_path", None)
     data["shmring"] = _InChild()
     return data

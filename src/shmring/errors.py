@@ -20,6 +20,7 @@ __all__ = [
     "Full",
     "InvalidArgument",
     "LayoutMismatch",
+    "MemoryExceeded",
     "MessageTooLarge",
     "NotSupportedByFallback",
     "PeerDied",

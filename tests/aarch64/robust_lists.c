@@ -1,7 +1,7 @@
 /* Preloaded: another answer to get_robust_list, by which shmring finds out
  * whether the kernel releases the locks of the dead.
  *
- * As it is, the answer is a list that nobody looks at.  Under qemu-user, which
+ * As it is, the answer is a list that nothing looks at.  Under qemu-user, which
  * knows no robust lists, all of the ring then runs but what follows a kill.
  * With -DREFUSED the answer is ENOSYS, as there, on a kernel that knows them.
  */

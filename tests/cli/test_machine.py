@@ -17,7 +17,9 @@ from shmring.cli import doctor
 from shmring.cli.bench import Row, svg_of
 from shmring.cli.common import age, amount, cut, size
 
-ring_only = pytest.mark.skipif(shmring.backend != "ring", reason="about the ring")
+ring_only = pytest.mark.skipif(
+    shmring.backend != "ring", reason="the fallback has no ring to examine"
+)
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

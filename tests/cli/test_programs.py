@@ -352,7 +352,7 @@ def test_a_grandchild_that_outlives_its_parent():
         assert queue.get(timeout=PATIENCE) == "orphaned"
 
 
-# ---- before anyone reads --------------------------------------------------------------------
+# ---- before the first get ------------------------------------------------------------------
 
 
 def _put_all(number: int, queue: Queue[object], count: int) -> None:
@@ -361,7 +361,7 @@ def _put_all(number: int, queue: Queue[object], count: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_200_000_messages_are_put_before_anyone_reads(method):
+def test_200_000_messages_are_put_before_the_first_get(method):
     with Queue() as queue:
         with running(method, 1, _put_all, queue, 200_000) as [child]:
             child.join(PATIENCE)

@@ -275,7 +275,7 @@ def test_without_spawn_the_tasks_of_the_dead_are_put_back(
     ipc: HighPerformanceIPC, tmp_path: Path
 ) -> None:
     workers = start_workers(ipc, 3, "fork", die_once)
-    # One of three dies, the other two go on, and nobody starts another.
+    # One of three dies, the other two go on, and no process starts another.
     tasks = [(str(tmp_path), 0)]
     report = coordinator_process(ipc, 3, tasks=tasks)
     for worker in workers:

@@ -39,18 +39,18 @@ pytestmark = pytest.mark.usefixtures("only_cleaner")
 
 NAME = own_name("access")
 PATH = Path("/dev/shm", NAME)
-NOBODY = 65534
+OTHER_USER = 65534
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-def as_nobody(action: Callable[[], object]) -> None:
+def as_another_user(action: Callable[[], object]) -> None:
     """Run something as another user, in a child, and have it succeed."""
 
     def drop_and_act() -> None:
         os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setgid(OTHER_USER)
+        os.setuid(OTHER_USER)
         action()
 
     with run_in_process(drop_and_act) as child:
@@ -139,30 +139,30 @@ def test_another_user_is_refused(make, attach):
         assert NAME not in cleanup_stale()
 
     with make():
-        as_nobody(be_refused)
+        as_another_user(be_refused)
         assert PATH.exists()
 
 
 @as_root
 @pytest.mark.fault(29, 37)
 def test_what_another_user_left_is_his():
-    """Also for root, who could open and remove it."""
+    """Also for root, which could open and remove it."""
 
     def leave_it() -> None:
         _ring = Ring.create(name=NAME)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(AssertionError, match="-9"):
-        as_nobody(leave_it)
+        as_another_user(leave_it)
     try:
-        assert PATH.stat().st_uid == NOBODY
+        assert PATH.stat().st_uid == OTHER_USER
         assert NAME not in cleanup_stale()
-        with pytest.raises(AccessRefused, match=f"belongs to user {NOBODY}"):
+        with pytest.raises(AccessRefused, match=f"belongs to user {OTHER_USER}"):
             Ring.attach(NAME)
         with pytest.raises(RingExists, match="not ours"):
             Ring.create(name=NAME)
-        as_nobody(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
-        assert not PATH.exists(), "he can"
+        as_another_user(lambda: contextlib.closing(Ring.create(name=NAME)).__exit__())
+        assert not PATH.exists(), "its owner can remove it"
     finally:
         PATH.unlink(missing_ok=True)
 
@@ -171,7 +171,7 @@ def test_what_another_user_left_is_his():
 
 
 def foreign_file() -> None:
-    PATH.write_bytes(b"somebody else's" * 1000)
+    PATH.write_bytes(b"another user's" * 1000)
     PATH.chmod(0o600)
 
 
@@ -188,7 +188,7 @@ def open_to_all() -> None:
 
 def of_another_user() -> None:
     foreign_file()
-    os.chown(PATH, NOBODY, -1)
+    os.chown(PATH, OTHER_USER, -1)
 
 
 def symlink_to(target: Path) -> Callable[[], None]:
@@ -208,7 +208,7 @@ SQUATTED = {  # and what attaching says
     "foreign file": (foreign_file, "begins with"),
     "empty file": (empty_file, "not a ring|has 0 bytes"),
     "file open to all": (open_to_all, "mode 644"),
-    "file of another user": (of_another_user, f"belongs to user {NOBODY}"),
+    "file of another user": (of_another_user, f"belongs to user {OTHER_USER}"),
     "directory": (lambda: PATH.mkdir(0o700), "Is a directory"),
     "fifo": (lambda: os.mkfifo(PATH, 0o600), "not a regular file"),
     "socket": (listening_socket, "cannot be opened"),

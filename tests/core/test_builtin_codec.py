@@ -1,5 +1,5 @@
 """The encoder for trees of exact builtins: what it carries, what it leaves to pickle, and
-what it makes of bytes that nobody encoded."""
+what it makes of bytes that no encoder made."""
 
 from __future__ import annotations
 

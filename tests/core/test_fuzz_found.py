@@ -14,7 +14,7 @@ from shmring.errors import Empty
 
 FIRST_CAPACITY = 16
 LEASE_HIGH = LAYOUT["WAITING_OFFSET"] + 32
-FRONT_WHO, FRONT_NEED, FRONT_UNTIL_NS = (LAYOUT["PRODUCERS_OFFSET"] + at for at in (48, 56, 64))
+FRONT_TID, FRONT_NEED, FRONT_UNTIL_NS = (LAYOUT["PRODUCERS_OFFSET"] + at for at in (48, 56, 64))
 PATIENCE = LAYOUT["PRODUCERS_OFFSET"] + 80
 NEEDED_NS = LAYOUT["CONSUMERS_OFFSET"] + 64
 
@@ -72,7 +72,7 @@ def test_a_ring_never_shrinks_to_a_first_capacity_that_is_none(wrong):
 def test_a_producer_said_to_wait_for_ever_keeps_no_room():
     with Ring.create(4096) as ring:
         ring.put(b"x")
-        word(ring, FRONT_WHO, 12345)
+        word(ring, FRONT_TID, 12345)
         word(ring, FRONT_NEED, 4096)
         word(ring, FRONT_UNTIL_NS, (1 << 64) - 1)
         ring.put_nowait(b"y")
@@ -96,7 +96,7 @@ def test_a_moment_that_is_none_does_not_keep_memory(wrong):
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
 def test_a_lock_word_of_the_dead_that_names_the_living(side):
-    """The kernel takes the name out when it says so; nobody need be waited for."""
+    """The kernel takes the name out when it says so; no process need be waited for."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid() | OWNER_DIED | WAITERS)

@@ -1,4 +1,4 @@
-"""Killed in a chosen place, not reaped, replaced by `exec`: nobody waits for the dead."""
+"""Killed in a chosen place, not reaped, replaced by `exec`: no call waits for the dead."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_wake_that_never_arrives_costs_one_slice_of_sleep():
             thread.start()
             wait_for(lambda: word(ring, DATA_WAIT, size=4) & SLEEPING)
             woken = word(ring, DATA_WAIT, word(ring, DATA_WAIT, size=4) | WOKEN, size=4)
-            ring.put(b"and nobody is told")
+            ring.put(b"and no process is told")
             left_alone += word(ring, DATA_WAIT, size=4) == woken and not taken
             wait_for(lambda: taken, what="the end of its slice")  # noqa: B023
             thread.join(10)
@@ -237,13 +237,13 @@ def test_a_woken_consumer_killed_leaves_the_message_to_another():
 
 
 @pytest.mark.fault(6)
-def test_puts_after_the_death_of_sleepers_wake_nobody():
+def test_puts_after_the_death_of_sleepers_wake_no_process():
     with Ring.create() as ring, contextlib.ExitStack() as victims:
         for _ in range(3):
             victims.enter_context(run_in_process(ring.get))
         wait_for(lambda: ring.statistics().consumers_waiting)
         victims.close()
-        ring.put(b"first")  # finds out that nobody sleeps
+        ring.put(b"first")  # finds out that no process sleeps
         after = word(ring, DATA_WAIT, size=4)
         assert not after & SLEEPING
         for _ in range(1000):

@@ -1,4 +1,4 @@
-"""What nobody of shmring wrote, in shared memory: an error in time, never a crash.
+"""What no process of shmring wrote, in shared memory: an error in time, never a crash.
 
 Written into the file past all locks, as a stray pointer or a hostile peer of the same user would.
 """
@@ -13,9 +13,11 @@ import random
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from header import (
+    BLOCKS_AT,
     LAYOUT,
     LOCKS,
     MEMORY_LOCK,
@@ -26,6 +28,7 @@ from header import (
     WRITE_GENERATION,
     WRITE_POSITION,
     area,
+    first_frame,
     lock_word,
     word,
 )
@@ -68,11 +71,11 @@ def numbered(count: int) -> list[bytes]:
 # ---- locks -----------------------------------------------------------------------------------
 
 
-NOBODY = (1 << 22) + 1  # a TID beyond any that Linux gives out
+NO_THREAD = (1 << 22) + 1  # a TID beyond any that Linux gives out
 GARBAGE = {
-    "nobody": NOBODY,
-    "nobody, with waiters": NOBODY | WAITERS,
-    "nobody, who died": NOBODY | OWNER_DIED,
+    "no thread": NO_THREAD,
+    "no thread, with waiters": NO_THREAD | WAITERS,
+    "no thread, which died": NO_THREAD | OWNER_DIED,
     "all bits": 0xFFFFFFFF,
     "the caller": None,
 }
@@ -81,7 +84,7 @@ GARBAGE = {
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("value", GARBAGE.values(), ids=GARBAGE)
 @pytest.mark.parametrize("side", LOCKS)
-def test_a_lock_word_that_names_nobody(side, value):
+def test_a_lock_word_that_names_no_thread(side, value):
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getpid() if value is None else value)
@@ -95,7 +98,7 @@ def test_a_lock_word_that_names_nobody(side, value):
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("side", LOCKS)
 def test_a_lock_word_that_names_somebody_else(side):
-    """He may hold it, for all that can be known: the time-out ends the wait."""
+    """It may hold it, for all that can be known: the time-out ends the wait."""
     with Ring.create() as ring:
         ring.put(b"x")
         lock_word(ring, side, os.getppid())
@@ -115,12 +118,12 @@ def test_a_lock_word_that_names_somebody_else(side):
 
 
 @pytest.mark.fault(24)
-def test_the_lock_word_of_plain_memory_names_nobody():
+def test_the_lock_word_of_plain_memory_that_names_no_thread():
     name = own_name("poked-memory")
     with SharedMemoryManager(name, 100) as memory:
         assert memory.create()
         with open(f"/dev/shm/{name}", "r+b") as file:
-            word(file.fileno(), MEMORY_LOCK, NOBODY, size=4)
+            word(file.fileno(), MEMORY_LOCK, NO_THREAD, size=4)
             with pytest.raises(RingCorrupted, match="lock word"):
                 memory.read_data(10)
             word(file.fileno(), MEMORY_LOCK, 0, size=4)
@@ -171,7 +174,7 @@ WRONG = [
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_who_attaches_meets_the_record_of_a_wrong_area(wrong):
+def test_an_attaching_process_meets_the_record_of_a_wrong_area(wrong):
     with grown() as ring:
         area(ring, 1, record_of(ring, wrong))
         with pytest.raises(RingCorrupted), Ring.attach(ring.name) as third:
@@ -245,7 +248,7 @@ POSITIONS = {
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("wrong", POSITIONS)
-def test_impossible_positions_poison_the_ring_for_everybody(wrong):
+def test_impossible_positions_poison_the_ring_for_every_process(wrong):
     offset, change = POSITIONS[wrong]
     with Ring.create() as ring:
         ring.put_many(numbered(10))
@@ -275,7 +278,7 @@ def test_a_write_position_that_went_back_does_not_make_room_for_more_than_there_
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("side", LOCKS)
-def test_impossible_positions_are_seen_by_who_makes_good_a_death(side):
+def test_impossible_positions_are_seen_by_the_process_that_recovers_a_lock(side):
     with Ring.create() as ring:
         ring.put(b"x")
         word(ring, READ_POSITION, 1 << 20)
@@ -407,7 +410,7 @@ def opened_twice(dice: random.Random) -> None:
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("seed", range(4))
-def test_thousands_of_mutated_rings_crash_nobody(seed):
+def test_thousands_of_mutated_rings_crash_no_process(seed):
     def scene() -> None:
         dice = random.Random(seed)
         for _ in range(500):
@@ -420,7 +423,7 @@ def test_thousands_of_mutated_rings_crash_nobody(seed):
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", [Ring, Queue])
-def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
+def test_lengths_that_change_while_they_are_read_crash_no_process(kind):
     """Another process writes lengths into the frames all the while."""
     make = Ring.create if kind is Ring else lambda: Queue(codec="bytes", max_capacity=1 << 16)
     with make() as ring:
@@ -452,3 +455,77 @@ def test_lengths_that_change_while_they_are_read_crash_nobody(kind):
         with run_in_process(flip), run_in_process(read) as reader:
             reader.join(60)
             assert reader.exitcode == 0
+
+
+# ---- records of lent blocks ------------------------------------------------------------------
+
+MIB = 1 << 20  # the smallest buffer that is lent
+
+
+def array(number: int) -> np.ndarray:
+    return np.full(MIB // 4, number, np.int32)
+
+
+def _forge_index(queue: Queue) -> None:
+    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
+    word(queue, at, word(queue, at) | 77 << 48)
+
+
+def _forge_length(queue: Queue) -> None:
+    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
+    word(queue, at, word(queue, at) + MIB)
+
+
+def _forge_position(queue: Queue) -> None:
+    word(queue, word(queue, BLOCKS_AT) + 8, word(queue, READ_POSITION) + 8)
+
+
+def _forge_offset(queue: Queue) -> None:
+    word(queue, word(queue, BLOCKS_AT) + 16, 1 << 40)
+    word(queue, word(queue, BLOCKS_AT) + 32, 99)
+
+
+def _forge_place(queue: Queue) -> None:
+    """Over an area that is in use."""
+    word(queue, word(queue, BLOCKS_AT) + 16, LAYOUT["HEADER_BYTES"])
+    word(queue, word(queue, BLOCKS_AT) + 32, 99)
+
+
+def _forge_records(queue: Queue) -> None:
+    word(queue, BLOCKS_AT, 4097)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        _forge_index,
+        _forge_length,
+        _forge_position,
+        _forge_offset,
+        _forge_place,
+        _forge_records,
+    ],
+)
+def test_a_record_that_lies_is_found_out(forge):
+    with Queue() as queue:
+        queue.put(array(1))
+        other = Queue.attach(queue.name)
+        forge(queue)
+        with pytest.raises(RingCorrupted):
+            other.get(timeout=30)
+        other.close()
+
+
+def test_a_lock_taken_from_a_dead_producer_leaves_no_block_in_a_message_that_was_never_put():
+    with Queue() as queue:
+        queue.put(array(1))
+        queue.put(array(2))
+        got = queue.get(timeout=30)
+        at = word(queue, BLOCKS_AT)
+        word(queue, at + 8, 1 << 40)  # stored, and its holder died before the commit
+        lock_word(queue, "producers", OWNER_DIED)
+        queue.put(b"recovers")
+        assert word(queue, at + 8) == (1 << 64) - 1
+        assert (got == 1).all()
+        assert (queue.get(timeout=30) == 2).all()
+        assert queue.get(timeout=30) == b"recovers"

@@ -69,10 +69,10 @@ def test_what_is_larger_than_the_area_still_fits_up_to_max_capacity():
 
 @pytest.mark.parametrize("size", [5_000, 60_000, 500_000])
 def test_what_is_larger_than_the_area_fits_while_another_producer_waits(size):
-    """His room is left free where there is room for both; that does not make an area larger."""
+    """Its room is left free where there is room for both; that does not make an area larger."""
     with Ring.create(4096, max_capacity=1 << 20) as ring:
         message = bytes(range(250)) * (size // 250)
-        waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 2 * 10**8)  # who, need, until
+        waits = struct.pack("<3Q", 7, 1000, time.monotonic_ns() + 2 * 10**8)  # owner, need, until
         os.pwrite(ring._fileno(), waits, LAYOUT["PRODUCERS_OFFSET"] + 48)
         ring.put(message, timeout=5)
         assert ring.get() == message
@@ -429,7 +429,8 @@ def _create_without_address_space() -> None:
     try:
         Queue(max_capacity=1 << 24)
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, -1))
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
 
 def _create_without_file_size() -> None:

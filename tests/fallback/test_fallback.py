@@ -396,7 +396,7 @@ def test_what_a_killed_process_left_is_reclaimed(name: str, start_method: str) -
     path = fallback_folder() / name
     with run_in_process(hold, name, method=start_method):
         wait_for(path.exists, 30, "the file")
-        assert name not in cleanup_stale(), "somebody has it open"
+        assert name not in cleanup_stale(), "a process has it open"
     assert path.exists()
     assert name in cleanup_stale()
     assert not path.exists()
@@ -475,7 +475,7 @@ def test_connecting_again_finds_the_memory_of_today(name: str) -> None:
         assert other.create()
         assert memory.connect()
         memory.cleanup()
-        assert other.is_current(), "who created once is no creator of what it connects to"
+        assert other.is_current(), "a creator of one block is none of another that it connects to"
 
 
 def test_arrays_over_memory(name: str) -> None:

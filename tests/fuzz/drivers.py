@@ -56,7 +56,7 @@ ALLOWED = (ShmringError, Empty, Full, ShutDown, Interrupted)
 
 
 class Patience:
-    """For calls without a time-out: a lock word may name one who lives, and may hold it.
+    """For calls without a time-out: a lock word may name a living process, and that may hold it.
 
     A clock ticks all the while (so every call is interrupted now and then), and a tick that
     finds such a call waiting ends it, as Ctrl-C would.
@@ -67,7 +67,7 @@ class Patience:
         self._image: Image | None = None
 
     def start(self) -> None:
-        """Let the clock tick; in the main thread, and nobody else may use SIGALRM."""
+        """Let the clock tick; in the main thread; nothing else may use SIGALRM."""
         signal.signal(signal.SIGALRM, self._tick)
         signal.setitimer(signal.ITIMER_REAL, STUCK_S / 2, STUCK_S / 2)
 
@@ -78,12 +78,12 @@ class Patience:
 
     def _tick(self, number: int, frame: object) -> None:
         waited = time.monotonic() - self._since
-        if waited > STUCK_S and self._somebody_may_hold_a_lock():
+        if waited > STUCK_S and self._a_process_may_hold_a_lock():
             raise Interrupted
         if waited > STARVED_S:
-            raise Broken("a call without a time-out waits for nobody")
+            raise Broken("a call without a time-out waits for no process")
 
-    def _somebody_may_hold_a_lock(self) -> bool:
+    def _a_process_may_hold_a_lock(self) -> bool:
         assert self._image is not None
         for at in LOCKS.values():
             owner = int.from_bytes(self._image.map[at : at + 4], "little") & OWNER

@@ -64,7 +64,7 @@ HEADER_SPOTS: dict[str, list[Spot]] = {
     "any word": [(at, 8) for at in range(0, HEADER_BYTES, 8)],
 }
 
-# How often each kind is chosen.  Lock words cost a millisecond each: whoever meets one waits.
+# How often each kind is chosen.  Lock words cost a millisecond each: a call that meets one waits.
 WEIGHTS = {
     "identity": 4,
     "limits": 8,
@@ -125,8 +125,8 @@ def _dead_pid() -> int:
 
 @functools.cache
 def _lock_values() -> list[int]:
-    nobody, dead = (1 << 22) + 1, _dead_pid()
-    names = [nobody, dead, os.getpid(), os.getppid(), 1]
+    missing, dead = (1 << 22) + 1, _dead_pid()
+    names = [missing, dead, os.getpid(), os.getppid(), 1]
     flags = [0, WAITERS, OWNER_DIED, WAITERS | OWNER_DIED]
     return [name | flag for name in (*names, 0) for flag in flags]
 
@@ -143,7 +143,7 @@ class Image:
     """The file of a scene, mapped: mutated, and put back to what it was.
 
     Args:
-        fd: of the file; whoever gave it keeps it.
+        fd: of the file; its giver keeps it.
         spots: where there are frames, tables of segments and payload.
     """
 
@@ -162,7 +162,7 @@ class Image:
         self.applied.clear()
 
     def cut(self) -> None:
-        """Growth is undone as well; nobody may have mapped what was grown."""
+        """Growth is undone as well; no process may have mapped what was grown."""
         if os.fstat(self.fd).st_size != self.size:
             os.ftruncate(self.fd, self.size)
 
@@ -203,7 +203,7 @@ class Image:
             at = rng.randrange(self.size)
             data = rng.randbytes(min(1 + rng.getrandbits(5), self.size - at))
             return at, at + len(data), data
-        if kind == "random header":  # all but who laid it out
+        if kind == "random header":  # all but its creator
             return _WAITING, HEADER_BYTES, rng.randbytes(HEADER_BYTES - _WAITING)
         offset, size = rng.choice(self._spots[kind])
         if kind == "lock words":

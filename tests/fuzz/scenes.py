@@ -1,4 +1,4 @@
-"""What a ring's file looked like before it was mutated, and who had it open.
+"""What a ring's file looked like before it was mutated, and what had it open.
 
 Each scene is a real ring, brought about by its own operations.  A handle is opened on the
 *early* image (so that it has yet to find out what came since) or on the whole one.

@@ -139,7 +139,7 @@ def put_for_ever(queue: Any) -> None:
         queue.put(CONTENT)
 
 
-@pytest.mark.skipif(shmring.backend != "ring", reason="the ring's promise")
+@pytest.mark.skipif(shmring.backend != "ring", reason="a killed process blocks a pipe")
 def test_a_killed_producer_does_not_block_the_others() -> None:
     from shmring.faster_fifo import Queue
 

@@ -100,7 +100,7 @@ def _get_one(queue: Queue[int]) -> None:
     signal.pause()
 
 
-def test_who_put_and_who_took_is_seen_afterwards() -> None:
+def test_the_last_put_and_take_are_seen_afterwards() -> None:
     with Queue[int](name=NAME) as queue, run_in_process(_put_one, queue) as producer:
         wait_for(lambda: queue.qsize() == 1)
         assert (found(NAME)["producers"], found(NAME)["consumers"]) == ([producer.pid], [])

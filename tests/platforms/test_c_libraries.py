@@ -16,7 +16,9 @@ PYTHON_H = "#define PyExc_ImportError 0\n#define PyErr_Format(...) ((void)0)\n"
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
-@pytest.mark.skipif(sys.platform != "linux" or not FLOOR.is_dir(), reason="builds the ring's floor")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not FLOOR.is_dir(), reason="no Linux, or no C sources"
+)
 def test_the_kernel_releases_the_lock_of_a_killed_thread(compiler, tmp_path):
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")

@@ -126,36 +126,41 @@ def test_a_signal_handler_that_raises_in_a_cancel_loses_no_task(
     )
 
 
+@pytest.mark.parametrize("number", [1, 2])
 def test_ctrl_c_as_a_worker_starts_leaves_no_worker_unknown(
-    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread receives the signal, between the fork and the note of the process."""
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"))
     enough = threading.Event()
     other = threading.Thread(target=enough.wait)
     other.start()
     receiver, sender = socket.socketpair()
-    start_ticks = workers.process_start_ticks
+    fork = os.fork
 
-    def interrupted(pid: int) -> int:
-        signal.pthread_kill(other.ident, signal.SIGINT)
-        receiver.recv(1)  # the handler is about to run
-        monkeypatch.undo()
-        return start_ticks(pid)
+    def interrupted() -> int:
+        pid = fork()
+        if pid != 0:
+            monkeypatch.undo()
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            receiver.recv(1)  # the handler is about to run
+        return pid
 
-    with receiver, sender:
+    with pool, receiver, sender:
         receiver.settimeout(10)
         sender.setblocking(False)
         before = signal.set_wakeup_fd(sender.fileno())
         try:
-            monkeypatch.setattr(workers, "process_start_ticks", interrupted)
+            monkeypatch.setattr(os, "fork", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 pool.submit(square, 2)
         finally:
             signal.set_wakeup_fd(before)
             enough.set()
             other.join()
-    assert set(pool._processes) == {each.pid for each in multiprocessing.active_children()} != set()
-    assert pool.submit(square, 3).result(30) == 9
+        known = {each.pid for each in multiprocessing.active_children()}
+        assert set(pool._processes) == known != set()
+        assert pool.submit(square, 3).result(30) == 9
 
 
 def test_a_callback_that_exits_costs_no_other_task_its_result(

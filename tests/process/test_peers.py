@@ -524,7 +524,7 @@ def test_a_simple_queue_has_peers_too() -> None:
             queue.get(peers=[peer])
 
 
-@pytest.mark.skipif(shmring.backend == "ring", reason="what only a pipe cannot do")
+@pytest.mark.skipif(shmring.backend == "ring", reason="the ring's SimpleQueue has peers")
 @both_backends
 def test_a_simple_queue_of_the_fallback_says_what_it_cannot() -> None:
     with SimpleQueue[int]() as queue:

@@ -200,7 +200,7 @@ def test_a_process_is_started_while_another_thread_is_inside_put(start_method):
 def test_a_producer_exits_at_once_and_everything_arrives():
     queue = Queue()
     with queue, run_in_process(_put_many_objects, queue, 20_000) as child:
-        child.join(30)  # before anyone reads: the classic deadlock of the standard library
+        child.join(30)  # before a get: the classic deadlock of the standard library
         assert child.exitcode == 0
         assert [queue.get()["i"] for _ in range(20_000)] == list(range(20_000))
 

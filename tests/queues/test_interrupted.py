@@ -240,7 +240,8 @@ CUTS = {
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("kind", [Ring, Queue])
 @pytest.mark.parametrize("how", CUTS)
-def test_a_put_many_that_is_cut_says_how_many_went_in(how, kind):
+@pytest.mark.parametrize(("before", "batch", "count"), [(0, 10, 3), (2, 2, 1), (3, 1, 0)])
+def test_a_put_many_that_is_cut_says_how_many_went_in(how, kind, before, batch, count):
     cut, error = CUTS[how]
     with ExitStack() as stack:
         if kind is Ring:
@@ -248,6 +249,7 @@ def test_a_put_many_that_is_cut_says_how_many_went_in(how, kind):
         else:
             handle = stack.enter_context(Queue(maxsize=3))
         other = stack.enter_context(kind.attach(handle.name))
+        handle.put_many([LARGE] * before)
 
         def cut_when_it_waits() -> None:
             wait_for(lambda: other.statistics().producers_waiting)
@@ -256,9 +258,9 @@ def test_a_put_many_that_is_cut_says_how_many_went_in(how, kind):
         thread = threading.Thread(target=cut_when_it_waits)
         thread.start()
         with pytest.raises(error) as caught:
-            handle.put_many([LARGE] * 10, timeout=30)
+            handle.put_many([LARGE] * batch, timeout=30)
         thread.join(30)
-        assert caught.value.count == 3
+        assert caught.value.count == count
         assert other.qsize() == 3
         assert other.get_many(block=False) == [LARGE] * 3
 

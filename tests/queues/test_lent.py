@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from header import BLOCKS_AT, LAYOUT, READ_POSITION, blocks, first_frame, lock_word, word
-from shmring import ProcessPoolExecutor, Queue, RingClosed, RingCorrupted, ShutDown
+from header import LAYOUT, blocks
+from shmring import ProcessPoolExecutor, Queue, RingClosed, ShutDown
 from shmring._core import bytes_ring
 from shmring._core.bytes_ring import LentBuffer
 from shmring.errors import DecodeError, Empty, Full
@@ -678,74 +678,6 @@ def test_without_descriptors_a_lent_message_stays_and_the_queue_grows():
         assert is_whole(other.get(timeout=30), 1)
         assert other.get(timeout=30) == bytes(MIB)
         other.close()
-
-
-# ---- records that lie ------------------------------------------------------------
-
-
-def _forge_index(queue: Queue[Any]) -> None:
-    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
-    word(queue, at, word(queue, at) | 77 << 48)
-
-
-def _forge_length(queue: Queue[Any]) -> None:
-    at = first_frame(queue) + LAYOUT["FRAME_BYTES"] + 16
-    word(queue, at, word(queue, at) + MIB)
-
-
-def _forge_position(queue: Queue[Any]) -> None:
-    word(queue, word(queue, BLOCKS_AT) + 8, word(queue, READ_POSITION) + 8)
-
-
-def _forge_offset(queue: Queue[Any]) -> None:
-    word(queue, word(queue, BLOCKS_AT) + 16, 1 << 40)
-    word(queue, word(queue, BLOCKS_AT) + 32, 99)
-
-
-def _forge_place(queue: Queue[Any]) -> None:
-    """Over an area that is in use."""
-    word(queue, word(queue, BLOCKS_AT) + 16, LAYOUT["HEADER_BYTES"])
-    word(queue, word(queue, BLOCKS_AT) + 32, 99)
-
-
-def _forge_records(queue: Queue[Any]) -> None:
-    word(queue, BLOCKS_AT, 4097)
-
-
-@pytest.mark.parametrize(
-    "forge",
-    [
-        _forge_index,
-        _forge_length,
-        _forge_position,
-        _forge_offset,
-        _forge_place,
-        _forge_records,
-    ],
-)
-def test_a_record_that_lies_is_found_out(forge):
-    with Queue() as queue:
-        queue.put(array(1))
-        other = Queue.attach(queue.name)
-        forge(queue)
-        with pytest.raises(RingCorrupted):
-            other.get(timeout=30)
-        other.close()
-
-
-def test_a_lock_taken_from_a_dead_producer_leaves_no_block_in_a_message_that_was_never_put():
-    with Queue() as queue:
-        queue.put(array(1))
-        queue.put(array(2))
-        got = queue.get(timeout=30)
-        at = word(queue, BLOCKS_AT)
-        word(queue, at + 8, 1 << 40)  # stored, and its holder died before the commit
-        lock_word(queue, "producers", 0x40000000)
-        queue.put(b"recovers")
-        assert word(queue, at + 8) == (1 << 64) - 1
-        assert is_whole(got, 1)
-        assert is_whole(queue.get(timeout=30), 2)
-        assert queue.get(timeout=30) == b"recovers"
 
 
 def test_statistics_and_observers_count_the_blocks() -> None:

@@ -471,6 +471,8 @@ class TestQueue:
             for _ in range(200):
                 queue.put_nowait(bytes(100_000))  # which would raise, had it to wait
             assert queue.qsize() == 200
+            for _ in range(200):  # or a thread of the fallback would hold the rest
+                queue.get(timeout=60)
 
     def test_through_process_arguments(self, backend, start_method):
         context = multiprocessing.get_context(start_method)

@@ -467,6 +467,9 @@ def test_a_message_that_can_never_fit(ring):
     ):
         with pytest.raises(MessageTooLarge, match=r"65536 bytes.* 65504; .*max_capacity="):
             call()
+    with pytest.raises(MessageTooLarge) as caught:
+        ring.put_many([b"fits", bytes(65_536)])
+    assert caught.value.count == 0
     ring.put(bytes(65_536 - 32))
     assert len(ring.get()) == 65_536 - 32
 

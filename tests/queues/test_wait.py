@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -433,3 +436,17 @@ def test_a_program_that_gevent_patched_waits_in_slices_and_is_told_where_it_cann
     )
     assert done.returncode == 0, done.stderr
     assert "gevent has replaced threads" in done.stdout
+
+
+@pytest.mark.parametrize("make", [Queue, shmring.Ring.create])
+def test_select_on_a_queue_names_wait(make):
+    with make() as queue:
+        selector = selectors.DefaultSelector()
+        for call in (
+            lambda: select.select([queue], [], [], 0),
+            lambda: selector.register(queue, selectors.EVENT_READ),
+            lambda: multiprocessing.connection.wait([queue], 0),
+        ):
+            with pytest.raises(OSError, match=r"shmring\.wait"):
+                call()
+        selector.close()

@@ -18,7 +18,10 @@ from support import wait_for
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 if shmring.backend != "ring":
-    pytest.skip("the examples show the ring", allow_module_level=True)
+    pytest.skip(
+        "the examples name queues and run pools, which the fallback has not",
+        allow_module_level=True,
+    )
 if not EXAMPLES.is_dir():
     pytest.skip("tests without the examples", allow_module_level=True)
 

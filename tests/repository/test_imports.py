@@ -19,7 +19,9 @@ import pytest
 import shmring
 from support import own_name
 
-ring_only = pytest.mark.skipif(shmring.backend != "ring", reason="the fallback is not in a hurry")
+ring_only = pytest.mark.skipif(
+    shmring.backend != "ring", reason="the fallback imports all that multiprocessing's queues need"
+)
 
 # Each costs a child one to fifty milliseconds, and a queue has no use for it.  Some that one
 # would look for here (subprocess, tempfile, typing) multiprocessing imports itself.
@@ -46,7 +48,15 @@ NEEDLESS = {
 # What a queue stands on, beside the compiled floor, whose modules cost little.
 FLOORS = {
     *("_lazy", "_warnings", "errors", "arguments", "process", "process.leaving", "process.threads"),
-    *("shm", "shm.segment", "queues", "queues.handle", "queues.aio", "queues.arrays"),
+    *(
+        "shm",
+        "shm.descriptors",
+        "shm.segment",
+        "queues",
+        "queues.handle",
+        "queues.aio",
+        "queues.arrays",
+    ),
     *("queues.codec", "queues.queue"),
 }
 

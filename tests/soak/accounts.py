@@ -1,10 +1,10 @@
-"""Who meant to put what, who got it, and what neither of them can tell.
+"""What was to be put, what arrived, and what neither side can tell.
 
 The accounts are kept outside of the rings, in memory that a killed process
 leaves behind as it was.  A *stream* is what one producer puts, numbered from 0;
 its replacement begins a new one.  A kill may hide two things, and no more:
 whether the put that it cut short went in, and what the get that it cut short
-had taken.  So a message that nobody got is a loss, unless some get that a kill
+had taken.  So a message that no consumer got is a loss, unless some get that a kill
 cut short can have taken it: one that had begun before the next message of the
 stream arrived, was killed after the message in front of it was asked for, and
 had asked for that many.
@@ -137,7 +137,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Messages of a stream that were put and that nobody received.
+    """Messages of a stream that were put and that no consumer received.
 
     Attributes:
         after: when the message in front of them was asked for.
@@ -156,7 +156,7 @@ class Gap:
 
 
 class Stream:
-    """What was received of one stream, by whomever, in whatever order."""
+    """What was received of one stream, by any consumer, in any order."""
 
     def __init__(self, number: int, began: int) -> None:
         self.number = number
@@ -164,7 +164,7 @@ class Stream:
         self._runs = [_Run(0, 0, began, began)]
 
     def receive(self, first: int, count: int, began: int, ended: int) -> None:
-        """Somebody got messages `first` and following; the get took from `began` to `ended`."""
+        """A consumer got messages `first` and following; the get took from `began` to `ended`."""
         runs, end = self._runs, first + count
         i = len(runs)
         while runs[i - 1].first > first:
@@ -277,7 +277,7 @@ class Accounts:
         return times
 
     def gaps(self) -> list[Gap]:
-        """What was put and nobody received, after the last read."""
+        """What was put and no consumer received, after the last read."""
         return [
             gap
             for number, stream in self.streams.items()

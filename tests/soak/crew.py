@@ -1,4 +1,4 @@
-"""One ring of a soak: those who use it, their replacements, and the accounts of what they do."""
+"""One ring of a soak: the processes that use it, their replacements, accounts of what they do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Member:
 
 
 class Crew:
-    """A ring, those who use it, and the accounts of what they do."""
+    """A ring, the processes that use it, and the accounts of what they do."""
 
     def __init__(self, lane: Lane[Any], told: memoryview, numbers: Iterator[int]) -> None:
         self.lane = lane
@@ -134,7 +134,7 @@ class Crew:
     # ---- at the end -----------------------------------------------------------------------
 
     def ended(self, producers: bool) -> None:
-        """Wait for those who were told to end."""
+        """Wait for the processes that were told to end."""
         deadline = time.monotonic() + ENDING_S
         for member in [m for m in self.members if not producers or m.stream]:
             while member.process.exitcode is None and time.monotonic() < deadline:
@@ -185,7 +185,7 @@ class Crew:
         self.failures += [f"{self.lane.label}: {n} {what}" for what, n in wrong.items() if n]
 
     def close(self) -> None:
-        """Kill whoever is left, and leave the ring."""
+        """Kill what is left, and leave the ring."""
         for member in list(self.members):
             self._remove(member)
         if not self.handle.closed:
@@ -216,7 +216,7 @@ class Crew:
         )
         yield (
             f"  longest time without a message: {flow.longest / MILLISECOND:.0f} ms"
-            f" ({flow.longest_whole / MILLISECOND:.0f} ms where somebody was stopped)"
+            f" ({flow.longest_whole / MILLISECOND:.0f} ms where a process was stopped)"
         )
         yield f"  times between two arrivals: {flow.histogram()}"
 

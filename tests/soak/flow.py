@@ -1,4 +1,4 @@
-"""How steadily messages flowed: the times between two arrivals, whoever got them."""
+"""How steadily messages flowed: the times between two arrivals, whichever consumer got them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _HELD_BACK_NS = 1000 * MILLISECOND  # arrivals are told by several processes, an
 
 
 class Flow:
-    """Collects arrivals, and knows when somebody was stopped.
+    """Collects arrivals, and knows when a process was stopped.
 
-    Who is stopped may hold a lock, and a lock is never taken from the living;
-    so what is counted of a pause is the longest stretch in which nobody was.
+    A stopped process may hold a lock, and a lock is never taken from the living;
+    so what is counted of a pause is the longest stretch in which none was.
     """
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BOUNDS_MS) + 1)  # of stretches, by length
         self.longest = 0  # ns
-        self.longest_whole = 0  # ns, the times in which somebody was stopped included
+        self.longest_whole = 0  # ns, the times in which a process was stopped included
         self._waiting: list[int] = []
         self._last = 0
         self._stops: list[tuple[int, int]] = []
 
     def stopped(self, began: int, ended: int) -> None:
-        """Somebody was stopped, or all producers were told to pause."""
+        """A process was stopped, or all producers were told to pause."""
         bisect.insort(self._stops, (began, ended))
 
     def arrived(self, times: list[int]) -> None:

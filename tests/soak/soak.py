@@ -4,7 +4,7 @@
 consumers on one named Queue that grows and gives back, and two of each on a
 Ring; kills, stops and replaces them at random; and accounts for every message.
 Lost, doubled or torn messages are failures, and so is a time of more than two
-seconds in which nothing flowed although nobody was stopped.
+seconds in which nothing flowed although no process was stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Soak:
         self._rng = random.Random(seed)
         self._told = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._later: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count(1)  # of streams and of consumers; 0 is nobody's
+        self._numbers = itertools.count(1)  # of streams and of consumers; 0 is of none
         self._late = 0.0  # seconds, at most: so busy was the machine
 
     def run(self, seconds: float) -> None:
@@ -118,7 +118,7 @@ class Soak:
         wait_for(self._are_replaced, ENDING_S, "the killed to be replaced", every=TICK_S)
 
     def _sentinels(self) -> list[int]:
-        """Ready when one ends whom nobody killed."""
+        """Ready when one ends that was not killed."""
         members = (member for crew in self.crews for member in crew.members)
         return [member.process.sentinel for member in members if not member.killed]
 
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulthandler.enable()  # children inherit it: one that does not end says where it was
     logging.getLogger("shmring").setLevel(logging.ERROR)  # that it is full, it says once a handle
     with contextlib.suppress(PermissionError):
-        os.nice(-10)  # or, on a busy machine, it would seldom come to kill anybody
+        os.nice(-10)  # or, on a busy machine, it would seldom come to kill
     soak = Soak(options.every, options.seed)
     soak.run(options.seconds)
     print("\n".join(soak.lines))

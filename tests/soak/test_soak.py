@@ -85,7 +85,7 @@ def test_a_get_that_was_killed_explains_what_it_can_have_taken():
     assert unexplained([first], [CutGet(began=5, killed=11, most=2)]) == []
     assert unexplained([first], [CutGet(began=1, killed=9, most=9)]) == [(first, 2)]
     assert unexplained([first], [CutGet(began=21, killed=30, most=9)]) == [(first, 2)]
-    # the one that both could have had goes to whom no other can explain
+    # the one that both could have had goes to the one that no other can explain
     both, one = CutGet(began=5, killed=13, most=1), CutGet(began=16, killed=30, most=2)
     assert unexplained([first, second], [both, one]) == []
 
@@ -144,7 +144,7 @@ def test_the_longest_pause_is_found_whatever_the_order():
     assert "5+: 1, 10+: 0, 20+: 1, 50+: 0, 100+: 1, 200+: 1" in flow.histogram()
 
 
-def test_a_pause_does_not_count_while_somebody_is_stopped():
+def test_a_pause_does_not_count_while_a_process_is_stopped():
     flow = flow_of(100, 500)
     flow.stopped(200 * MILLISECOND, 450 * MILLISECOND)
     flow.stopped(150 * MILLISECOND, 220 * MILLISECOND)

@@ -1,7 +1,7 @@
 """The producers and consumers of a soak: what they put and get, until they are killed.
 
 A message says of which stream it is, its number there, how long it is, and a
-checksum of all that; so whoever gets it can tell whether it is whole.  It is
+checksum of all that; so its receiver can tell whether it is whole.  It is
 carried as bytes, as a tree of builtins, or as an object that is pickled and
 whose buffer, if it is large, travels out of band.
 """

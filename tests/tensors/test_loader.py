@@ -16,7 +16,9 @@ import shmring
 
 torch = pytest.importorskip("torch")
 if shmring.backend != "ring":
-    pytest.skip("the ring's promises", allow_module_level=True)
+    pytest.skip(
+        "a killed process blocks a pipe, and a pipe waits for no memory", allow_module_level=True
+    )
 
 # ruff: noqa: E402  (needs torch)
 import shmring.torch
@@ -156,28 +158,14 @@ def test_an_exception_in_a_worker_is_raised_in_the_loop() -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_killed_worker_is_torchs_error_and_what_was_put_is_there(persistent: bool) -> None:
-    batches = iter(
-        loader(Items("dict", fatal={35: "killed"}), persistent_workers=persistent, timeout=30)
-    )
-    queue = batches._worker_result_queue
+def test_a_killed_worker_is_torchs_error(persistent: bool) -> None:
+    """The fifth batch is asked for when the first one has come."""
+    taken: list[Any] = []
+    batches = loader(Items("dict", fatal={35: "killed"}), persistent_workers=persistent, timeout=30)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited)"):
-        list(batches)
-    left = {number: batch for number, batch in taken_all(queue) if number < 4}
-    del batches
-    for number, batch in left.items():
-        same(batch["y"], torch.arange(8 * number, 8 * number + 8))
-        assert (batch["x"][:, 0] == batch["y"]).all()
-
-
-def taken_all(queue: Any) -> list[Any]:
-    """What is in a queue, if its loader has not closed it yet."""
-    taken = []
-    try:
-        while True:
-            taken.append(queue.get_nowait())
-    except (shmring.Empty, ValueError):
-        return taken
+        taken.extend(batches)
+    assert 1 <= len(taken) <= 4
+    same(taken, list(data.DataLoader(Items("dict", len(taken) * 8), batch_size=8)))
 
 
 def put_batches(queue: Any) -> None:

@@ -100,10 +100,10 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            for i in range(items[at].count):\n                memcpy(out,",
+                "            for segment in item.segments[:item.count]:\n                memcpy(out,",
                 "            count_on(&h.put_count, start, pos + span, at + 1 - done[0])\n"
                 "            store_release64(&h.write_position, pos + span)\n"
-                "            for i in range(items[at].count):\n                memcpy(out,",
+                "            for segment in item.segments[:item.count]:\n                memcpy(out,",
             ),
             Patch(
                 DIRECT,

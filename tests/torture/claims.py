@@ -1,7 +1,7 @@
 """Claims: a worker's cycle, and the putting back of what a dead one held.
 
-A task is in the queue, or claimed by somebody, or answered; after a kill it is
-exactly one of these, however the dead left his claim.
+A task is in the queue, or claimed by a worker, or answered; after a kill it is
+exactly one of these, however the dead worker left its claim.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Desk(Stage):
 
     def check_rest(self, thorough: bool) -> None:
         if self.tasks._claims():
-            raise Harm(BROKEN, "a slot of nobody")
+            raise Harm(BROKEN, "a slot of no worker")
         check_memory(self.tasks, thorough)
 
     def work_off(self) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Two processes stepped against each other; nobody is killed.
+"""Two processes stepped against each other; none is killed.
 
 One is held before an instruction while the other runs, from end to end or to an
 instruction of its own.  What a slice of sleep would make good shows here, in a
@@ -24,7 +24,7 @@ from shmring.errors import Empty, Full
 from sleepers import LOOK_EVERY, Sleeper, is_dead, wait_until_asleep
 from support import wait_for
 from tally import BROKEN, DOUBLED, HUNG, LOST, TORN, Harm, Tally
-from trials import ATTEMPTS, Selection, Trial, watch_for_a_hang
+from trials import Selection, Trial, watch_for_a_hang
 from wakes import HALF, Feeder
 from walking import Walker, Way, end
 
@@ -47,22 +47,22 @@ def run_through(walker: Walker, act: Callable[[], object]) -> None:
     """Have another process do `act` now, from end to end."""
     pid = walker.victim(act)
     walker.hold_at_once(pid)
-    go_on(walker, pid, "who ran through")
+    go_on(walker, pid, "the one that ran through")
 
 
-def go_on(walker: Walker, pid: int, who: str) -> None:
+def go_on(walker: Walker, pid: int, name: str) -> None:
     """Release a process that is held, and wait for its end."""
     walker.release(pid)
-    must_end(pid, who)
+    must_end(pid, name)
 
 
-def must_end(pid: int, who: str) -> None:
+def must_end(pid: int, name: str) -> None:
     status = ended(pid, AT_ONCE)
     if status is None:
         end(pid)
-        raise Harm(HUNG, f"{who} did not come back within {AT_ONCE} s: its wake-up was lost")
+        raise Harm(HUNG, f"{name} did not come back within {AT_ONCE} s: its wake-up was lost")
     if status != 0:
-        raise Harm(BROKEN, f"{who} failed: {status:#x}")
+        raise Harm(BROKEN, f"{name} failed: {status:#x}")
 
 
 def end_if_alive(*pids: int) -> None:
@@ -80,9 +80,20 @@ class Duel(Trial):
 
     build = ENDLESS
 
+    way: Way  # of the one that is held
+
     @abstractmethod
-    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
-        """Walk the ways, then name the stops at which the two are held."""
+    def trace(self, walker: Walker) -> None:
+        """Walk the ways.
+
+        Not in a generator: each one on the stack is a few more instructions of Cython's on
+        the way, and a victim whose way is shorter sleeps before it comes to its stop.
+        """
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """The stops at which the two are held; here the other one runs through."""
+        for n in range(len(self.way)):
+            yield n, 0
 
     @abstractmethod
     def meet(self, walker: Walker, n: int, m: int) -> str:
@@ -92,7 +103,8 @@ class Duel(Trial):
         began = time.monotonic()
         tally = Tally(self.name)
         watch_for_a_hang()
-        pairs = list(self.pairs(walker))
+        self.trace(walker)
+        pairs = list(self.pairs())
         tally.stops = f"{len(pairs)} pairs of stops"
         for i in selection.of(range(len(pairs))):
             watch_for_a_hang()
@@ -108,7 +120,7 @@ class Duel(Trial):
         return tally
 
 
-# ---- a sleeper and who is to wake it -------------------------------------------------------------
+# ---- a sleeper and its waker ---------------------------------------------------------------------
 
 
 @dataclass
@@ -129,15 +141,15 @@ class SleeperAndWaker(Duel):
     wake: Callable[[Ring], object]
     warm: Callable[[Ring], object] = lambda ring: None
     apart: tuple[int, int] = (5, 61)
-    sleeping: Way = field(init=False)
+    way: Way = field(init=False)
     waking: Way = field(init=False)
 
-    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
-        # The shortest way: a busy machine has a sleeper look more often than it will again.
-        ways = [self.trace_sleeper(walker) for _ in range(ATTEMPTS)]
-        self.sleeping = min(ways, key=lambda way: way.sleeps[0])
+    def trace(self, walker: Walker) -> None:
+        self.way = self.trace_sleeper(walker)
         self.waking = self.trace_waker(walker)
-        asleep, through = self.sleeping.sleeps[0], len(self.waking)
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        asleep, through = self.way.sleeps[0], len(self.waking)
         for n in range(asleep + 1):
             yield n, through
         for m in range(through):
@@ -177,7 +189,7 @@ class SleeperAndWaker(Duel):
         sleeper = self.sleeper(walker, stage)
         waker = walker.victim(lambda: self.wake(stage.ring))
         try:
-            if not walker.hold(sleeper, self.sleeping, n).there:
+            if not walker.hold(sleeper, self.way, n).there:
                 raise Harm(BROKEN, "the sleeper came back without a message")
             if m == len(self.waking):
                 walker.hold_at_once(waker)
@@ -201,8 +213,8 @@ class SleeperAndWaker(Duel):
 class TwoSleepers(Duel):
     """One sleeper is held at each instruction; another, a consumer, sleeps behind it.
 
-    Once the held one has been woken, and until it has arrived, nobody makes another
-    wake-up: it is for him to pass it on.
+    Once the held one has been woken, and until it has arrived, there is no other
+    wake-up: it must pass this one on.
 
     Args:
         act: what the held one does.
@@ -218,7 +230,7 @@ class TwoSleepers(Duel):
     takes_none: bool = False
     way: Way = field(init=False)
 
-    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
+    def trace(self, walker: Walker) -> None:
         ring = ring_with(0).ring
         pid = walker.victim(lambda: self.act(ring))
         other = Sleeper(ring.get, on_command=True)
@@ -229,8 +241,6 @@ class TwoSleepers(Duel):
             feeder.close()
             other.close()
             ring.close()
-        for n in range(len(self.way)):
-            yield n, 0
 
     def meet(self, walker: Walker, n: int, m: int) -> str:
         ring = ring_with(0).ring
@@ -257,7 +267,7 @@ class TwoSleepers(Duel):
             if self.takes_none:
                 run_through(walker, lambda: ring.put(LATER[0]))
             if stands:
-                must_end(held, "the one who was held")
+                must_end(held, "the one that was held")
             if answer[1] not in (*self.first, *self.later):
                 raise Harm(TORN, f"the other had {answer[1][:64].hex(' ', 8)}")
             now = ring.statistics()
@@ -298,14 +308,12 @@ class Overtaking(Duel):
         stage.gets, stage.puts = 1, LATER
         return stage
 
-    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
+    def trace(self, walker: Walker) -> None:
         stage = self.prepare()
         try:
             self.way = walker.trace(walker.victim(stage.ring.get))
         finally:
             stage.close()
-        for n in range(len(self.way)):
-            yield n, 0
 
     def meet(self, walker: Walker, n: int, m: int) -> str:
         stage = self.prepare()
@@ -340,14 +348,12 @@ class LastMessage(Duel):
     build = None
     way: Way = field(init=False)
 
-    def pairs(self, walker: Walker) -> Iterator[tuple[int, int]]:
+    def trace(self, walker: Walker) -> None:
         ring = ring_with(0).ring
         try:
             self.way = walker.trace(walker.victim(lambda: get_if_any(ring)))
         finally:
             ring.close()
-        for n in range(len(self.way)):
-            yield n, 0
 
     def meet(self, walker: Walker, n: int, m: int) -> str:
         ring = ring_with(0).ring
@@ -369,7 +375,7 @@ def get_if_any(ring: Ring) -> None:
 
 
 def put_and_shut_down(ring: Ring) -> None:
-    ring.put(message(0))
+    ring.put(TWO[0])
     ring.shutdown()
 
 
@@ -381,20 +387,22 @@ def put_what_fits(ring: Ring, messages: Sequence[bytes]) -> None:
 
 TWO = (message(0), message(1))
 LATER = [message(90 + i, 500) for i in range(3)]
+# Not made while it is stepped: a loop of Python is a hundred thousand steps.
+FIRST_HALF, SECOND_HALF = message(0, HALF), message(1, HALF)
 OVERTAKEN = 7 + 15 + 7  # areas of 4096, 8192 and 4096 bytes, all full
 
 DUELS: list[Trial] = [
     SleeperAndWaker(
         "a consumer sleeps, a producer wakes it",
         lambda: ring_with(0),
-        lambda ring: get_this(ring, message(0)),
-        lambda ring: ring.put(message(0)),
+        lambda ring: get_this(ring, TWO[0]),
+        lambda ring: ring.put(TWO[0]),
     ),
     SleeperAndWaker(
         "a producer sleeps, a consumer wakes it",
         lambda: ring_with(1, HALF),
-        lambda ring: ring.put(message(1, HALF)),
-        lambda ring: get_this(ring, message(0, HALF)),
+        lambda ring: ring.put(SECOND_HALF),
+        lambda ring: get_this(ring, FIRST_HALF),
         peek_and_leave,
     ),
     TwoSleepers(

@@ -42,7 +42,7 @@ class EndingStage(RingStage):
         self.ring.shutdown(immediate=True)  # makes good what of this was not done
         must_be_shut(lambda: self.ring.get(timeout=AT_ONCE))
         if self.ring.qsize():
-            raise Harm(HUNG, f"{self.ring.qsize()} messages that nobody will get")
+            raise Harm(HUNG, f"{self.ring.qsize()} messages that no process will get")
         check_memory(self.ring, thorough=False)
         held = os.fstat(self.ring._fileno()).st_blocks * 512
         if isinstance(self.ring, Queue) and held > LAYOUT["HEADER_BYTES"]:

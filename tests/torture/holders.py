@@ -2,7 +2,7 @@
 
 The holder is held in the middle of its operation.  Behind it waits another, and
 the victim; when the victim is dead the holder goes on, and both others come
-through: nobody's death takes the wake-up of a waiter with it, and nobody takes
+through: no death takes the wake-up of a waiter with it, and no process takes
 the lock from a holder that stands still.
 """
 
@@ -26,6 +26,7 @@ from walking import Walker, Way, end, place
 __all__ = ["HOLDERS"]
 
 SHORT_WAIT = 0.05  # seconds, part of a slice
+PUT = [message(100 + i) for i in range(3)]  # by the holder, the waiter and the other
 
 
 @dataclass
@@ -125,7 +126,7 @@ class BehindAHolder(Trial):
             stage.close()
 
     def look(self, stage: RingStage) -> Finding:
-        puts = [] if self.gets else [[message(100 + i)] for i in range(3)]
+        puts = [] if self.gets else [[each] for each in PUT]
         account = settle(stage.ring, stage.held, stage.ever, *puts, gets=2 * self.gets)
         if self.gets and account.gone != 2:
             raise Harm(LOST, f"{account.gone} were taken, by two")
@@ -134,12 +135,12 @@ class BehindAHolder(Trial):
         return Finding("with the two others through")
 
 
-def put_as(ring: Ring, who: int) -> None:
-    ring.put(message(100 + who), timeout=SHORT_WAIT if who == 2 else AT_ONCE)
+def put_as(ring: Ring, turn: int) -> None:
+    ring.put(PUT[turn], timeout=SHORT_WAIT if turn == 2 else AT_ONCE)
 
 
-def get_as(ring: Ring, who: int) -> None:
-    ring.get(timeout=SHORT_WAIT if who == 2 else AT_ONCE)
+def get_as(ring: Ring, turn: int) -> None:
+    ring.get(timeout=SHORT_WAIT if turn == 2 else AT_ONCE)
 
 
 HOLDERS: list[Trial] = [

@@ -134,12 +134,12 @@ def in_fresh_process(look: Callable[[], Finding]) -> Finding:
             said = os.read(near, 1 << 16)
         else:
             os.kill(pid, signal.SIGKILL)
-            raise Harm(HUNG, f"who looked did not come back within {PATIENCE} s")
+            raise Harm(HUNG, f"the process that looked did not come back within {PATIENCE} s")
     finally:
         os.close(near)
         _, status = os.waitpid(pid, 0)
     if not said:
-        raise Harm(BROKEN, f"who looked was killed by signal {os.WTERMSIG(status)}")
+        raise Harm(BROKEN, f"the process that looked was killed by signal {os.WTERMSIG(status)}")
     harm, found = json.loads(said)
     if harm is not None:
         raise Harm(harm, found)
@@ -171,7 +171,7 @@ def sort_out(
     Args:
         found: what was taken out of it, in order.
         held: what had been in it; any number of these may be gone, from the first.
-        puts: what each of those who died meant to put; any number, from the first.
+        puts: what each of the dead meant to put; any number, from the first.
 
     Returns:
         how many are gone, and how many each of them had put.
@@ -180,7 +180,9 @@ def sort_out(
     place = {m: (g, i) for g, group in enumerate(groups) for i, m in enumerate(group)}
     for m in found:
         if m not in place:
-            raise Harm(TORN, f"a message of {len(m)} bytes that nobody put: {m[:64].hex(' ', 8)}")
+            raise Harm(
+                TORN, f"a message of {len(m)} bytes that no process put: {m[:64].hex(' ', 8)}"
+            )
     places = [place[m] for m in found]
     if len(set(places)) != len(places):
         raise Harm(DOUBLED, f"{places}")
@@ -237,7 +239,7 @@ def check_memory(ring: Any, thorough: bool) -> None:
             raise Harm(LEAKED, f"{living_bytes(ring)} bytes of areas in an idle ring")
     for side in LOCKS:
         if lock_word(ring, side) != 0:
-            raise Harm(HUNG, f"the {side}' lock is held by nobody: {lock_word(ring, side):#x}")
+            raise Harm(HUNG, f"the {side}' lock is held by no process: {lock_word(ring, side):#x}")
     held = os.fstat(ring._fileno()).st_blocks * 512
     if held > living_bytes(ring) + LAYOUT["HEADER_BYTES"]:
         raise Harm(LEAKED, f"{held} bytes are held for {living_bytes(ring)} of living areas")

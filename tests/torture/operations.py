@@ -181,7 +181,7 @@ def left_locked(side: str) -> RingStage:
 
 
 def growth_cut_short() -> RingStage:
-    """A producer died while it grew: pages that nobody knows of, a front, a half-written record."""
+    """A producer died while it grew: pages that no record names, a front, a half-written record."""
     stage = ring_with(3, **GROWING)
     os.posix_fallocate(stage.ring._fileno(), 1 << 16, 1 << 15)
     word(stage.ring, LAYOUT["AREAS_OFFSET"] + 32, 12345)
@@ -211,6 +211,7 @@ def moving_cut_short() -> RingStage:
 BATCH = [message(99 + i, 60 + 40 * i) for i in range(5)]
 LARGE_BATCH = [message(99 + i, 500) for i in range(2 * ALL_OF_ONE)]
 SHORT, MIDDLE, LONG = message(99), message(99, 500), message(99, 9000)
+OVER_END = message(99, 300)
 
 
 def putting(
@@ -310,7 +311,7 @@ PUTS = [
     putting(
         "put, the general way", lambda: ring_with(3), lambda r: r.put(SHORT, timeout=10), SHORT
     ),
-    putting("put over the end", wrapped, lambda r: r.put(message(99, 300)), message(99, 300)),
+    putting("put over the end", wrapped, lambda r: r.put(OVER_END), OVER_END),
     putting("put_nowait", lambda: ring_with(3), lambda r: r.put_nowait(SHORT), SHORT),
     putting("put_many", lambda: ring_with(3), lambda r: r.put_many(BATCH), *BATCH, batch=True),
     idle("put in vain", lambda: ring_with(ALL_OF_ONE, 500), put_in_vain),

@@ -1,4 +1,4 @@
-"""Processes that sleep in a call, so that somebody can wake them."""
+"""Processes that sleep in a call, until another process wakes them."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
  * first turn, and when it is through, which is before the next.
  *
  * trace() steps through a whole operation and writes its stops down: address,
- * and how often the address has come by, in `own` only, where nobody else
- * comes by.  go() takes another process, which does the same, to one of them
+ * and how often the address has come by, in `own` only, where no other
+ * thread comes by.  go() takes another process, which does the same, to one of them
  * quickly: by a breakpoint to the nearest stop in `own` before it, and the
  * rest in single steps.  It leaves the process there, to be killed or released.
  *
@@ -195,8 +195,8 @@ static PyObject *set_text(PyObject *self, PyObject *args)
 static PyObject *traceme(PyObject *self, PyObject *nothing)
 {
     (void)self, (void)nothing;
-    /* From here on no alarm ends it: one that is stopped, by a tracer who died before he
-     * asked for PTRACE_O_EXITKILL, would stand for ever, and hold his pipes open. */
+    /* From here on no alarm ends it: one that is stopped, by a tracer that died before it
+     * asked for PTRACE_O_EXITKILL, would stand for ever, and hold its pipes open. */
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ptrace(PTRACE_TRACEME, 0, NULL, NULL) != 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     raise(SIGSTOP);

@@ -25,7 +25,7 @@ __all__ = [
     "Tally",
 ]
 
-TORN = "torn"  # something was delivered that nobody had put
+TORN = "torn"  # something was delivered that no process had put
 LOST = "lost"  # it was there, or promised, and never came
 DOUBLED = "doubled"
 DISORDERED = "out of order"
@@ -33,7 +33,7 @@ HUNG = "hung"  # puts or gets do not go on, or a wake-up did not come
 MISCOUNTED = "miscounted"
 LEAKED = "leaked"  # pages that belong to no area
 CORRUPTED = "corrupted"  # the ring says so itself
-BROKEN = "broken"  # an exception that nobody expects, or a process that crashed
+BROKEN = "broken"  # an unexpected exception, or a process that crashed
 HARMS = (TORN, LOST, DOUBLED, DISORDERED, HUNG, MISCOUNTED, LEAKED, CORRUPTED, BROKEN)
 
 # The headings under which tallies are told.
@@ -68,7 +68,7 @@ class Tally:
     outcomes: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     locked: int = 0  # how many died with a lock in their hand
     beside: int = 0  # killed in a library, at another instruction of it than the traced one
-    missed: int = 0  # stops that nobody came to
+    missed: int = 0  # stops that no victim came to
     harms: Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)  # of the first harms
     longest: float = 0.0  # seconds until a sleeper was awake

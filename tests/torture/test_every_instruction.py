@@ -158,7 +158,7 @@ def test_a_woken_one_killed_takes_no_wake_with_it(trial: Trial, kill: Kill) -> N
 
 @pytest.mark.fault(5)
 @each(*HOLDERS)
-def test_a_waiter_for_a_lock_killed_holds_nobody_up(trial: Trial, kill: Kill) -> None:
+def test_a_waiter_for_a_lock_killed_holds_no_process_up(trial: Trial, kill: Kill) -> None:
     kill(trial)
 
 

@@ -1,6 +1,6 @@
-"""Killed while somebody sleeps: the waker, and the one who was woken.
+"""Killed while another process sleeps: the waker, and the process that was woken.
 
-Whoever dies, a message that is there is taken and room that is there is used,
+Whichever dies, a message that is there is taken and room that is there is used,
 after one slice of sleep at most.
 """
 
@@ -23,6 +23,7 @@ from walking import die_some_day, end
 
 __all__ = ["HALF", "WAKERS", "WOKEN", "Feeder"]
 
+FIRST = message(0)  # made here: what Python does while it is traced is stepped too
 LIMIT = 20.0  # seconds, four times what a call may have to wait
 HALF = 3000  # more than half of a ring of 4096 bytes: one fits, two do not
 
@@ -31,7 +32,7 @@ class Feeder:
     """A process that waits until the victim sleeps or is dead, then brings up and feeds others.
 
     Args:
-        victim: whom it waits for.
+        victim: the process that it waits for.
         others: sleepers that begin then.
         feed: done when all of them sleep.
     """
@@ -55,7 +56,7 @@ class Feeder:
         """When it had fed them; waits for it."""
         said = os.read(self._near, 8)
         if not said:
-            raise Harm(HUNG, "who was to put could not")
+            raise Harm(HUNG, "the feeder could not put")
         return float(struct.unpack("<d", said)[0])
 
     def close(self) -> None:
@@ -65,7 +66,7 @@ class Feeder:
 
 @dataclass
 class WakeStage(Stage):
-    """A ring, and those who sleep at it."""
+    """A ring, and the processes that sleep at it."""
 
     ring: Ring
     sleepers: list[Sleeper]
@@ -172,11 +173,11 @@ class BothSleep(WakeStage):
         assert self.feeder is not None
         since = max(self.died, self.feeder.fed())
         left = [message(i) for i in range(self.messages)]
-        if self.messages == 1:  # either took it; whom the next one goes to tells who
+        if self.messages == 1:  # either took it; the next message shows which
             try:
                 wait_for(lambda: not self.ring.qsize(), AT_ONCE, dump=False, every=0.001)
             except TimeoutError:
-                raise Harm(HUNG, f"nobody took it within {AT_ONCE} s") from None
+                raise Harm(HUNG, f"no process took it within {AT_ONCE} s") from None
             left.append(message(1))
             self.ring.put(left[1], timeout=AT_ONCE)
         answer = self.sleepers[0].answer(AT_ONCE)
@@ -213,7 +214,7 @@ WAKERS = [
     Operation(
         "put that wakes a consumer",
         consumer_sleeps,
-        lambda stage: stage.ring.put(message(0)),
+        lambda stage: stage.ring.put(FIRST),
         sleeps=True,
     ),
     Operation(

@@ -34,7 +34,7 @@ __all__ = [
     "place",
 ]
 
-LIFETIME = 600  # seconds, longer than anybody watches a kill
+LIFETIME = 600  # seconds, longer than a kill is watched
 # What touches the shared file.
 EXTENSION = ("ring", "handle", "bytes_ring", "object_ring", "wait")
 
@@ -167,7 +167,7 @@ class Walker:
 
 
 def die_some_day() -> None:
-    """In a child: should nobody be left to end it, the kernel does."""
+    """In a child: should no process be left to end it, the kernel does."""
     signal.alarm(LIFETIME)
 
 
@@ -195,7 +195,11 @@ def _mappings() -> Iterator[tuple[int, int, int, str, str]]:
 
 
 def _text() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The text of the extension, and that of libc and of the kernel's clock."""
+    """The text of the extension, and that of libc.
+
+    Not that of the kernel's clock: it reads only, and begins again when a tick comes
+    in between, so that no two ways through it are the same while it is stepped.
+    """
     suffix: Any = sysconfig.get_config_var("EXT_SUFFIX")
     extension = {f"{name}{suffix}" for name in EXTENSION}
     own, called = [], []
@@ -204,7 +208,7 @@ def _text() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         if "x" in mode and name in extension:
             own.append((low, high))
             extension.remove(name)
-        elif "x" in mode and name.startswith(("libc.so", "libc-", "[vdso]")):
+        elif "x" in mode and name.startswith(("libc.so", "libc-")):
             called.append((low, high))
     assert not extension, f"not loaded, or in pieces: {sorted(extension)}"
     return own, called

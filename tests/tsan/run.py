@@ -103,7 +103,7 @@ def rings(count: int) -> int:
             total += hammered(ring, count, most, ways)
     with shmring.Ring.create(4096, max_capacity=1 << 22) as ring:
         # Its sides map each area on their own, so that the release of a reservation by its
-        # owner and the acquire by who takes it are at two addresses here.
+        # owner and the acquire by its taker are at two addresses here.
         ways = ("copy", "span", "lease")
         total += hammered(ring, count, 60_000, ways, in_place=False)
     with shmring.Queue(20, codec="bytes", max_capacity=1 << 16) as queue:
@@ -182,7 +182,7 @@ def closing(count: int) -> int:
                 queue.get()
 
         def close(queue: Any = queue) -> None:
-            wait_for(lambda: len(queue.statistics().waiters) == 2, what="two who wait")
+            wait_for(lambda: len(queue.statistics().waiters) == 2, what="two waiters")
             queue.close()
 
         threads.add(get)

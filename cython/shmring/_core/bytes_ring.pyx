@@ -336,16 +336,20 @@ cdef class MessageRing(RingHandle):
             segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
             if segments == NULL:
                 raise MemoryError
-            for i in range(n):
-                fill_item(&items[i], &segments[i], held[i])
-            done = put_or_wait(self, items, n, NULL, block, timeout)
+            for i, obj in enumerate(held):
+                fill_item(&items[i], &segments[i], obj)
+            try:
+                if put_or_wait(self, items, n, &done, NULL, block, timeout) < n:
+                    raise Full(f"{done} of {n} objects went in")
+            except BaseException as error:
+                try:
+                    error.count = done
+                except Exception:
+                    pass  # its class uses that name itself
+                raise
         finally:
             PyMem_Free(items)
             PyMem_Free(segments)
-        if done < n:
-            full = Full(f"{done} of {n} objects went in")
-            full.count = done
-            raise full
         return 0
 
     def get_many(self, max_items=None, block=True, timeout=None, *, peers=None):
@@ -501,9 +505,10 @@ cdef class BytesRing(MessageRing):
             block, timeout, peers: as for `put`; `timeout`, in seconds, is for all of them together.
 
         Raises:
-            Full: no room in time; `count` tells how many went in.
-            PeerDied: every one of `peers` is dead, and there is no room; with `count`.
-            ShmringError: what else `put` raises; with `count` if some went in.
+            Full: no room in time.  Its attribute `count`, as that of any exception on
+                the way, tells how many went in.
+            PeerDied: every one of `peers` is dead, and there is no room.
+            ShmringError: what else `put` raises.
         """
         self.put_batch(messages, block, timeout if peers is None else with_peers(peers, timeout))
 
@@ -654,6 +659,7 @@ cdef class FrameView:
         cdef BytesRing ring = self.ring
         cdef Take take
         cdef Item item
+        cdef Py_ssize_t done
         cdef int result
         if self.writable:
             item.segments = NULL
@@ -662,7 +668,7 @@ cdef class FrameView:
             item.length = <uint64_t>self.length
             item.owner = ring.myself()
             item.lending = NULL
-            if put_or_wait(ring, &item, 1, &self.position, self.block, self.timeout) == 0:
+            if put_or_wait(ring, &item, 1, &done, &self.position, self.block, self.timeout) == 0:
                 raise Full
             self.mapping = item.mapping
             self.payload = item.payload

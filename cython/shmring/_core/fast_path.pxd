@@ -119,6 +119,7 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
     """Put one message: 1, or 0 when time ran out."""
     cdef Segment segment
     cdef Item item
+    cdef Py_ssize_t went_in
     cdef bint done = False
     if position == NULL and length <= GIL_BYTES and asks_no_clock(block, timeout):
         handle_enter(&ring.inside)
@@ -135,7 +136,7 @@ cdef inline Py_ssize_t put_one(RingHandle ring, uint32_t kind, char *data, Py_ss
     item.kind = kind
     item.owner = 0
     item.lending = NULL
-    return put_or_wait(ring, &item, 1, position, block, timeout)
+    return put_or_wait(ring, &item, 1, &went_in, position, block, timeout)
 
 
 cdef inline int take_one(RingHandle ring, Take *take, bint block, object timeout) except -1:

@@ -284,6 +284,7 @@ cdef class ObjectRing(MessageRing):
 
     cdef Py_ssize_t put_object(self, object obj, uint64_t *position, bint block, object timeout) except -1:
         cdef uint32_t kind
+        cdef Py_ssize_t done
         cdef Writer writer
         cdef char room[SMALL]
         # as frame_of(), but a tree that is small never leaves the stack
@@ -300,7 +301,7 @@ cdef class ObjectRing(MessageRing):
         if PyBytes_CheckExact(encoded):
             return put_one(
                 self, kind, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded), position, block, timeout)
-        return put_or_wait(self, &(<Parcel>encoded).item, 1, position, block, timeout)
+        return put_or_wait(self, &(<Parcel>encoded).item, 1, &done, position, block, timeout)
 
     def put_nowait(self, obj):
         """As :meth:`put` with block=False."""
@@ -321,9 +322,10 @@ cdef class ObjectRing(MessageRing):
             block, timeout, peers: as for `put`; `timeout`, in seconds, is for all of them together.
 
         Raises:
-            Full: no room in time; `count` tells how many went in.
-            PeerDied: every one of `peers` is dead, and there is no room; with `count`.
-            ShmringError: what else `put` raises; with `count` if some went in.
+            Full: no room in time.  Its attribute `count`, as that of any exception on
+                the way, tells how many went in.
+            PeerDied: every one of `peers` is dead, and there is no room.
+            ShmringError: what else `put` raises.
         """
         self.put_batch(objects, block, timeout if peers is None else with_peers(peers, timeout))
 
@@ -697,7 +699,7 @@ cdef class Outgoing:
         try:
             ring.check_open()
             self.seen = load_acquire64(&ring.header.read_position)
-            if put_or_wait(ring, &self.item, 1, NULL, False, None) != 0:
+            if put_or_wait(ring, &self.item, 1, &done, NULL, False, None) != 0:
                 return True
             ring.check_open()
             # once more, so that smaller messages of others do not take the room for ever

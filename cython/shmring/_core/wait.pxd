@@ -79,9 +79,9 @@ cdef int64_t deadline_of(object timeout) except -1
 cdef object with_peers(object peers, object timeout)
 cpdef bint set_brief(bint on) noexcept
 cdef bint is_brief() noexcept nogil
-# How many of the items went in; fewer than `count` only when time ran out.
-cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, uint64_t *position,
-                            bint block, object timeout) except -1
+# How many of the items went in, fewer than `count` only when time ran out; `done` also after an error.
+cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                            uint64_t *position, bint block, object timeout) except -1
 # DONE, PARTIAL (only the head, nothing was taken) or why nothing is there.
 cdef int take_or_wait(RingHandle ring, Take *take, bint block, object timeout) except -1
 cdef bint is_ready(RingHandle ring) noexcept

@@ -325,24 +325,14 @@ cdef class PutWait(Waiting):
         return result
 
 
-cdef int say_count(object error, Py_ssize_t count, Py_ssize_t done) except -1:
-    """How many of a batch went in before an exception of any kind."""
-    if count > 1:
-        try:
-            error.count = done
-        except Exception:
-            pass  # its class uses that name itself
-    return 0
-
-
-cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, uint64_t *position,
-                            bint block, object timeout) except -1:
-    cdef Py_ssize_t done = 0
+cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, Py_ssize_t *done,
+                            uint64_t *position, bint block, object timeout) except -1:
     cdef Py_ssize_t i
     cdef int64_t until = 0
     cdef uint64_t bytes = 0
     cdef int result = BUSY
     cdef PutWait wait
+    done[0] = 0
     if block and timeout is not None:
         until = deadline_of(timeout)  # may run Python, and that may close the handle
     handle_enter(&ring.inside)
@@ -351,38 +341,36 @@ cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, uint
             ring.check_open()
         for i in range(count):
             bytes += items[i].length
-            if items[i].length > ring.largest:
-                raise _warnings.too_large(items[i].length, ring.header.max_capacity, ring.largest)
+        if bytes > ring.largest:
+            for i in range(count):
+                if items[i].length > ring.largest:
+                    raise _warnings.too_large(items[i].length, ring.header.max_capacity, ring.largest)
         if bytes <= GIL_BYTES:
-            result = ring.put_items(items, count, &done, position, 0)
+            result = ring.put_items(items, count, done, position, 0)
             if result == DONE:
-                return done
-        try:
-            if not ends_wait(result):
-                wait = PutWait.__new__(PutWait)
-                wait.start(ring, CALL_RESERVE if items[0].owner != 0 else CALL_PUT, FOR_ROOM, &ring.header.space_wait)
-                wait.block = block
-                wait.lock = &ring.header.producer_lock
-                wait.items = items
-                wait.item_count = count
-                wait.position = position
-                wait.done = done
-                wait.missing = "no room came"
-                fetch_add64(&ring.inside, 1)
-                try:
-                    result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
-                finally:
-                    done = wait.done
-                    ring.leave()
-            if result == DONE:
-                return done
-            if ends_wait(result):
-                ring.raise_outcome(result)
-            ring.check_open()
-        except BaseException as error:
-            say_count(error, count, done)
-            raise
-        return done
+                return done[0]
+        if not ends_wait(result):
+            wait = PutWait.__new__(PutWait)
+            wait.start(ring, CALL_RESERVE if items[0].owner != 0 else CALL_PUT, FOR_ROOM, &ring.header.space_wait)
+            wait.block = block
+            wait.lock = &ring.header.producer_lock
+            wait.items = items
+            wait.item_count = count
+            wait.position = position
+            wait.done = done[0]
+            wait.missing = "no room came"
+            fetch_add64(&ring.inside, 1)
+            try:
+                result = wait.run(deadline_for(block, timeout, until), peers_of(timeout))
+            finally:
+                done[0] = wait.done
+                ring.leave()
+        if result == DONE:
+            return done[0]
+        if ends_wait(result):
+            ring.raise_outcome(result)
+        ring.check_open()
+        return done[0]
     finally:
         if handle_leave(&ring.inside):
             ring.last_out()

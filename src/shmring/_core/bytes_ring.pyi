@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from typing_extensions import Buffer
 
 from shmring._core.handle import RingHandle
 
 def _set_lend_bytes(least: int) -> int: ...
+
+_Peers: TypeAlias = Iterable[Any] | None
 
 class Parcel: ...
 class LentBuffer: ...
@@ -20,7 +22,7 @@ class MessageRing(RingHandle):
         block: bool = True,
         timeout: float | None = None,
         *,
-        peers: Iterable[Any] | None = None,
+        peers: _Peers = None,
     ) -> list[Any]: ...
 
 class BytesRing(MessageRing):
@@ -30,7 +32,7 @@ class BytesRing(MessageRing):
         block: bool = True,
         timeout: float | None = None,
         *,
-        peers: Iterable[Any] | None = None,
+        peers: _Peers = None,
     ) -> None: ...
     def put_nowait(self, data: Buffer) -> None: ...
     def put_many(
@@ -39,14 +41,10 @@ class BytesRing(MessageRing):
         block: bool = True,
         timeout: float | None = None,
         *,
-        peers: Iterable[Any] | None = None,
+        peers: _Peers = None,
     ) -> None: ...
     def get(
-        self,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
+        self, block: bool = True, timeout: float | None = None, *, peers: _Peers = None
     ) -> bytes: ...
     def get_nowait(self) -> bytes: ...
     def get_many(
@@ -55,32 +53,18 @@ class BytesRing(MessageRing):
         block: bool = True,
         timeout: float | None = None,
         *,
-        peers: Iterable[Any] | None = None,
+        peers: _Peers = None,
     ) -> list[bytes]: ...
     def reserve(
-        self,
-        nbytes: int,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
+        self, nbytes: int, block: bool = True, timeout: float | None = None, *, peers: _Peers = None
     ) -> FrameView: ...
     def peek(
-        self,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
+        self, block: bool = True, timeout: float | None = None, *, peers: _Peers = None
     ) -> FrameView: ...
 
 class FrameView:
     def __init__(
-        self,
-        ring: BytesRing,
-        writable: bool,
-        length: int,
-        block: bool,
-        timeout: float | None,
+        self, ring: BytesRing, writable: bool, length: int, block: bool, timeout: float | None
     ) -> None: ...
     def __enter__(self) -> memoryview: ...
     def __exit__(

@@ -1,4 +1,4 @@
-"""What every user of a ring has: made, waited on, asked, closed."""
+"""Ring handle: lifecycle, state, the records of waiters, holders and deaths."""
 
 from typing import Any, NoReturn
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shmring._core.bytes_ring import MessageRing
+from shmring._core.bytes_ring import MessageRing, _Peers
 from shmring._core.wait import Bell, Waiting
 
 def encode_builtins(obj: Any, /) -> bytes | None: ...
@@ -15,12 +15,7 @@ class Watched:
 
 class ObjectRing(MessageRing):
     def put(
-        self,
-        obj: Any,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
+        self, obj: Any, block: bool = True, timeout: float | None = None, *, peers: _Peers = None
     ) -> None: ...
     def put_nowait(self, obj: Any) -> None: ...
     def put_many(
@@ -29,14 +24,10 @@ class ObjectRing(MessageRing):
         block: bool = True,
         timeout: float | None = None,
         *,
-        peers: Iterable[Any] | None = None,
+        peers: _Peers = None,
     ) -> None: ...
     def get(
-        self,
-        block: bool = True,
-        timeout: float | None = None,
-        *,
-        peers: Iterable[Any] | None = None,
+        self, block: bool = True, timeout: float | None = None, *, peers: _Peers = None
     ) -> Any: ...
     def get_nowait(self) -> Any: ...
     def _set_codec(
@@ -53,9 +44,7 @@ class ObjectRing(MessageRing):
     def _put_position(self, obj: Any, block: bool = True, timeout: float | None = None) -> int: ...
     def _task_done(self) -> bool: ...
     def _unfinished(self) -> int: ...
-    def _join_all(
-        self, timeout: float | None = None, peers: Iterable[Any] | None = None
-    ) -> bool: ...
+    def _join_all(self, timeout: float | None = None, peers: _Peers = None) -> bool: ...
     def _claim_open(self, key: int = 0) -> int: ...
     def _claim_release(self, slot: int) -> None: ...
     def _claim_close(self, slot: int) -> None: ...

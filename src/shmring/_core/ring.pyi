@@ -1,4 +1,4 @@
-"""The ring's machinery."""
+"""Layout of a ring, its locks and frames, and the proof of death."""
 
 LAYOUT: dict[str, int]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import AccessRefused, InvalidArgument, RingClosed, RingExists, RingNotFound
 from shmring.shm.block import NamedBlock
-from shmring.shm.descriptors import close_own, identity_of, wait_for_lock
+from shmring.shm.descriptors import close_own, identity_at, identity_of, wait_for_lock
 
 __all__ = ["SharedFile", "SharedMemoryManager", "cleanup_stale", "fallback_folder", "locked"]
 
@@ -206,11 +206,7 @@ class SharedFile:
 
     def is_named(self) -> bool:
         """Whether its name still leads to this file, and not to a later one."""
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return (found.st_dev, found.st_ino) == self._identity
+        return identity_at(self.path) == self._identity
 
 
 def cleanup_stale() -> list[str]:

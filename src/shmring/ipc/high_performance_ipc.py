@@ -17,10 +17,8 @@ import re
 import sys
 import threading
 import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from shmring._backend import SharedMemoryManager
 from shmring.arguments import checked_maxsize, checked_timeout
@@ -49,12 +47,10 @@ from shmring.ipc.registry import (
     RegistrySlot,
     SeenProcesses,
 )
-from shmring.process.leaving import Exit, end_thread_at_exit
+from shmring.process.leaving import Exit, adopted_by_forks, close_dropped, end_thread_at_exit
 from shmring.queues.statistics import IPCStatistics
 
 __all__ = ["HighPerformanceIPC", "IPCStatistics"]
-
-R = TypeVar("R")
 
 # A blocked receive_message() stores a heartbeat this often, in seconds.
 _SLICE = 0.25
@@ -201,35 +197,18 @@ class HighPerformanceIPC:
 
         Raises:
             InvalidArgument: an unknown queue, or an impossible timeout.
+            TypeError: `msg_type` is no MessageType.
             Full: no space until the deadline.
             EncodeError: the data cannot be pickled; nothing was sent.
-        """
-
-        def put(message: Message) -> None:
-            queue = self._known("queue_name", queue_name, self.message_queues)
-            queue.put(message, True, timeout)
-
-        self.send_by(put, msg_type, data)
-
-    def send_by(self, put: Callable[[Message], R], msg_type: MessageType, data: Any) -> R:
-        """Send one message by another method of a queue than ``put``; return its result.
-
-        Args:
-            put: called with the message.
-            msg_type, data: as for :meth:`send_message`.
-
-        Raises:
-            TypeError: `msg_type` is no MessageType.
-            Exception: what `put` raises.
         """
         with self._counted_errors():
             if not isinstance(msg_type, MessageType):
                 raise TypeError(f"msg_type={msg_type!r}: a MessageType is needed")
             slot = self._beat().slot
             message = Message(msg_type, self.process_id, time.time(), data)
-            result = put(message)
+            queue = self._known("queue_name", queue_name, self.message_queues)
+            queue.put(message, True, timeout)
         self._count(slot, message.nbytes, "messages_sent")
-        return result
 
     def _send_control(self, queue_name: str, msg_type: MessageType) -> None:
         """Send a message without data on a queue whose handle here has another codec."""
@@ -515,16 +494,11 @@ class HighPerformanceIPC:
             mine and (self.message_queues or self.shared_memories)
         ):
             return
-        dropped = repr(self)
-        with contextlib.suppress(BufferError, OSError, ShmringError):  # a view may still exist
-            self.cleanup()
-        if mine:  # not in a forked child; last, since it raises where warnings are errors
-            warnings.warn(
-                f"{dropped} was dropped open: call cleanup()",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
+        if mine:
+            close_dropped(self, self.cleanup, "cleanup()")
+        else:  # in a forked child
+            with contextlib.suppress(BufferError, OSError, ShmringError):
+                self.cleanup()
 
     def __repr__(self) -> str:
         return f"<shmring.HighPerformanceIPC {self.process_id!r} of {self.namespace!r}>"
@@ -544,8 +518,13 @@ class HighPerformanceIPC:
 
     # -- inside ---------------------------------------------------------------------------
 
-    def _enrol(self) -> None:
+    def _renew_locks(self) -> None:
+        """In a forked child: a thread that was not copied may hold the parent's."""
         self._joining = threading.RLock()
+        self._guard = threading.Lock()
+
+    def _enrol(self) -> None:
+        self._renew_locks()
         self._exit: Any = None
         self._start_afresh()
         _instances.add(self)
@@ -554,7 +533,6 @@ class HighPerformanceIPC:
     def _start_afresh(self) -> None:
         """Reset the state in a new process: nothing created, counted or registered."""
         self._pid = os.getpid()
-        self._guard = threading.Lock()
         self._created: set[str] = set()
         self._registration = None
         self.stats = dict.fromkeys(
@@ -668,15 +646,4 @@ class HighPerformanceIPC:
         return full_name(self.namespace, kind, name)
 
 
-# A forked child has locks of its own: a thread that was not copied may hold the parent's.
-_instances: weakref.WeakSet[HighPerformanceIPC] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    for ipc in list(_instances):
-        ipc._joining = threading.RLock()
-        ipc._guard = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_locks)
+_instances = adopted_by_forks(HighPerformanceIPC, "_renew_locks")

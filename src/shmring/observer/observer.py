@@ -278,7 +278,7 @@ def listing(rate_s: float = _RATE_S) -> list[dict[str, Any]]:
     """
     with Observer(scan_s=2 * rate_s + 1.0) as observer:
         until = observer.begin() + rate_s
-        while (left := until - time.monotonic()) > 0:  # looks in between see who puts and takes
+        while (left := until - time.monotonic()) > 0:  # which processes put and take
             time.sleep(min(left, rate_s / 10))
             observer.sample()
         return observer.look()

@@ -5,23 +5,60 @@ from __future__ import annotations
 import abc
 import collections
 import contextlib
+import dataclasses
 import itertools
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
+from shmring.arguments import checked_int
 from shmring.errors import InvalidArgument
 from shmring.tasks.channel import SPREAD
 from shmring.tasks.task_table import Failure, PartialResults
 
-if TYPE_CHECKING:
-    from shmring.pool.manager import PoolStatistics
-
-__all__ = ["TaskCalls", "TaskExecutor", "check_retries"]
+__all__ = ["Event", "PoolStatistics", "TaskCalls", "TaskExecutor"]
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a pool.
+
+    Attributes:
+        kind: "started", "left", "died", "retried", "timed out", "too large", "cancelled".
+        worker: the name of the worker.
+        pid: its process.
+        task: the number of the task; None where it is about the worker alone.
+    """
+
+    kind: str
+    worker: str
+    pid: int
+    task: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """Counts of a pool.
+
+    Attributes:
+        submitted: tasks taken in; a chunk of ``map`` is one.
+        answered: tasks that have a result or an exception.
+        waiting: tasks that no worker has taken yet, as far as known.
+        retried: how often a task was put back because its worker died.
+        died: workers that ended without being told to.
+        workers: one row for each worker that there was.
+    """
+
+    submitted: int
+    answered: int
+    waiting: int
+    retried: int
+    died: int
+    workers: tuple[Any, ...]
 
 
 class TaskCalls(abc.ABC):
@@ -139,9 +176,8 @@ class _TasksWithRetries(TaskCalls):
     """An executor with another number of retries: see :meth:`TaskExecutor.options`."""
 
     def __init__(self, executor: TaskExecutor, retries: int) -> None:
-        check_retries("retries", retries)
         self._executor = executor
-        self._max_retries = retries
+        self._max_retries = checked_int(retries, "retries", 0)
         self._max_workers = executor._max_workers
         self._chunk_seconds = executor._chunk_seconds
 
@@ -238,10 +274,3 @@ def _successful(chunks: Generator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
                 if isinstance(each, Failure):
                     yield results[:index]
                     raise each.error
-
-
-def check_retries(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
-    if value < 0:
-        raise InvalidArgument(f"{name}={value}: at least 0 is needed")

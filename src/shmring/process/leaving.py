@@ -14,9 +14,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["Exit", "Leaver", "close_dropped", "end_thread_at_exit"]
+from shmring.errors import ShmringError
+
+__all__ = ["Exit", "Leaver", "adopted_by_forks", "close_dropped", "end_thread_at_exit"]
+
+T = TypeVar("T")
 
 
 class Leaver(Protocol):
@@ -26,6 +30,19 @@ class Leaver(Protocol):
 
 
 _exiting = 0  # the process that runs its finalizers
+
+
+def adopted_by_forks(kind: type[T], method: str) -> weakref.WeakSet[T]:
+    """A set of objects whose method each forked child calls, before it runs anything else."""
+    members: weakref.WeakSet[T] = weakref.WeakSet()
+
+    def adopt_all() -> None:
+        for each in list(members):
+            getattr(each, method)()
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=adopt_all)
+    return members
 
 
 class Exit:
@@ -78,28 +95,19 @@ def end_thread_at_exit() -> None:
         raise SystemExit
 
 
-def close_dropped(handle: object, close: Callable[[], object]) -> None:
+def close_dropped(handle: object, close: Callable[[], object], way_out: str = "close()") -> None:
     """Close a handle that was dropped open, for its ``__del__``, and warn.
 
     A class with ``_may_be_dropped`` is for programs that close no queues: no warning.
     """
     dropped = repr(handle)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(BufferError, OSError, ShmringError):  # a view may still exist
         close()  # first: where warnings are errors the last line raises
     if getattr(handle, "_may_be_dropped", False):
         return
     warnings.warn(
-        f"{dropped} was dropped open: call close()", ResourceWarning, stacklevel=3, source=handle
+        f"{dropped} was dropped open: call {way_out}", ResourceWarning, stacklevel=3, source=handle
     )
 
 
-_exits: weakref.WeakSet[Exit] = weakref.WeakSet()
-
-
-def _renew_all() -> None:
-    for each in list(_exits):
-        each._renew()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_all)
+_exits = adopted_by_forks(Exit, "_renew")

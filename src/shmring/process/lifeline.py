@@ -12,8 +12,9 @@ import contextlib
 import os
 import select
 import signal
-import weakref
 from multiprocessing import connection
+
+from shmring.process.leaving import adopted_by_forks
 
 __all__ = ["Lifeline"]
 
@@ -69,15 +70,5 @@ class Lifeline:
         self._writer.close()
 
 
-_owned: weakref.WeakSet[Lifeline] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A copy of the writing end in a forked child would keep the groups alive."""
-    for lifeline in list(_owned):
-        lifeline._leave_to_owner()
-    _owned.clear()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_close_in_child)
+# A copy of the writing end in a forked child would keep the groups alive.
+_owned = adopted_by_forks(Lifeline, "_leave_to_owner")

@@ -15,7 +15,6 @@ import multiprocessing.util
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +22,7 @@ from shmring._core.handle import RingHandle
 from shmring._core.ring import LAYOUT
 from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import InvalidArgument, LayoutMismatch, RingNotFound
-from shmring.process.leaving import Exit, close_dropped, end_thread_at_exit
+from shmring.process.leaving import Exit, adopted_by_forks, close_dropped, end_thread_at_exit
 from shmring.shm import segment
 
 if TYPE_CHECKING:
@@ -289,13 +288,4 @@ class SharedHandle(RingHandle):
         return f"<{type(self).__module__}.{type(self).__name__} {label}>"
 
 
-# A forked child adopts all handles before it runs anything else.
-_handles: weakref.WeakSet[SharedHandle] = weakref.WeakSet()
-
-
-def _adopt_all() -> None:
-    for handle in _handles:
-        handle._adopt()
-
-
-os.register_at_fork(after_in_child=_adopt_all)
+_handles = adopted_by_forks(SharedHandle, "_adopt")

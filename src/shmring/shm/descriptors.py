@@ -9,12 +9,21 @@ from collections.abc import Callable
 
 from shmring.errors import ShmringError
 
-__all__ = ["close_own", "identity_of", "wait_for_lock"]
+__all__ = ["close_own", "identity_at", "identity_of", "wait_for_lock"]
 
 
 def identity_of(fd: int) -> tuple[int, int]:
     """The file behind a descriptor: (st_dev, st_ino)."""
     found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def identity_at(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """The file that a path names, or None."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
     return found.st_dev, found.st_ino
 
 

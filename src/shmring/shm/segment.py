@@ -21,12 +21,8 @@ import time
 
 from shmring._core.ring import LAYOUT
 from shmring.arguments import checked_name
-from shmring.errors import (
-    AccessRefused,
-    RingExists,
-    RingNotFound,
-    SharedMemoryFull,
-)
+from shmring.errors import AccessRefused, RingExists, RingNotFound, SharedMemoryFull
+from shmring.shm.descriptors import identity_at, identity_of
 
 __all__ = [
     "DIRECTORY",
@@ -170,14 +166,10 @@ def _path(name: str) -> str:
     return f"{DIRECTORY}/{name}"
 
 
-def _is(fd: int, path: str) -> bool:
-    """Whether `path` names the file behind `fd`."""
-    try:
-        named = os.lstat(path)
-    except OSError:
-        return False
-    mine = os.fstat(fd)
-    return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+def is_named(fd: int, name: str) -> bool:
+    """Whether a process that opens the name now gets the block behind `fd`."""
+    found = identity_at(_path(name))
+    return found is not None and found == identity_of(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:
@@ -208,7 +200,7 @@ def link(fd: int, name: str) -> None:
             os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
             return
         except FileExistsError:
-            if _is(fd, path):
+            if is_named(fd, name):
                 return
             if not reclaim(name):
                 raise RingExists(
@@ -287,7 +279,7 @@ def open_named(name: str, timeout: float = 0.0) -> int:
             try:
                 _check_access(fd, path)
                 if _lock(fd, fcntl.LOCK_SH):
-                    if os.fstat(fd).st_nlink > 0 and _is(fd, path):
+                    if is_named(fd, name):
                         return fd
                 elif time.monotonic() >= deadline + _CLEANER_S:
                     raise AccessRefused(
@@ -390,7 +382,7 @@ def _remove_if_stale(name: str) -> bool:
         (magic,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
         if magic not in (LAYOUT["MAGIC"], MEMORY_MAGIC) or not _lock(fd, fcntl.LOCK_EX):
             return False
-        if not _is(fd, path):  # another cleaner was faster, and the name may be in use again
+        if not is_named(fd, name):  # another cleaner was faster, and the name may be in use again
             return False
         os.unlink(path)
     except (AccessRefused, FileNotFoundError):
@@ -398,11 +390,6 @@ def _remove_if_stale(name: str) -> bool:
     finally:
         os.close(fd)
     return True
-
-
-def is_named(fd: int, name: str) -> bool:
-    """Whether a process that opens the name now gets the block behind `fd`."""
-    return _is(fd, _path(name))
 
 
 # Blocks that this process left while others had them open: {name: identity}.
@@ -419,11 +406,7 @@ def release(name: str, identity: tuple[int, int]) -> None:
     block of that name, with another (st_dev, st_ino), is left alone.
     """
     global _left_by
-    try:
-        found = os.lstat(_path(name))
-    except OSError:
-        return
-    if (found.st_dev, found.st_ino) != identity or reclaim(name):
+    if identity_at(_path(name)) != identity or reclaim(name):
         return
     if _left_by != os.getpid():
         import multiprocessing.util  # 5 ms, which only few need
@@ -450,13 +433,11 @@ def unlink(name: str, identity: tuple[int, int] | None = None) -> None:
         RingNotFound: it does not exist, or names another block than `identity`.
     """
     path = _path(check_name(name))
-    try:
-        found = os.lstat(path)
-        if identity is not None and (found.st_dev, found.st_ino) != identity:
-            raise FileNotFoundError
-        os.unlink(path)
-    except FileNotFoundError:
-        raise RingNotFound(errno.ENOENT, f"{path} does not exist (any more)") from None
+    if identity is None or identity_at(path) == identity:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            return
+    raise RingNotFound(errno.ENOENT, f"{path} does not exist (any more)")
 
 
 def cleanup_stale() -> list[str]:

@@ -15,23 +15,19 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Block Ctrl-C in this thread, and in what it starts, until the block ends or the call.
+def interrupts_held() -> Iterator[None]:
+    """Block Ctrl-C in this thread, and in what it starts.
 
     A worker that inherits it cannot die of Ctrl-C before it has learnt to ignore it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield lambda: None
+        yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
     try:
-        yield release
+        yield
     finally:
-        release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -60,12 +56,6 @@ def without_interrupts(call: Callable[[], T]) -> T:
 
     Handlers run in the main thread alone: there the call gets a thread of its own, in
     which it goes on if a handler raises here.
-
-    Args:
-        call: to be run.
-
-    Returns:
-        what it returns.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()

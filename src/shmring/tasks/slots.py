@@ -34,9 +34,6 @@ class PoolSlots:
     Args:
         number: how many slots there are.
         fd: a descriptor of it, in a worker.
-
-    Attributes:
-        buffer: the memory.
     """
 
     def __init__(self, number: int, fd: int | None = None) -> None:
@@ -62,10 +59,10 @@ class PoolSlots:
         words = Words(self.buffer)
         return take_slot(words, index, worker_id.encode(), ProcessRole.WORKER)
 
-    def tell(self, *pool: int, start: int = 0) -> None:
-        """Store some of ``POOL_WORDS``, for observers; `start` is the first of them."""
+    def tell(self, *pool: int) -> None:
+        """Store the ``POOL_WORDS``, for observers."""
         words = Words(self.buffer)
-        for at, value in enumerate(pool, H_POOL + start):
+        for at, value in enumerate(pool, H_POOL):
             words[at] = value
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
