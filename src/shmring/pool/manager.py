@@ -198,7 +198,7 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        told = who = None  # to observers
+        told = identity = None  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
@@ -207,8 +207,8 @@ class Manager:
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
                 counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
                 if counts != told:
-                    who = who or self._identity()  # not before the first result
-                    self._slots.tell(*who, *counts)
+                    identity = identity or self._identity()  # not before the first result
+                    self._slots.tell(*identity, *counts)
                     told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
