@@ -40,6 +40,7 @@ from shmring import (
     InvalidArgument,
     MemoryExceeded,
     ProcessPoolExecutor,
+    RegistryEntry,
     RemoteError,
     TaskTimeout,
     WorkerDied,
@@ -413,13 +414,14 @@ def test_a_worker_that_vanishes_before_it_is_killed_is_no_error(
         workers = pool._manager.workers
         (seen,) = workers.living()
 
-        def vanish(_: object) -> bool:
+        def vanish() -> list[RegistryEntry]:
             os.kill(seen.pid, signal.SIGKILL)
             wait_for(lambda: not Path(f"/proc/{seen.pid}").exists(), 30)
-            return True
+            return [seen]
 
-        monkeypatch.setattr(workers._seen, "is_at", vanish)
-        assert not workers.kill(seen)
+        monkeypatch.setattr(workers, "_entries", vanish)
+        assert not workers.signal(seen, signal.SIGKILL)
+        monkeypatch.undo()
 
 
 # ---- limits ------------------------------------------------------------------------------------
