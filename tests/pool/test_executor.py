@@ -431,7 +431,7 @@ def test_only_the_call_that_takes_too_long_fails_and_what_it_started_ends(
     tmp_path: Path, chunksize: int
 ) -> None:
     # The initializer has imported this module before the first task's time runs.
-    begin = {"initializer": square, "initargs": (0,)}
+    begin = {"initializer": start_or_square, "initargs": ((tmp_path, 0),)}
     with ProcessPoolExecutor(1, task_timeout=1, max_retries=0, **begin) as pool:
         results = pool.map(start_or_square, [(tmp_path, n) for n in range(5)], chunksize=chunksize)
         assert [next(results) for _ in range(3)] == [0, 1, 4]
