@@ -219,7 +219,7 @@ def idle_consumers(settings: Settings) -> Row:
     progress(question)
     shares = [share() for _ in range(settings.runs)]
     middle = statistics.median(shares)
-    targets = [Target("{} % of a core", 2.0, middle, at_most=True)]
+    targets = [Target("{} % of a core", 0.5, middle, at_most=True)]
     spread = f"{min(shares):.2f} to {max(shares):.2f} %"
     return Row(question, f"{middle:.2f} %", targets, spread, {"shares": shares})
 

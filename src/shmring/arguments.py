@@ -36,20 +36,25 @@ def checked_timeout(timeout: float | None, name: str = "timeout") -> float | Non
     raise InvalidArgument(f"{name}={timeout!r}: a number of seconds, or None to wait for ever")
 
 
-def checked_int(value: object, name: str) -> int:
+def checked_int(value: object, name: str, least: int | None = None) -> int:
     """Return an integer, asked for once: an object may answer otherwise the second time.
 
     Args:
         value: anything with ``__index__``.
         name: of the argument, for the error.
+        least: the smallest value that is possible; None for any.
 
     Raises:
         TypeError: it is no integer.
+        InvalidArgument: it is below `least`.
     """
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}") from None
+    if least is not None and number < least:
+        raise InvalidArgument(f"{name}={number}: at least {least} is needed")
+    return number
 
 
 def checked_maxsize(maxsize: object, most: int = (1 << 63) - 1) -> int:

@@ -110,7 +110,7 @@ def test_a_page_is_opened_and_left_and_survives_its_ring() -> None:
     waiter = {"pid": 1, "waits_for": "a message", "call": "get", "seconds": 3.0, "state": "alive"}
     top.update([block("jobs", waiters=[waiter], consumers=[1], deliveries={1: 2048})])
     top.press("enter")
-    assert top.needs_detail
+    assert top.page == "jobs"
     text = "\n".join(each.text for each in top.lines(30, 100))
     assert re.search(r"^ +1 alive +get +3s +2\.0kB +- +a message", text, re.M)
     assert "process 1 waits in get for a message, 3.0 s" in text

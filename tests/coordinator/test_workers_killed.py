@@ -21,7 +21,7 @@ import pytest
 
 from header import is_stopped
 from shmring import Queue
-from shmring.coordinator.coordinator import _NamespaceSlots, coordinator_process
+from shmring.coordinator.coordinator import coordinator_process
 from shmring.coordinator.external_workers import ExternalWorkers
 from shmring.coordinator.worker import worker_process
 from shmring.errors import TaskTimeout, WorkerDied
@@ -303,7 +303,7 @@ def stand_by(namespace: str) -> None:
 @pytest.mark.fault(17)
 def test_a_worker_whose_pid_had_a_dead_one_is_not_taken_for_it(ipc: HighPerformanceIPC) -> None:
     """The dead one is made of a slot: the PID of the living one, started a tick earlier."""
-    workers = ExternalWorkers(_NamespaceSlots(ipc), 2, 60.0)
+    workers = ExternalWorkers(ipc.registry_entries, 2, 60.0)
     with (
         HighPerformanceIPC("ghost", namespace=ipc.namespace) as ghost,
         run_in_process(stand_by, ipc.namespace) as living,

@@ -413,13 +413,14 @@ def test_a_worker_that_vanishes_before_it_is_killed_is_no_error(
         workers = pool._manager.workers
         (seen,) = workers.living()
 
-        def vanish(_: object) -> bool:
-            os.kill(seen.pid, signal.SIGKILL)
-            wait_for(lambda: not Path(f"/proc/{seen.pid}").exists(), 30)
-            return True
+        @contextlib.contextmanager
+        def vanish(pid: int) -> Iterator[None]:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{pid}").exists(), 30)
+            yield
 
-        monkeypatch.setattr(workers._seen, "is_at", vanish)
-        assert not workers.kill(seen)
+        monkeypatch.setattr("shmring.tasks.workers._stopped", vanish)
+        assert not workers.signal(seen, signal.SIGKILL)
 
 
 # ---- limits ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import shmring
@@ -45,7 +46,11 @@ def test_joblibs_own_tests_pass_in_the_place_of_loky(chosen: str, tmp_path: Path
             *("-c", str(settings), "-p", "joblib_on_ours", "-k", chosen),
             *("--pyargs", "joblib.test.test_parallel"),
         ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a second of CPU
+        },
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -72,6 +77,12 @@ def test_lambdas_and_closures_are_sent_and_come_back() -> None:
     base = 5
     functions = in_parallel(joblib.delayed(lambda n: lambda: n + base)(n) for n in range(3))
     assert [each() for each in functions] == [5, 6, 7]
+
+
+def test_a_shared_array_arrives_read_only_in_each_task() -> None:
+    shared = shmring.share(np.arange(1000))
+    calls = (joblib.delayed(lambda a: (a.flags.writeable, int(a.sum())))(shared) for _ in range(8))
+    assert in_parallel(calls) == [(False, 499_500)] * 8
 
 
 def test_what_a_killed_worker_was_at_runs_again(tmp_path: Path) -> None:

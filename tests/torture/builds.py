@@ -89,6 +89,7 @@ DIRECT = "cython/shmring/_core/fast_path.pxd"
 # The general way, and what has the direct one compiled in.
 WITH_DIRECT = ("ring", "bytes_ring", "object_ring")
 BLOCK, LENDING = "cython/shmring/_core/block.h", "cython/shmring/_core/lending.pxd"
+SEGMENTS = "            for segment in item.segments[:item.count]:\n                memcpy(out,"
 SYNC, AREA = "cython/shmring/_core/sync.h", "cython/shmring/_core/area.h"
 
 QUICK = Patch("setup.py", '"-O3"', '"-O1"')  # to compile, and with more instructions to die at
@@ -100,10 +101,9 @@ BUILDS = {
         [
             Patch(
                 CORE,
-                "            for i in range(items[at].count):\n                memcpy(out,",
+                SEGMENTS,
                 "            count_on(&h.put_count, start, pos + span, at + 1 - done[0])\n"
-                "            store_release64(&h.write_position, pos + span)\n"
-                "            for i in range(items[at].count):\n                memcpy(out,",
+                "            store_release64(&h.write_position, pos + span)\n" + SEGMENTS,
             ),
             Patch(
                 DIRECT,

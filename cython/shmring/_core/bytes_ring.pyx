@@ -336,8 +336,8 @@ cdef class MessageRing(RingHandle):
             segments = <Segment *>PyMem_Malloc(n * sizeof(Segment))
             if segments == NULL:
                 raise MemoryError
-            for i in range(n):
-                fill_item(&items[i], &segments[i], held[i])
+            for i, obj in enumerate(held):
+                fill_item(&items[i], &segments[i], obj)
             try:
                 if put_or_wait(self, items, n, &done, NULL, block, timeout) < n:
                     raise Full(f"{done} of {n} objects went in")

@@ -259,6 +259,8 @@ cdef class RingCore:
         cdef uint64_t budget = 0xFFFFFFFFFFFFFFFF
         cdef Py_ssize_t at = done[0]
         cdef Py_ssize_t j
+        cdef Item *item
+        cdef Segment segment
         cdef Frame *frame
         cdef char *out
         cdef int result = DONE
@@ -303,22 +305,23 @@ cdef class RingCore:
                     m = self.producer_mapping
                 if result != DONE:
                     break
+            item = &items[at]
             frame = <Frame *>(m.data + (pos & m.mask))
-            frame_begin(frame, pos, items[at].length, items[at].kind,
-                        SHMRING_WHOLE if items[at].owner == 0 else SHMRING_RESERVED, items[at].owner)
-            if items[at].lending != NULL:
-                frame.state = SHMRING_LENT
-                for i in range(items[at].lending.count):  # counts with the commit, not before
-                    store_release64(&items[at].lending.space.blocks[items[at].lending.indices[i]].position, pos)
-                items[at].lending.sent = True
             out = <char *>frame + SHMRING_FRAME_BYTES
-            if items[at].owner != 0:  # written in place, after the lock is released
+            frame_begin(frame, pos, item.length, item.kind, SHMRING_WHOLE, item.owner)
+            if item.lending != NULL:
+                frame.state = SHMRING_LENT
+                for i in range(item.lending.count):  # counts with the commit, not before
+                    store_release64(&item.lending.space.blocks[item.lending.indices[i]].position, pos)
+                item.lending.sent = True
+            elif item.owner != 0:  # written in place, after the lock is released
+                frame.state = SHMRING_RESERVED
                 fetch_add64(&m.references, 1)
-                items[at].mapping = m
-                items[at].payload = out
-            for i in range(items[at].count):
-                memcpy(out, items[at].segments[i].data, items[at].segments[i].length)
-                out += items[at].segments[i].length
+                item.mapping = m
+                item.payload = out
+            for segment in item.segments[:item.count]:
+                memcpy(out, segment.data, segment.length)
+                out += segment.length
             if position != NULL:
                 position[0] = pos
             pos += span

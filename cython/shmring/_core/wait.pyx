@@ -341,8 +341,10 @@ cdef Py_ssize_t put_or_wait(RingHandle ring, Item *items, Py_ssize_t count, Py_s
             ring.check_open()
         for i in range(count):
             bytes += items[i].length
-            if items[i].length > ring.largest:
-                raise _warnings.too_large(items[i].length, ring.header.max_capacity, ring.largest)
+        if bytes > ring.largest:
+            for i in range(count):
+                if items[i].length > ring.largest:
+                    raise _warnings.too_large(items[i].length, ring.header.max_capacity, ring.largest)
         if bytes <= GIL_BYTES:
             result = ring.put_items(items, count, done, position, 0)
             if result == DONE:

@@ -28,7 +28,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from shmring import _backend as backends
-from shmring.cli.common import WRONG, Stop, amount, cut, dump, width
+from shmring.cli.common import WRONG, Stop, amount, dump, show
 
 __all__ = ["Row", "bench", "measure", "svg_of"]
 
@@ -70,15 +70,14 @@ def bench(options: argparse.Namespace) -> int:
         except OSError as error:
             raise Stop(f"--svg {options.svg}: {error.strerror}", WRONG) from None
     rows = []
-    columns = width()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     if not options.json:
-        print(cut(f"{'a second':<18} {_NAMES[0]:>16} {_NAMES[1]:>10}   times", columns))
+        show([f"{'a second':<18} {_NAMES[0]:>16} {_NAMES[1]:>10}   times"])
     for row in measure(options.seconds):
         rows.append(row)
         if not options.json:
             rates = f"{amount(row.multiprocessing):>16} {amount(row.shmring):>10}"
-            print(cut(f"{row.name:<18} {rates} {row.ratio:>7.1f}", columns), flush=True)
+            show([f"{row.name:<18} {rates} {row.ratio:>7.1f}"])
     if options.svg is not None:
         with open(options.svg, "w", encoding="utf-8") as file:
             file.write(svg_of(rows))
@@ -86,8 +85,7 @@ def bench(options: argparse.Namespace) -> int:
         shown = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
         print(dump({"machine": _machine(), "load": load, "rows": shown}))
     else:
-        print(cut(f"{_machine()}, load {load:.1f}", columns))
-        print(cut(_MEANING, columns))
+        show([f"{_machine()}, load {load:.1f}", _MEANING])
     return 0
 
 

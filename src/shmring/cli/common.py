@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "need_ring",
     "printable",
     "rich_console",
+    "show",
     "size",
     "table",
     "width",
@@ -113,6 +115,14 @@ def cut(line: str, columns: int | None) -> str:
     if columns is None or len(line) <= columns:
         return line
     return line[: max(0, columns - 1)] + "…"
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, cut to the terminal."""
+    columns = width()
+    for line in lines:
+        print(cut(line, columns))
+    sys.stdout.flush()
 
 
 def rich_console() -> Console:

@@ -30,7 +30,6 @@ import re
 import signal
 import stat
 import statistics
-import sys
 import sysconfig
 import tempfile
 import time
@@ -45,7 +44,6 @@ from shmring.tasks.interrupts import interrupts_held
 from shmring.tasks.workers import WorkerReport
 
 __all__ = [
-    "MOST_WORKERS",
     "Outcome",
     "Part",
     "Rates",
@@ -56,8 +54,6 @@ __all__ = [
     "find_sources",
     "run_demo",
 ]
-
-MOST_WORKERS = 61 if sys.platform == "win32" else 128
 
 _WORD = re.compile(r"\w+")
 # The words of a block stay in the cache of one core.
@@ -84,16 +80,10 @@ class _NoText(ValueError):
 
 
 class Part(NamedTuple):
-    """What a chunk of files contains.
-
-    Attributes:
-        counts: how often each word stands there.
-        stamps: the size and the time of the last change of each file when it was read.
-        skipped: files that were not counted.
-    """
+    """What a chunk of files contains."""
 
     counts: collections.Counter[str]
-    stamps: dict[str, tuple[int, int]]
+    stamps: dict[str, tuple[int, int]]  # size and last change of each file when it was read
     skipped: list[Skipped]
 
 
@@ -116,33 +106,18 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """All there is to be known about one run.
+    """All there is to be known about one run."""
 
-    Attributes:
-        correct: one process alone counts the same, and every message arrived as it was sent.
-        files: how many were counted.
-        words: how many they have.
-        top: the ten most frequent words.
-        skipped: files that turned out to be no text, or not to be there.
-        unchecked: files that changed before they could be counted again.
-        workers: one row for each, the dead included; none on the fallback.
-        killed: how many workers died.
-        retried: how often a chunk was counted again for that.
-        seconds: how long the pool took, its start and end included.
-        seconds_alone: how long one process took for the same.
-        rates: the comparison.
-    """
-
-    correct: bool
+    correct: bool  # one process alone counts the same, and every message arrived as it was sent
     files: int
     words: int
-    top: list[tuple[str, int]]
+    top: list[tuple[str, int]]  # the ten most frequent words
     skipped: list[Skipped]
-    unchecked: list[Skipped]
-    workers: tuple[WorkerReport, ...]
+    unchecked: list[Skipped]  # they changed before they could be counted again
+    workers: tuple[WorkerReport, ...]  # the dead included; none on the fallback
     killed: int
     retried: int
-    seconds: float
+    seconds: float  # start and end of the pool included
     seconds_alone: float
     rates: Rates
 
@@ -154,18 +129,11 @@ def run_demo(
 
     Args:
         files: from :func:`find_files`.
-        workers: how many processes count, 1 to ``MOST_WORKERS``.
+        workers: how many processes count.
         messages: how many messages the comparison sends.
         kill: whether a worker is killed in the middle; not on the fallback.
         tell: called with a stage ("count", "check" or "compare"), how many
             steps of it are done, and of how many.
-
-    Returns:
-        what came out.
-
-    Raises:
-        ShmringError: the workers could not do it, or the consumer of the comparison died.
-        BrokenExecutor: the pool broke.
     """
     chunks = _chunks(files, workers * _CHUNKS_A_WORKER)
 
@@ -215,11 +183,7 @@ def _executor(workers: int, retries: int = 2, **options: Any) -> Any:
 
 
 def find_sources() -> tuple[dict[str, int], list[Skipped]]:
-    """The sources of the standard library of this Python: text that every machine has.
-
-    Returns:
-        as :func:`find_files`, but nothing that was installed, and no byte code.
-    """
+    """The sources of the standard library of this Python: text that every machine has."""
     found, skipped = find_files(
         sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "__pycache__"}
     )
@@ -230,14 +194,10 @@ def find_files(path: str, without: set[str] | None = None) -> tuple[dict[str, in
     """The regular files under a path, in order.
 
     Links to files are followed, links to folders are not: they might lead round
-    in a circle.
-
-    Args:
-        path: a folder, or one file.
-        without: names of folders that are left out.
+    in a circle.  Folders named in `without` are left out.
 
     Returns:
-        the files with their sizes, and what is none or cannot be looked into.
+        The files with their sizes, and what is none or cannot be looked into.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -299,11 +259,7 @@ def _chunks(files: dict[str, int], number: int) -> list[list[str]]:
 
 
 def count_files(paths: Iterable[str]) -> Part:
-    """Count the words of files: what the workers do, and one process alone.
-
-    Args:
-        paths: the files.
-    """
+    """Count the words of files: what the workers do, and one process alone."""
     part = Part(collections.Counter(), {}, [])
     for path in paths:
         try:
@@ -323,12 +279,7 @@ def _count_and_die_once(folder: str, paths: list[str]) -> Part:
 
 
 def _count_file(path: str, counts: collections.Counter[str]) -> tuple[int, int]:
-    """Add the words of a file to `counts`; returns its stamp.
-
-    Raises:
-        _NoText: nothing was added.
-        OSError: it cannot be read.
-    """
+    """Add the words of a file to `counts`, or nothing if it is no text; return its stamp."""
     with open(path, "rb", opener=_open_without_waiting) as file:
         found = _regular(os.fstat(file.fileno()))
         if any(b"\0" in block for block in iter(lambda: file.read(_BLOCK_NBYTES), b"")):
@@ -382,13 +333,6 @@ def _compare(parts: list[Part], parts_alone: list[Part]) -> tuple[bool, list[Ski
 
 def compare_queues(messages: list[Any], tell: Tell) -> Rates:
     """Send the same messages to another process through either kind of queue, by turns.
-
-    Args:
-        messages: anything that can be pickled and compared; sent five times.
-        tell: as for :func:`run_demo`.
-
-    Returns:
-        the medians of the rates.
 
     Raises:
         ShmringError: the other process died (on the fallback BrokenExecutor) or stands still.

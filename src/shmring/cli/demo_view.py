@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmring import _backend as backends
-from shmring.cli.common import IMPOSSIBLE, WRONG, Stop, many, printable, rich_console, table
+from shmring.cli.common import IMPOSSIBLE, WRONG, Stop, dump, many, printable, rich_console, table
 from shmring.cli.demo import Outcome, Skipped, Tell, find_files, find_sources, run_demo
 
 if TYPE_CHECKING:
@@ -57,22 +56,17 @@ def demo(options: argparse.Namespace) -> int:
             outcome = run(tell=tell)
     _name_skipped(skipped + outcome.skipped, outcome.unchecked)
     if shown is None:
-        print(json.dumps(_summary(outcome, options.workers)))
+        print(dump(_summary(outcome, options.workers)))
     else:
         _show(outcome, shown)
     return 0 if outcome.correct else WRONG
 
 
 def _summary(outcome: Outcome, workers: int) -> dict[str, Any]:
+    names = ("correct", "files", "words", "killed", "retried", "seconds", "seconds_alone")
     return {
-        "correct": outcome.correct,
-        "files": outcome.files,
-        "words": outcome.words,
+        **{name: getattr(outcome, name) for name in names},
         "workers": workers,
-        "killed": outcome.killed,
-        "retried": outcome.retried,
-        "seconds": outcome.seconds,
-        "seconds_alone": outcome.seconds_alone,
         "rate_shmring": outcome.rates.shmring,
         "rate_multiprocessing": outcome.rates.multiprocessing,
         "ratio": outcome.rates.ratio,

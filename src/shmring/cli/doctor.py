@@ -10,11 +10,10 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from shmring.cli.common import WRONG, cut, dump, size, width
+from shmring.cli.common import WRONG, dump, show, size
 
 __all__ = ["Check", "checks", "doctor"]
 
@@ -47,11 +46,10 @@ def doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(dump({"ok": not bad, "checks": [each._asdict() for each in found]}))
         return WRONG if bad else 0
-    columns = width()
     for each in found:
-        print(cut(f"{each.state:<5} {each.name:<16} {each.found}", columns))
+        show([f"{each.state:<5} {each.name:<16} {each.found}"])
         if each.remedy:
-            print(cut(f"      {'':<16} -> {each.remedy}", columns))
+            show([f"      {'':<16} -> {each.remedy}"])
     return WRONG if bad else 0
 
 
@@ -75,13 +73,9 @@ def checks() -> list[Check]:
         try:
             found.append(look())
         except Exception as error:
-            found.append(_unknown(look, error))
+            name = look.__name__.strip("_").replace("_", " ")
+            found.append(Check(name, "note", f"cannot be told: {type(error).__name__}: {error}"))
     return found
-
-
-def _unknown(look: Callable[[], Check], error: Exception) -> Check:
-    name = look.__name__.strip("_").replace("_", " ")
-    return Check(name, "note", f"cannot be told: {type(error).__name__}: {error}")
 
 
 def _back_end() -> Check:
@@ -96,16 +90,13 @@ def _back_end() -> Check:
         return Check("back end", "ok", "ring: the compiled extension")
     if wanted == "queue":
         return Check("back end", "note", "queue: SHMRING_BACKEND=queue asks for the fallback")
-    reason = str(caught[0].message) if caught else _why_no_extension()
+    reason = str(caught[0].message) if caught else "a module of the extension is missing"
+    if not caught:  # it was imported, and the reason told, before
+        try:
+            from shmring._core import object_ring  # noqa: F401
+        except ImportError as error:
+            reason = str(error)
     return Check("back end", "bad", f"queue, the fallback: {reason}", "see the lines below")
-
-
-def _why_no_extension() -> str:
-    try:
-        from shmring._core import object_ring  # noqa: F401
-    except ImportError as error:
-        return str(error)
-    return "a module of the extension is missing"
 
 
 def _python() -> Check:

@@ -6,24 +6,14 @@ import argparse
 import reprlib
 from typing import Any
 
-from shmring.cli.common import (
-    WRONG,
-    Stop,
-    age,
-    cut,
-    dump,
-    many,
-    need_ring,
-    printable,
-    size,
-    width,
-)
-from shmring.cli.listing import fill_of, find_block, findings, row_of
+from shmring.cli.common import WRONG, Stop, age, dump, many, need_ring, printable, show, size
+from shmring.cli.listing import fill_of, find_block, findings, table_lines
 
 __all__ = ["facts_lines", "inspect"]
 
 _MOST_DECODED = 1 << 20  # bytes of a message that is decoded
 _HEX_BYTES = 64
+_SHOWN = ("position", "length", "kind", "codec", "state", "owner")  # of a frame
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -43,25 +33,21 @@ def inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(dump({**block, "commands": commands, "frames": frames}))
         return 0
-    columns = width()
-    for line in [*facts_lines(block), *findings(block)]:
-        print(cut(line, columns))
-    for pid, command in commands.items():
-        print(cut(f"process {pid}: {printable(command)}", columns))
+    show([*facts_lines(block), *findings(block)])
+    show(f"process {pid}: {printable(command)}" for pid, command in commands.items())
     if frames:
-        print(f"the last {many(len(frames), 'frame')}, the newest last:")
+        show([f"the last {many(len(frames), 'frame')}, the newest last:"])
     for frame in frames:
         owner = f" by process {frame['owner']}" if frame["owner"] else ""
-        print(
-            cut(
+        more = " ..." if frame["length"] > _HEX_BYTES else ""
+        show(
+            [
                 f"  at {frame['position']}: {many(frame['length'], 'byte')}, {frame['codec']},"
                 f" {frame['state']}{owner}",
-                columns,
-            )
+                f"    {frame['hex']}{more}",
+                f"    {frame['value'] or '(' + frame['why_not'] + ')'}",
+            ]
         )
-        more = " ..." if frame["length"] > _HEX_BYTES else ""
-        print(cut(f"    {frame['hex']}{more}", columns))
-        print(cut(f"    {frame['value'] or '(' + frame['why_not'] + ')'}", columns))
     return 0
 
 
@@ -118,12 +104,7 @@ def _frames(fd: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             why_not = printable(str(error) or type(error).__name__)
         shown.append(
             {
-                "position": frame.position,
-                "length": frame.length,
-                "kind": frame.kind,
-                "codec": frame.codec,
-                "state": frame.state,
-                "owner": frame.owner,
+                **{name: getattr(frame, name) for name in _SHOWN},
                 "hex": frame.payload[:_HEX_BYTES].hex(" ", 4),
                 "value": value,
                 "why_not": why_not,
@@ -145,13 +126,6 @@ def _process(
     if options.json:
         print(dump({"pid": pid, "state": state, "command": command, "open": blocks}))
         return 0
-    columns = width()
-    print(cut(f"process {pid} ({state}): {printable(command)}", columns))
-    name_width = max(len(block["id"]) + 2 for block in blocks)
-    print(cut(row_of(None, name_width, columns), columns))
-    for block in blocks:
-        print(cut(row_of(block, name_width, columns), columns))
-        for line in findings(block):
-            if f"process {pid}" in line:
-                print(cut(f"    {line}", columns))
+    show([f"process {pid} ({state}): {printable(command)}"])
+    show(table_lines(blocks, f"process {pid}"))
     return 0

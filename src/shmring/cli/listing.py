@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import time
@@ -21,11 +22,22 @@ from shmring.cli.common import (
     dump,
     need_ring,
     printable,
+    show,
     size,
     width,
 )
 
-__all__ = ["COLUMNS", "fill_of", "find_block", "findings", "ls", "rm", "row_of", "watch"]
+__all__ = [
+    "COLUMNS",
+    "fill_of",
+    "find_block",
+    "findings",
+    "ls",
+    "rm",
+    "row_of",
+    "table_lines",
+    "watch",
+]
 
 # Title, and how wide; the last ones go first where the terminal is narrow.  The name gets the rest.
 COLUMNS = [
@@ -56,14 +68,18 @@ def ls(options: argparse.Namespace) -> int:
     if not found:
         print(_no_place() or "nothing of ours in shared memory")
         return 0
+    show(table_lines(found))
+    return 0
+
+
+def table_lines(found: list[dict[str, Any]], about: str = "") -> Iterator[str]:
+    """The table, and below each row what stands out and contains `about`."""
     columns = width()
     name_width = max(_LEAST_NAME, *(len(_label(each)) for each in found))
-    print(cut(row_of(None, name_width, columns), columns))
+    yield row_of(None, name_width, columns)
     for block in found:
-        print(cut(row_of(block, name_width, columns), columns))
-        for line in findings(block):
-            print(cut(f"    {line}", columns))
-    return 0
+        yield row_of(block, name_width, columns)
+        yield from (f"    {line}" for line in findings(block) if about in line)
 
 
 def row_of(block: dict[str, Any] | None, name_width: int, columns: int | None) -> str:
@@ -206,17 +222,18 @@ def watch(options: argparse.Namespace) -> int:
         named = block["name"]
         with Observer(named, scan_s=options.interval) as one:
             due = time.monotonic()
-            left = options.count
             one.look()
-            while left is None or left > 0:
+            for _ in itertools.count() if options.count is None else range(options.count):
                 due = max(time.monotonic(), due + options.interval)
                 time.sleep(max(0.0, due - time.monotonic()))
                 try:
                     block = find_block(one.look(), options.name)
                 except FileNotFoundError:
                     raise Stop(f"{printable(options.name)} has gone", WRONG) from None
-                print(dump(block) if options.json else cut(_line_of(block), width()), flush=True)
-                left = None if left is None else left - 1
+                if options.json:
+                    print(dump(block), flush=True)
+                else:
+                    show([_line_of(block)])
     return 0
 
 
@@ -240,7 +257,9 @@ def rm(options: argparse.Namespace) -> int:
         raise Stop("give names, or --stale (see shmring rm --help)", IMPOSSIBLE)
     if options.names:
         need_ring("rm NAME")
-    outcome = _removed_stale() if options.stale else _removed(options.names, options.force)
+        outcome = _removed(options.names, options.force)
+    else:
+        outcome = {"removed": backends.cleanup_stale(), "refused": {}}
     if options.json:
         print(dump(outcome))
     else:
@@ -251,10 +270,6 @@ def rm(options: argparse.Namespace) -> int:
     for name, why in outcome["refused"].items():
         print(f"shmring: {printable(name)}: {printable(why)}", file=sys.stderr)
     return WRONG if outcome["refused"] else 0
-
-
-def _removed_stale() -> dict[str, Any]:
-    return {"removed": backends.cleanup_stale(), "refused": {}}
 
 
 def _removed(names: list[str], force: bool) -> dict[str, Any]:

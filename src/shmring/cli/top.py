@@ -2,12 +2,12 @@
 
 ::
 
-    keys --> Top: pages, order, histories --> lines of text with styles --> curses
+    keys --> Top: pages, order, histories --> lines of text with styles --> terminal
                       ^
     Observer ---------+  every interval
 
-:class:`Top` knows no terminal; :func:`top` draws what it says with curses, which
-every Python on Linux has, and which sends the terminal only what changed.
+:class:`Top` knows no terminal.  :func:`top` draws what it says: curses, which every
+Python on Linux has, knows keys and capabilities of the terminal.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -78,11 +80,6 @@ class Top:
         self._bars = _BARS if unicode else _PLAIN_BARS
         self._observer: Observer | None = None
 
-    @property
-    def needs_detail(self) -> bool:
-        """Whether the page shows what costs further system calls."""
-        return self.page is not None
-
     def update(self, found: list[dict[str, Any]], observer: Observer | None = None) -> None:
         """Take in a look of an observer."""
         self._observer = observer
@@ -115,15 +112,12 @@ class Top:
         elif self.page is None and key in ("enter", "right"):
             self.page = self._chosen
         elif self.page is None and key in ("up", "down", "page up", "page down"):
+            ids = [each["id"] for each in self._found]
             step = {"up": -1, "down": 1, "page up": -10, "page down": 10}[key]
-            self._move(step)
+            if ids:
+                at = ids.index(str(self._chosen)) + step
+                self._chosen = ids[min(max(0, at), len(ids) - 1)]
         return True
-
-    def _move(self, step: int) -> None:
-        ids = [each["id"] for each in self._found]
-        if ids:
-            at = ids.index(str(self._chosen))
-            self._chosen = ids[min(max(0, at + step), len(ids) - 1)]
 
     # -- lines ---------------------------------------------------------------------------------
 
@@ -221,12 +215,14 @@ class Top:
             if pid in holding:
                 doing = f"holds {holding[pid]['holds']}"
             taken = block.get("deliveries", {}).get(pid)
+            command = self._observer.processes.command(pid) if self._observer else ""
             yield Line(
-                f"{pid:>7} {self._state(pid, block):<7} {'+'.join(roles) or '-':<7}"
+                f"{pid:>7} {'stopped' if pid in block['stopped'] else 'alive':<7}"
+                f" {'+'.join(roles) or '-':<7}"
                 f" {age(known['seconds']) if known else '-':>3}"
                 f" {f'{amount(taken)}B' if taken else '-':>8}"
                 f" {age(beats[pid]) if pid in beats else '-':>5}"
-                f"  {doing:<21} {self._command(pid)}",
+                f"  {doing:<21} {printable(command)}",
                 "bad" if pid in block["stopped"] else "",
             )
 
@@ -243,13 +239,6 @@ class Top:
                 f" {printable(each['waits_for'] or '')}",
                 "bad" if each["state"] in ("dead", "stopped") else "",
             )
-
-    @staticmethod
-    def _state(pid: int, block: dict[str, Any]) -> str:
-        return "stopped" if pid in block["stopped"] else "alive"
-
-    def _command(self, pid: int) -> str:
-        return printable(self._observer.processes.command(pid)) if self._observer else ""
 
 
 def _is_bad(block: dict[str, Any]) -> bool:
@@ -276,6 +265,8 @@ def top(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # restores the terminal
     try:
         curses.setupterm()
+        if not _capability("cup", 0, 0):
+            raise curses.error("it cannot move its cursor")
         with _screen() as screen:
             _show(screen, options)
     except curses.error as error:
@@ -297,8 +288,10 @@ def _screen() -> Iterator[Any]:
         screen.keypad(True)
         with contextlib.suppress(curses.error):  # a terminal may be unable to hide it
             curses.curs_set(0)
+        curses.putp(_capability("rmam"))  # wide characters may not fit on a line
         yield screen
     finally:
+        curses.putp(_capability("smam"))
         screen.keypad(False)
         curses.echo()
         curses.nocbreak()
@@ -337,10 +330,9 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
         ord("k"): "up",
         ord("j"): "down",
     }
-    styles = _styles(curses)
+    lines = _Lines(screen)
     shown = Top(unicode=locale.getpreferredencoding(False).upper() in ("UTF-8", "UTF8"))
     looks = 0
-    drawn: list[Line] | None = None
     with Observer(scan_s=_SCAN_S) as observer:
         due = time.monotonic()
         while options.count is None or looks < options.count:
@@ -348,52 +340,75 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
             if now >= due:
                 due = now + options.interval
                 if not shown.paused:
-                    shown.update(observer.look(detail=shown.needs_detail), observer)
+                    shown.update(observer.look(detail=shown.page is not None), observer)
                 looks += 1
-            drawn = _draw(screen, shown, styles, drawn)
+            lines.draw(shown)
             screen.timeout(max(1, math.ceil(1000 * (due - time.monotonic()))))
             key = screen.getch()
             if key == curses.KEY_RESIZE:
-                drawn = None
+                lines.forget()
             if key in (-1, curses.KEY_RESIZE):
                 continue
             if not shown.press(keys.get(key, chr(key) if 0 < key < 256 else "")):
                 return
-            if shown.needs_detail and not shown.paused:
+            if shown.page is not None and not shown.paused:
                 due = time.monotonic()  # the page shows more than the list has looked at
 
 
-def _styles(curses: Any) -> dict[str, int]:
-    styles = {
-        "": curses.A_NORMAL,
-        "head": curses.A_BOLD,
-        "chosen": curses.A_REVERSE,
-        "bad": curses.A_BOLD,
-        "dim": curses.A_DIM,
-    }
-    if not os.environ.get("NO_COLOR") and curses.has_colors():
-        curses.start_color()
-        curses.use_default_colors()
-        curses.init_pair(1, curses.COLOR_RED, -1)
-        curses.init_pair(2, curses.COLOR_CYAN, -1)
-        styles["bad"] = curses.color_pair(1) | curses.A_BOLD
-        styles["head"] = curses.color_pair(2) | curses.A_BOLD
-    return styles
+class _Lines:
+    """The lines on the screen; of new ones, those that differ are written, all at once.
+
+    curses would write each piece that differs by a system call of its own, 140 at a look.
+    """
+
+    def __init__(self, screen: Any) -> None:
+        import curses
+        import locale
+
+        self._screen = screen
+        self._encoding = locale.getpreferredencoding(False)
+        self._shown: list[Line] = []
+        red = cyan = _capability("bold")
+        if not os.environ.get("NO_COLOR") and curses.tigetnum("colors") >= 8:
+            red += _capability("setaf", curses.COLOR_RED)
+            cyan += _capability("setaf", curses.COLOR_CYAN)
+        self._styles = {
+            "": b"",
+            "head": cyan,
+            "chosen": _capability("rev"),
+            "bad": red,
+            "dim": _capability("dim"),
+        }
+        self._plain, self._rest = _capability("sgr0"), _capability("el")
+
+    def forget(self) -> None:
+        """Write all lines the next time."""
+        self._shown = []
+
+    def draw(self, shown: Top) -> None:
+        """Show the lines of this moment."""
+        height, width = self._screen.getmaxyx()
+        lines = shown.lines(height, width - 1)
+        if len(self._shown) != len(lines):
+            self._screen.clear()
+            self._screen.refresh()
+            self._shown = [Line("")] * len(lines)
+        data = b""
+        for at, (line, old) in enumerate(zip(lines, self._shown, strict=True)):
+            if line != old:
+                text = line.text.ljust(width - 1) if line.style == "chosen" else line.text
+                data += _capability("cup", at, 0) + self._styles[line.style]
+                data += text.encode(self._encoding, "replace") + self._plain + self._rest
+        while data:
+            data = data[os.write(1, data) :]
+        self._shown = lines
 
 
-def _draw(screen: Any, shown: Top, styles: dict[str, int], before: list[Line] | None) -> list[Line]:
-    """Draw the lines that differ from those before; None: draw all of them."""
+@functools.lru_cache
+def _capability(name: str, *numbers: int) -> bytes:
+    """What to write to the terminal for an effect; nothing if it has none."""
     import curses
 
-    height, width = screen.getmaxyx()
-    lines = shown.lines(height, width - 1)
-    if before is None or len(before) != len(lines):
-        screen.erase()
-        before = [Line("")] * len(lines)
-    for at, (line, old) in enumerate(zip(lines, before, strict=True)):
-        if line != old:
-            # The last column stays free: writing there moves the cursor out of the screen.
-            with contextlib.suppress(curses.error):
-                screen.addnstr(at, 0, line.text.ljust(width - 1), width - 1, styles[line.style])
-    screen.refresh()
-    return lines
+    text = curses.tigetstr(name)
+    # Without the delays that a terminal of wire and paper needs.
+    return re.sub(rb"\$<[^>]*>", b"", curses.tparm(text, *numbers)) if text else b""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from shmring._backend import backend
-from shmring.arguments import checked_timeout
+from shmring.arguments import checked_int, checked_timeout
 from shmring.coordinator.external_workers import ExternalWorkers
 from shmring.coordinator.worker import (
     DATA_BUFFER,
@@ -22,10 +22,10 @@ from shmring.coordinator.worker import (
     RESULT_QUEUE,
     run_spawned_worker,
 )
-from shmring.errors import Full, InvalidArgument, NotSupportedByFallback, ShmringError
+from shmring.errors import InvalidArgument, NotSupportedByFallback, ShmringError
 from shmring.ipc.high_performance_ipc import HighPerformanceIPC, IPCStatistics
 from shmring.ipc.message import MessageType
-from shmring.ipc.registry import ProcessRole, RegistryEntry
+from shmring.ipc.registry import ProcessRole
 from shmring.tasks.channel import PoolCodec
 from shmring.tasks.dispatcher import Dispatcher
 from shmring.tasks.task_loop import echo
@@ -141,17 +141,14 @@ def coordinator_process(
         ShmringError: no worker came, or they die before they have done anything.
         BaseException: whatever a handler raised, the remote traceback as its cause.
     """
-    _check_number("num_workers", num_workers, 1)
-    _check_number("max_retries", max_retries, 0)
+    num_workers = checked_int(num_workers, "num_workers", 1)
+    max_retries = checked_int(max_retries, "max_retries", 0)
     task_timeout = checked_timeout(task_timeout, "task_timeout")
     worker_timeout = checked_timeout(worker_timeout, "worker_timeout")
     shutdown_timeout = checked_timeout(shutdown_timeout, "shutdown_timeout")
     if not spawn:
-        for name, value in (
-            ("handler", handler),
-            ("method", method),
-            ("task_timeout", task_timeout),
-        ):
+        only = {"handler": handler, "method": method, "task_timeout": task_timeout}
+        for name, value in only.items():
             if value is not None:
                 raise InvalidArgument(
                     f"{name}={value!r} is for spawn=True: others start the workers"
@@ -161,61 +158,63 @@ def coordinator_process(
             f"task_timeout={task_timeout:g}: a worker cannot be killed safely on the fallback, "
             "its death may wedge the pipe"
         )
-    if memoryview(shared_data).nbytes > DATA_BUFFER_BYTES:
+    nbytes = memoryview(shared_data).nbytes
+    if nbytes > DATA_BUFFER_BYTES:
         raise InvalidArgument(
-            f"shared_data of {memoryview(shared_data).nbytes} bytes: "
-            f"the data buffer holds {DATA_BUFFER_BYTES}"
+            f"shared_data of {nbytes} bytes: the data buffer holds {DATA_BUFFER_BYTES}"
         )
     was_present = ipc.is_registered
     slot = ipc.register(ProcessRole.COORDINATOR)
     try:
-        run = _Run(ipc, num_workers, queue_name, tasks, max_retries, return_exceptions, progress)
-        return run.run(
-            lambda: _workers(ipc, num_workers, spawn, queue_name, handler, method, worker_timeout),
-            task_timeout,
-            shared_data,
-            shutdown_timeout,
-        )
+        with contextlib.ExitStack() as stack:
+            queues = _open(ipc, queue_name, shared_data, stack)
+            workers: Workers
+            if spawn:
+                workers = _children(ipc, num_workers, queue_name, handler or echo, method)
+            else:
+                workers = ExternalWorkers(ipc.registry_entries, num_workers, worker_timeout)
+            dispatcher = Dispatcher(
+                *queues, workers, floor=num_workers + 1, task_timeout=task_timeout
+            )
+            run = _Run(ipc, queue_name, dispatcher, tasks, max_retries, return_exceptions, progress)
+            return run.run(num_workers, shutdown_timeout)
     finally:
         slot.set_role(ProcessRole.PEER)
         if not was_present:
             ipc.unregister()
 
 
-def _workers(
+def _open(
+    ipc: HighPerformanceIPC,
+    queue_name: str,
+    shared_data: bytes | bytearray | memoryview,
+    stack: contextlib.ExitStack,
+) -> tuple[Any, Any]:
+    """Make the task queue last: a worker that finds it finds the rest too.
+
+    What is closed at the end is what was made here: a name that is taken may be the caller's.
+    """
+    ipc.create_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
+    stack.callback(ipc.close_shared_memory, DATA_BUFFER)
+    if len(shared_data):
+        ipc.write_shared_data(DATA_BUFFER, shared_data)
+    for name in (RESULT_QUEUE, queue_name):
+        ipc._create_queue(name, 0, PoolCodec())
+        stack.callback(ipc.close_message_queue, name)
+    return ipc.message_queues[queue_name], ipc.message_queues[RESULT_QUEUE]
+
+
+def _children(
     ipc: HighPerformanceIPC,
     number: int,
-    spawn: bool,
     queue_name: str,
-    handler: Callable[[Any], Any] | None,
+    handler: Callable[[Any], Any],
     method: str | None,
-    worker_timeout: float,
-) -> Workers:
-    slots = _NamespaceSlots(ipc)
-    if not spawn:
-        return ExternalWorkers(slots, number, worker_timeout)
+) -> ChildWorkers:
     context: Any = multiprocessing.get_context(method)
     inherited = ipc if context.get_start_method() == "fork" else None
-    return ChildWorkers(
-        slots,
-        number,
-        run_spawned_worker,
-        (queue_name, handler or echo, ipc.namespace, inherited),
-        context,
-    )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _NamespaceSlots:
-    """The registry of a namespace, as the slots of its workers."""
-
-    ipc: HighPerformanceIPC
-
-    def entries(self) -> list[RegistryEntry]:
-        return self.ipc.registry_entries()
-
-    def entry(self, index: int) -> RegistryEntry | None:
-        return self.ipc.registry_entry(index)
+    args = queue_name, handler, ipc.namespace, inherited
+    return ChildWorkers(ipc.registry_entries, number, run_spawned_worker, args, context)
 
 
 class _Run:
@@ -224,16 +223,16 @@ class _Run:
     def __init__(
         self,
         ipc: HighPerformanceIPC,
-        number: int,
         queue_name: str,
+        dispatcher: Dispatcher,
         tasks: Iterable[Any],
         max_retries: int,
         return_exceptions: bool,
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._ipc = ipc
-        self._number = number
         self._queue_name = queue_name
+        self._dispatcher = dispatcher
         self._tasks: Iterator[Any] = iter(tasks)
         self._total = len(tasks) if isinstance(tasks, Sized) else None
         self.max_retries = max_retries
@@ -243,72 +242,38 @@ class _Run:
         self._results: dict[int, Any] = {}
         self._failure: BaseException | None = None
         self._heartbeats = 0
-        self._dispatcher: Dispatcher
+        dispatcher.on_message = self._heard
 
-    def run(
-        self,
-        make_workers: Callable[[], Workers],
-        task_timeout: float | None,
-        shared_data: bytes | bytearray | memoryview,
-        shutdown_timeout: float,
-    ) -> Report:
+    def run(self, number: int, shutdown_timeout: float) -> Report:
         started = time.monotonic()
-        ipc = self._ipc
-        with contextlib.ExitStack() as stack:
-            self._open(shared_data, stack)
-            workers = make_workers()
-            self._dispatcher = dispatcher = Dispatcher(
-                ipc.message_queues[self._queue_name],
-                ipc.message_queues[RESULT_QUEUE],
-                workers,
-                floor=self._number + 1,
-                task_timeout=task_timeout,
-                on_message=self._heard,
-            )
-            grace = _HASTE  # unless all goes well
-            try:
-                self._work()
-                grace = shutdown_timeout
-            finally:
-                self._dismiss(workers, grace)
-            table = dispatcher.table
-            with ipc._guard:
-                ipc.stats["messages_sent"] += table.submitted
-                ipc.stats["messages_received"] += table.answered_count + self._heartbeats
-                if backend == "ring":
-                    for queue in ipc.message_queues.values():
-                        ipc.stats["bytes_transferred"] += queue.statistics().bytes_put
-            if self._failure is not None and not self._return_exceptions:
-                raise self._failure
-            return Report(
-                results=[self._results[number] for number in range(table.submitted)],
-                workers=workers.reports(),
-                retried=table.retried,
-                died=dispatcher.died,
-                heartbeats=self._heartbeats,
-                seconds=time.monotonic() - started,
-                stats=ipc.get_stats(),
-            )
-
-    def _open(
-        self, shared_data: bytes | bytearray | memoryview, stack: contextlib.ExitStack
-    ) -> None:
-        """Make the task queue last: a worker that finds it finds the rest too.
-
-        What is closed at the end is what was made here: a name that is taken may be the caller's.
-        """
-        ipc = self._ipc
-        ipc.create_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
-        stack.callback(ipc.close_shared_memory, DATA_BUFFER)
-        if len(shared_data):
-            ipc.write_shared_data(DATA_BUFFER, shared_data)
-        for queue_name in (RESULT_QUEUE, self._queue_name):
-            ipc._create_queue(queue_name, 0, PoolCodec())
-            stack.callback(ipc.close_message_queue, queue_name)
+        ipc, dispatcher, table = self._ipc, self._dispatcher, self._dispatcher.table
+        grace = _HASTE  # unless all goes well
+        try:
+            dispatcher.workers.start(number)
+            self._work()
+            grace = shutdown_timeout
+        finally:
+            self._dismiss(grace)
+        with ipc._guard:
+            ipc.stats["messages_sent"] += table.submitted
+            ipc.stats["messages_received"] += table.answered_count + self._heartbeats
+            if backend == "ring":
+                for queue in ipc.message_queues.values():
+                    ipc.stats["bytes_transferred"] += queue.statistics().bytes_put
+        if self._failure is not None and not self._return_exceptions:
+            raise self._failure
+        return Report(
+            results=[self._results[number] for number in range(table.submitted)],
+            workers=dispatcher.workers.reports(),
+            retried=table.retried,
+            died=dispatcher.died,
+            heartbeats=self._heartbeats,
+            seconds=time.monotonic() - started,
+            stats=ipc.get_stats(),
+        )
 
     def _work(self) -> None:
         dispatcher = self._dispatcher
-        dispatcher.workers.start(self._number)
         while True:
             self._take_tasks()
             if self._exhausted and not len(dispatcher.table):
@@ -343,19 +308,16 @@ class _Run:
     def _heard(self, kind: str, worker_id: str, content: Any) -> None:
         self._heartbeats += kind == "beat"
 
-    def _dismiss(self, workers: Workers, grace: float) -> None:
+    def _dismiss(self, grace: float) -> None:
         """One SHUTDOWN message a worker, then wait for their end, or see to it."""
-        dispatcher = self._dispatcher
+        dispatcher, workers = self._dispatcher, self._dispatcher.workers
         try:
-            with contextlib.suppress(ShmringError, Full):
+            with contextlib.suppress(ShmringError):
                 if backend == "ring":
                     dispatcher.recall()  # after an error tasks are left
-                for _ in range(workers.to_dismiss()):
-                    self._ipc._send_control(self._queue_name, MessageType.SHUTDOWN)
-                deadline = time.monotonic() + grace
-                while not workers.all_gone() and time.monotonic() < deadline:
-                    dispatcher.take_in(0.005)  # so that no worker waits for room
-                dispatcher.take_in(0)
+                dispatcher.dismiss(
+                    lambda: self._ipc._send_control(self._queue_name, MessageType.SHUTDOWN), grace
+                )
                 if backend == "ring":
                     dispatcher.bring_in_departed()  # a death beside the last answer counts too
         finally:
@@ -371,10 +333,3 @@ class _RunTask(Task):
 
     def finish(self, outcome: Any) -> None:
         self._run.answered(self.number, outcome)
-
-
-def _check_number(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
-    if value < least:
-        raise InvalidArgument(f"{name}={value}: at least {least} is needed")

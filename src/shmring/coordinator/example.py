@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -90,12 +91,6 @@ def multiprocessing_example(
 def _log_summary(report: Report) -> None:
     _LOG.info("%d tasks in %.3f s on the %s", len(report.results), report.seconds, backend)
     for row in sorted(report.workers, key=lambda each: each.worker_id):
-        _LOG.info(
-            "%s: process %d, %d tasks, %d heartbeats, %s",
-            row.worker_id,
-            row.pid,
-            row.tasks,
-            row.heartbeats,
-            row.state,
-        )
+        facts = dataclasses.astuple(row)[:-1]
+        _LOG.info("%s: process %d, %d tasks, %d heartbeats, %s", *facts)
     _LOG.info("coordinator: %s", dict(report.stats))

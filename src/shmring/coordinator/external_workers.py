@@ -6,39 +6,36 @@ They are known from the registry, and their end is proved by what stands there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from shmring.errors import ShmringError
 from shmring.ipc.registry import RegistryEntry
 from shmring.ipc.slot import ProcessState
 from shmring.process.liveness import is_process_dead
-from shmring.tasks.workers import Departure, SeenWorkers, Slots, WorkerReport
+from shmring.tasks.workers import Departure, Workers
 
 __all__ = ["ExternalWorkers"]
 
 
-class ExternalWorkers:
-    """Workers that the caller starts, wherever it likes.
+class ExternalWorkers(Workers):
+    """Workers that the caller starts: they are waited for, and neither killed nor replaced.
 
     Args:
-        slots: the registry of the namespace.
+        entries: reads the registry of the namespace.
         number: how many are expected.
         patience: how long to do without any, in seconds.
     """
 
-    def __init__(self, slots: Slots, number: int, patience: float) -> None:
+    def __init__(
+        self, entries: Callable[[], list[RegistryEntry]], number: int, patience: float
+    ) -> None:
+        super().__init__(entries)
         self._number = number
         self._patience = patience
-        self._seen = SeenWorkers(slots)
         self._reaped: set[int] = set()  # their keys
         self._last_company = time.monotonic()
 
     def start(self, unanswered: int) -> None:
-        """Only check that there are any: starting them is the caller's part.
-
-        Raises:
-            ShmringError: there have been none for longer than the patience.
-        """
         now = time.monotonic()
         if self.living():
             self._last_company = now
@@ -49,8 +46,7 @@ class ExternalWorkers:
             )
 
     def departed(self) -> list[Departure]:
-        """Those that have ended since the last call."""
-        standing = {each.key for each in self._seen.look()}
+        standing = {each.key for each in self._look()}
         return [
             Departure(
                 entry.process_id,
@@ -60,76 +56,32 @@ class ExternalWorkers:
                 key=key,
                 useful=entry.tasks > 0,
             )
-            for key, entry in self._seen.last_seen.items()
+            for key, entry in self._last_seen.items()
             # A slot is taken again only from the dead: no longer standing proves it too.
             if key not in self._reaped and (key not in standing or entry.is_dead())
         ]
 
     def reap(self, departure: Departure, useful: bool) -> None:
-        """Forget one that has ended.
-
-        Args:
-            departure: from :meth:`departed`.
-            useful: of no use here.
-        """
         self._reaped.add(departure.key)
 
     def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """Those that ended, and lost their slot to the next before the coordinator looked.
-
-        Args:
-            holders: (pid, start ticks, key) of those that have a claim slot.
-        """
+        standing = {0, *(each.key for each in self._entries())}
         return [
             Departure(f"process {pid}", pid, start_ticks, clean=False, key=key)
             for pid, start_ticks, key in sorted(set(holders))
-            if is_process_dead(pid, start_ticks) or (key != 0 and not self._seen.has_slot(key))
+            if is_process_dead(pid, start_ticks) or key not in standing
         ]
 
-    def exitcode_of(self, pid: int) -> int | None:
-        """Not known: the coordinator is not the parent.
-
-        Args:
-            pid: the worker.
-        """
-        return None
-
     def living(self) -> list[RegistryEntry]:
-        """Those with a slot that have not ended."""
-        return [each for each in self._seen.look() if not each.is_dead()]
+        return [each for each in self._look() if not each.is_dead()]
 
     def pids(self) -> tuple[int, ...]:
-        """The workers with a slot that have not ended."""
         return tuple(entry.pid for entry in self.living())
 
     def to_dismiss(self) -> int:
         """One STOP message for each that lives, or may still come."""
-        self.departed()
-        return max(self._number - len(self._seen.last_seen), 0) + len(self.living())
+        return len(self.living()) + max(self._number - len(self._last_seen), 0)
 
     def all_gone(self) -> bool:
         """Whether as many as were expected have come, and all have gone."""
-        living = self.living()
-        return not living and len(self._seen.last_seen) >= self._number
-
-    def kill(self, seen: RegistryEntry) -> bool:
-        """Never: they are not ours."""
-        return False
-
-    def signal(self, seen: RegistryEntry, signum: int) -> bool:
-        """Never: they are not ours."""
-        return False
-
-    def stop(self, grace: float) -> None:
-        """Wait for all to go; they are not ours to end.
-
-        Args:
-            grace: how long, in seconds.
-        """
-        deadline = time.monotonic() + grace
-        while not self.all_gone() and time.monotonic() < deadline:
-            time.sleep(0.005)
-
-    def reports(self) -> list[WorkerReport]:
-        """All workers that there were."""
-        return self._seen.report({})
+        return not self.living() and len(self._last_seen) >= self._number

@@ -56,54 +56,18 @@ class Worker(TaskLoop):
         ipc: the worker's own, with the data buffer connected.
     """
 
-    def __init__(
-        self, ipc: HighPerformanceIPC, task_queue: str, handler: Callable[[Any], Any]
-    ) -> None:
-        self.ipc = ipc
-        self._task_queue = task_queue
-        self._given_handler = handler
-
-    def connect_and_run(self, timeout: float) -> None:
-        """Connect, work until SHUTDOWN or until the coordinator is gone.
-
-        Args:
-            timeout: how long to wait for the coordinator's queues, in seconds.
-
-        Raises:
-            RingNotFound: the coordinator did not make its queues until the deadline.
-        """
-        ipc = self.ipc
-        slot = ipc.register(ProcessRole.WORKER)
-        ipc._connect_queue(self._task_queue, timeout, PoolCodec())
-        try:
-            ipc._connect_queue(RESULT_QUEUE, 0.0, PoolCodec())
-            ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
-        except RingNotFound:
-            return  # the coordinator made them first and removed them first: it has ended
-        coordinator = self._find_coordinator()
-        if coordinator is None:
-            return
-        super().__init__(
-            ipc.process_id,
-            ipc.message_queues[self._task_queue],
-            ipc.message_queues[RESULT_QUEUE],
-            slot,
-            coordinator,
-            handler=self._given_handler,
-            leaves_at_interrupt=True,
-            heartbeat_interval=ipc.heartbeat_interval,
-        )
-        self.run()
+    ipc: HighPerformanceIPC
 
     def _send_heartbeat(self) -> None:
         self.ipc._send_control(RESULT_QUEUE, MessageType.HEARTBEAT)
         self.ipc.last_heartbeat = time.time()
 
-    def _find_coordinator(self) -> _Coordinator | None:
-        for entry in self.ipc.registry_entries():
-            if entry.role is ProcessRole.COORDINATOR and not entry.is_dead():
-                return _Coordinator(self.ipc, entry.index, entry.incarnation)
-        return None
+
+def _find_coordinator(ipc: HighPerformanceIPC) -> _Coordinator | None:
+    for entry in ipc.registry_entries():
+        if entry.role is ProcessRole.COORDINATOR and not entry.is_dead():
+            return _Coordinator(ipc, entry.index, entry.incarnation)
+    return None
 
 
 def worker_process(
@@ -137,8 +101,28 @@ def worker_process(
     process_id = f"worker-{worker_id}" if isinstance(worker_id, int) else worker_id
     with HighPerformanceIPC(process_id, namespace=namespace) as ipc:
         ipc.heartbeat_interval = heartbeat_interval
-        worker = Worker(ipc, coordinator_queue_name, handler)
-        worker.connect_and_run(connect_timeout)
+        slot = ipc.register(ProcessRole.WORKER)
+        ipc._connect_queue(coordinator_queue_name, connect_timeout, PoolCodec())
+        try:
+            ipc._connect_queue(RESULT_QUEUE, 0.0, PoolCodec())
+            ipc.connect_shared_memory(DATA_BUFFER, DATA_BUFFER_BYTES)
+        except RingNotFound:
+            return 0  # the coordinator made them first and removed them first: it has ended
+        coordinator = _find_coordinator(ipc)
+        if coordinator is None:
+            return 0
+        worker = Worker(
+            ipc.process_id,
+            ipc.message_queues[coordinator_queue_name],
+            ipc.message_queues[RESULT_QUEUE],
+            slot,
+            coordinator,
+            handler=handler,
+            leaves_at_interrupt=True,
+            heartbeat_interval=heartbeat_interval,
+        )
+        worker.ipc = ipc
+        worker.run()
         return worker.answered
 
 
@@ -153,11 +137,7 @@ def run_spawned_worker(
     """What a coordinator with ``spawn=True`` starts: a worker that leaves Ctrl-C to it.
 
     Args:
-        worker_id: the worker's name.
         index: not needed: it finds a slot itself.
-        queue_name: the name of the task queue.
-        handler: as for :func:`worker_process`.
-        namespace: the coordinator's.
         inherited: the coordinator's own, after fork: a handle that is not
             closed would keep its names in /dev/shm; None otherwise.
     """

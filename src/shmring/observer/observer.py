@@ -132,10 +132,7 @@ class Observer:
             RingNotFound: there is none.
         """
         for known in self._known.values():
-            if known.kind == "ring" and known.file.name == identifier:
-                return known.fd
-        for known in self._known.values():
-            if known.kind == "ring" and self._facts(known, set(), False)["id"] == identifier:
+            if known.kind == "ring" and identifier in (known.file.name, known.facts.get("id")):
                 return known.fd
         raise RingNotFound(f"{identifier} is not there (any more)")
 

@@ -279,19 +279,14 @@ def _deaths(header: Header, now: int) -> list[dict[str, Any]]:
 
 def blocks_in(fd: int, header: Header) -> dict[str, int]:
     """The fields of ``statistics()`` on blocks for large buffers."""
-    at = header["blocks_offset"]
-    known = 0 < at < LAYOUT["MAX_CAPACITY"]
-    records = os.pread(fd, LAYOUT["BLOCK_COUNT"] * BLOCK.size, at) if known else b""
-    sizes = [
-        (capacity, holder != 0)
-        for holder, _, _, capacity in BLOCK.iter_unpack(records[: len(records) // 64 * 64])
-        if capacity
-    ]
-    return {
-        "blocks": len(sizes),
-        "block_bytes": sum(capacity for capacity, _ in sizes),
-        "lent_bytes": sum(capacity for capacity, is_held in sizes if is_held),
-    }
+    found = {"blocks": 0, "block_bytes": 0, "lent_bytes": 0}
+    if 0 < header["blocks_offset"] < LAYOUT["MAX_CAPACITY"]:
+        records = os.pread(fd, LAYOUT["BLOCK_COUNT"] * BLOCK.size, header["blocks_offset"])
+        for holder, _, _, capacity in BLOCK.iter_unpack(records[: len(records) // 64 * 64]):
+            found["blocks"] += capacity != 0
+            found["block_bytes"] += capacity
+            found["lent_bytes"] += capacity if holder else 0
+    return found
 
 
 def deliveries_in(fd: int, header: Header) -> dict[int, int]:

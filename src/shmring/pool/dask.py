@@ -27,9 +27,9 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import _RemoteTraceback  # as programs know it
 from typing import Any, TypeVar
 
-from shmring.arguments import checked_timeout
+from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import EncodeError, InvalidArgument, SchedulerNotFound
-from shmring.pool.interface import PoolStatistics, TaskExecutor, check_retries
+from shmring.pool.interface import PoolStatistics, TaskExecutor
 from shmring.pool.manager import BrokenTask
 from shmring.tasks.channel import SPREAD
 from shmring.tasks.task_loop import described
@@ -144,7 +144,6 @@ class DaskExecutor(TaskExecutor):
         connect_timeout: float = 10.0,
         security: Any = None,
     ) -> None:
-        check_retries("max_retries", max_retries)
         try:
             get_address_host_port(address)
         except (TypeError, ValueError) as error:
@@ -159,7 +158,7 @@ class DaskExecutor(TaskExecutor):
             )
         except OSError as error:
             raise SchedulerNotFound(address, str(error)) from error
-        self._max_retries = max_retries
+        self._max_retries = checked_int(max_retries, "max_retries", 0)
         self._address = address
         self._prefix = f"shmring-{uuid.uuid4().hex}"
         self._numbers = itertools.count()

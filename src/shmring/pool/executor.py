@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import operator
 import os
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from shmring._backend import backend
-from shmring.arguments import checked_timeout
+from shmring.arguments import checked_int, checked_timeout
 from shmring.errors import InvalidArgument, NotSupportedByFallback
 from shmring.pool.future import TaskFuture
-from shmring.pool.interface import TaskExecutor, check_retries
+from shmring.pool.interface import TaskExecutor
 from shmring.tasks.channel import FunctionReferences
 
 __all__ = ["ProcessPoolExecutor"]
@@ -94,18 +93,17 @@ class ProcessPoolExecutor(TaskExecutor):
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be a callable, not {on_event!r}")
         if max_tasks_per_child is not None:
-            if not isinstance(max_tasks_per_child, int):
-                raise TypeError(f"max_tasks_per_child={max_tasks_per_child!r} must be an integer")
-            if max_tasks_per_child <= 0:
-                raise InvalidArgument(f"max_tasks_per_child={max_tasks_per_child} must be >= 1")
-        check_retries("max_retries", max_retries)
+            max_tasks_per_child = checked_int(max_tasks_per_child, "max_tasks_per_child", 1)
         if max_memory_per_worker is not None:
-            max_memory_per_worker = operator.index(max_memory_per_worker)
-            if max_memory_per_worker < 1 << 20:
-                raise InvalidArgument(
-                    f"max_memory_per_worker={max_memory_per_worker}: bytes, at least 1 MiB"
-                )
-            _import_psutil()
+            max_memory_per_worker = checked_int(
+                max_memory_per_worker, "max_memory_per_worker", 1 << 20
+            )
+            try:
+                import psutil  # noqa: F401  # of use in the workers and the dispatcher
+            except ImportError:
+                raise ImportError(
+                    'max_memory_per_worker needs psutil: pip install "shmring[pool]"'
+                ) from None
         if mp_context is None:
             method = "spawn" if max_tasks_per_child is not None else None
             mp_context = multiprocessing.get_context(method)
@@ -119,15 +117,13 @@ class ProcessPoolExecutor(TaskExecutor):
 
         self._max_workers = max_workers
         self._mp_context = mp_context
-        self._max_retries = max_retries
+        self._max_retries = checked_int(max_retries, "max_retries", 0)
         self._references = FunctionReferences()
         self._manager = Manager(
             max_workers,
             mp_context,
-            at_once=forks,
             task_timeout=checked_timeout(task_timeout, "task_timeout"),
             on_event=on_event,
-            memory_limit=max_memory_per_worker,
             setting={
                 "initializer": initializer,
                 "initargs": initargs,
@@ -189,13 +185,3 @@ def _cpu_count() -> int:
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0))
-
-
-def _import_psutil() -> Any:
-    try:
-        import psutil
-    except ImportError:
-        raise ImportError(
-            'max_memory_per_worker needs psutil: pip install "shmring[pool]"'
-        ) from None
-    return psutil

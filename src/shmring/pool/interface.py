@@ -13,11 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, Literal, TypeVar, cast
 
+from shmring.arguments import checked_int
 from shmring.errors import InvalidArgument
 from shmring.tasks.channel import SPREAD
 from shmring.tasks.task_table import Failure, PartialResults
 
-__all__ = ["Event", "PoolStatistics", "TaskCalls", "TaskExecutor", "check_retries"]
+__all__ = ["Event", "PoolStatistics", "TaskCalls", "TaskExecutor"]
 
 T = TypeVar("T")
 
@@ -175,9 +176,8 @@ class _TasksWithRetries(TaskCalls):
     """An executor with another number of retries: see :meth:`TaskExecutor.options`."""
 
     def __init__(self, executor: TaskExecutor, retries: int) -> None:
-        check_retries("retries", retries)
         self._executor = executor
-        self._max_retries = retries
+        self._max_retries = checked_int(retries, "retries", 0)
         self._max_workers = executor._max_workers
         self._chunk_seconds = executor._chunk_seconds
 
@@ -274,10 +274,3 @@ def _successful(chunks: Generator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
                 if isinstance(each, Failure):
                     yield results[:index]
                     raise each.error
-
-
-def check_retries(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: an int is needed, not {type(value).__name__}")
-    if value < 0:
-        raise InvalidArgument(f"{name}={value}: at least 0 is needed")

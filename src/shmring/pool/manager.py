@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from shmring.errors import Full, RingClosed, ShmringError, WorkerDied
+from shmring.errors import Full, RingClosed, WorkerDied
 from shmring.ipc.registry import Registry
 from shmring.pool.interface import Event, PoolStatistics
 from shmring.process.leaving import Exit
@@ -49,11 +49,8 @@ class Manager:
     Args:
         number: how many workers.
         context: of multiprocessing.
-        at_once: whether the first task starts all workers.
-        task_timeout: as for the executor.
-        on_event: as for the executor.
+        task_timeout, on_event: as for the executor.
         setting: what each worker is told: see :func:`shmring.tasks.task_loop.run_pool_worker`.
-        memory_limit: bytes of resident memory that a call may reach; None for no limit.
     """
 
     def __init__(
@@ -61,11 +58,9 @@ class Manager:
         number: int,
         context: Any,
         *,
-        at_once: bool,
         task_timeout: float | None,
         on_event: Callable[[Event], object] | None,
         setting: dict[str, Any],
-        memory_limit: int | None,
     ) -> None:
         self.pid = os.getpid()
         self.broken: BrokenProcessPool | None = None
@@ -90,12 +85,12 @@ class Manager:
             undo.pop_all()
         self._slots = slots
         self.workers = ChildWorkers(
-            self._registry,
+            self._registry.entries,
             number,
             run_pool_worker,
             (self._tasks, self._answers, slots, self._lifeline, setting),
             context,
-            at_once=at_once,
+            at_once=context.get_start_method() == "fork",
             prefix="shmring-worker-",
             on_start=self._started if on_event is not None else None,
         )
@@ -105,11 +100,11 @@ class Manager:
             self.workers,
             floor=number + 1,
             task_timeout=task_timeout,
-            memory_limit=memory_limit,
+            memory_limit=setting["memory_limit"],
             death=BrokenTask,
-            on_message=self._heard,
-            on_event=self._happened,
         )
+        self.dispatcher.on_message = self._heard
+        self.dispatcher.on_event = self._happened
         self._exit = Exit(self, priority=10)
         _managers.add(self)
 
@@ -153,11 +148,7 @@ class Manager:
                     thread.start()
 
     def close(self, cancel: bool) -> None:
-        """Let the work that is there be done, then end.
-
-        Args:
-            cancel: take back what no worker has taken.
-        """
+        """Let the work that is there be done, or cancel what no worker has taken; then end."""
         if self.pid != os.getpid():
             return
         dispatcher = self.dispatcher
@@ -175,11 +166,7 @@ class Manager:
                 self._end()
 
     def kill(self, signum: int) -> None:
-        """End all workers by a signal; tasks that have no answer fail.
-
-        Args:
-            signum: SIGTERM or SIGKILL.
-        """
+        """End all workers by a signal; tasks that have no answer fail."""
         if self.pid == os.getpid() and not self._ended:
             self.dispatcher.closed = self.killing = True
             self.workers.signal_all(signum)
@@ -188,11 +175,7 @@ class Manager:
     def join(self) -> None:
         """Wait for the end of the thread."""
         thread = self._thread
-        if (
-            thread is not None
-            and self.pid == os.getpid()
-            and thread is not threading.current_thread()
-        ):
+        if thread not in (None, threading.current_thread()) and self.pid == os.getpid():
             thread.join()
 
     def statistics(self) -> PoolStatistics:
@@ -215,7 +198,7 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        told = who = None  # to observers
+        told = identity = None  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
@@ -224,8 +207,8 @@ class Manager:
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
                 counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
                 if counts != told:
-                    who = who or self._identity()  # not before the first result
-                    self._slots.tell(*who, *counts)
+                    identity = identity or self._identity()  # not before the first result
+                    self._slots.tell(*identity, *counts)
                     told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
@@ -235,7 +218,9 @@ class Manager:
         try:
             if self.killing:
                 self._break("the workers of the pool were terminated by the caller", None)
-            self._dismiss()
+            grace = _GRACE if self.broken is None else 0.0
+            self.dispatcher.dismiss(lambda: self._tasks.put(STOP, False), grace)
+            self.workers.stop(0.0 if self.broken is None else 1.0)
         finally:
             with self._start_lock:
                 self._end()
@@ -243,18 +228,6 @@ class Manager:
     def _identity(self) -> tuple[int, ...]:
         queues = (queue._identity()[1] for queue in (self._tasks, self._answers))
         return self.pid, process_start_ticks(self.pid), *queues
-
-    def _dismiss(self) -> None:
-        """Tell the workers to stop, take what they still send, see to their end."""
-        deadline = time.monotonic() + (_GRACE if self.broken is None else 0.0)
-        with contextlib.suppress(ShmringError, Full):
-            for _ in range(self.workers.to_dismiss()):
-                self._tasks.put(STOP, False)
-            while not self.workers.all_gone() and time.monotonic() < deadline:
-                self.dispatcher.take_in(0)  # so that no worker waits for room
-                self.workers.wait_for_one(_SLICE)
-            self.dispatcher.take_in(0)
-        self.workers.stop(0.0 if self.broken is None else 1.0)
 
     def _end(self) -> None:
         if self._ended:
@@ -318,8 +291,7 @@ class Manager:
         """At the end of the program: as ``shutdown()``; after Ctrl-C at once."""
         if self.pid != os.getpid():
             return
-        last = getattr(sys, "last_value", None)
-        if isinstance(last, KeyboardInterrupt):
+        if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
             self.kill(9)
         else:
             self.close(cancel=False)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 from shmring.arguments import checked_int
-from shmring.errors import InvalidArgument
 from shmring.tasks.task_table import Failure
 
 if TYPE_CHECKING:
@@ -30,15 +29,15 @@ def unordered(
     progress: Any,
 ) -> Iterator[Any]:
     """See :meth:`~shmring.pool.interface.TaskCalls.map_unordered`."""
-    if chunksize != "auto" and checked_int(chunksize, "chunksize") < 1:
-        raise InvalidArgument(f'chunksize={chunksize!r}: at least 1, or "auto"')
+    if chunksize != "auto":
+        chunksize = checked_int(chunksize, "chunksize", 1)
     if buffersize is None:
         buffersize = _CHUNKS_A_WORKER * pool._max_workers
-    elif checked_int(buffersize, "buffersize") < 1:
-        raise InvalidArgument(f"buffersize={buffersize!r}: at least 1, or None")
+    buffersize = checked_int(buffersize, "buffersize", 1)
     total = len(iterable) if isinstance(iterable, Sized) else None
     stream = _Stream(pool, fn, iter(iterable), chunksize, buffersize)
-    results = stream.results(_reporter(progress), total)
+    bar = _Bar() if progress and not callable(progress) else None
+    results = stream.results(bar or progress or None, total)
     next(results)
     return results
 
@@ -113,15 +112,6 @@ class _Stream:
         rate = self._count / seconds / self._pool._max_workers
         self._size = max(1, min(int(rate * target), self._size * 4, _LARGEST_CHUNK))
         self._since, self._count = now, 0
-
-
-def _reporter(progress: Any) -> Any:
-    """A function of (done, total); None for no progress."""
-    if not progress:
-        return None
-    if callable(progress):
-        return progress
-    return _Bar()
 
 
 class _Bar:

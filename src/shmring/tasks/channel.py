@@ -79,11 +79,7 @@ class Functions:
         self._known: dict[bytes, Any] = {}
 
     def get(self, reference: Any) -> Any:
-        """The function that a task names.
-
-        Raises:
-            DecodeError: this process has no function of that name.
-        """
+        """The function that a task names; DecodeError if this process has none of that name."""
         if not isinstance(reference, bytes):
             return reference
         function = self._known.get(reference)

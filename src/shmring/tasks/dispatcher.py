@@ -16,6 +16,7 @@ and one that only stood in the queue is charged to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pickle
@@ -47,6 +48,7 @@ from shmring.ipc.registry import RegistryEntry
 from shmring.process.liveness import is_process_stopped
 from shmring.tasks.channel import PoolCodec
 from shmring.tasks.interrupts import without_interrupts
+from shmring.tasks.task_loop import resident_nbytes
 from shmring.tasks.task_table import (
     TAKEN_OUT,
     UNSENT,
@@ -83,17 +85,14 @@ class Dispatcher:
     """One task table, one pair of queues, one set of workers.
 
     Args:
-        tasks: the task queue.
-        answers: the answer queue.
-        workers: the processes that take the tasks.
         floor: tasks that are in the queue at least, as long as there are any.
         task_timeout: seconds after which the worker of a call is killed; None for never.
         memory_limit: bytes of resident memory that a call may reach; None for no limit.
         death: the class of the error of a task whose workers died.
-        on_message: called with (kind, worker id, content) of what answers no task.
-        on_event: called with (kind, task number or None, departure or worker id).
 
     Attributes:
+        on_message: called with (kind, worker id, content) of what answers no task.
+        on_event: called with (kind, task number or None, departure or slot of the worker).
         closed: whether tasks are refused; set while `lock` is held, so that each task
             was either refused or stands in the table.
     """
@@ -108,8 +107,6 @@ class Dispatcher:
         task_timeout: float | None = None,
         memory_limit: int | None = None,
         death: type[WorkerDied] = WorkerDied,
-        on_message: Callable[[str, str, Any], object] | None = None,
-        on_event: Callable[[str, int | None, Any], object] | None = None,
     ) -> None:
         self.lock = threading.RLock()
         self.table = TaskTable(death)
@@ -126,8 +123,8 @@ class Dispatcher:
         self._window_filled = 0.0
         self._undecodable = PoolCodec().install(answers).failures
         self._unreadable = PoolCodec().install(tasks).failures
-        self._on_message = on_message
-        self._on_event = on_event
+        self.on_message: Callable[[str, str, Any], object] = _ignore
+        self.on_event: Callable[[str, int | None, Any], object] = _ignore
         self._oldest_position = 0
         self._next_look = time.monotonic() + _LOOK
         self._next_orphans = 0.0
@@ -138,11 +135,7 @@ class Dispatcher:
     # -- tasks out -------------------------------------------------------------------------
 
     def submit(self, task: Task) -> bool:
-        """Take in a task; it is sent at once if the window has room for it.
-
-        Returns:
-            False if `closed` is set: no more are taken in.
-        """
+        """Take in a task, unless `closed` is set; it is sent at once if the window has room."""
         table = self.table
         with self.lock:
             if self.closed:
@@ -206,11 +199,7 @@ class Dispatcher:
         return number  # nothing reads deliveries on the fallback
 
     def withdraw(self, task: Task) -> bool:
-        """Have a task that no worker has taken dropped when its turn comes.
-
-        Returns:
-            False if one has, or if the task is answered.
-        """
+        """Have a task that no worker has taken dropped when its turn comes; False if one has."""
         with self.lock:
             if task.position == UNSENT:
                 task.withdrawn = True
@@ -266,25 +255,17 @@ class Dispatcher:
 
     # -- answers in ------------------------------------------------------------------------
 
-    def turn(self, timeout: float) -> int:
-        """Wait for answers, take all that are there, send more, look after the workers.
-
-        Args:
-            timeout: how long to wait, in seconds.
-
-        Returns:
-            how many messages came.
-        """
-        count = self.take_in(timeout)
+    def turn(self, timeout: float) -> None:
+        """Wait for answers, take all that are there, send more, look after the workers."""
+        came = self.take_in(timeout)
         now = time.monotonic()
-        if count:
+        if came:
             self._adapt(now)
         if self.table.backlog:
             self.fill()
         if now >= self._next_look:
             self._next_look = now + _LOOK
             self.look_after_workers()
-        return count
 
     def _adapt(self, now: float) -> None:
         """Widen the window while workers are about to find it empty; narrow it when it is slow.
@@ -308,8 +289,8 @@ class Dispatcher:
                 if newest - self._oldest_position > _WINDOW_NBYTES:
                     self._room = self._floor
 
-    def take_in(self, timeout: float) -> int:
-        """Wait for answers, and deal with all that are there."""
+    def take_in(self, timeout: float) -> bool:
+        """Wait for answers, and deal with all that are there; whether there were any."""
         answers = _take_all(self._answers, timeout)
         finished = []
         table = self.table
@@ -328,16 +309,15 @@ class Dispatcher:
         if len(finished) < len(answers):
             for answer in answers:
                 if answer[0] is None:
-                    self._heard(*answer[1:])
+                    self.on_message(*answer[1:])
                 elif len(answer) == 3:
                     self._part(*answer)
                 elif len(answer) == 4:
                     self._raised(*answer)
-        count = len(answers)
+        came = bool(answers or self._undecodable)
         while self._undecodable:
-            count += 1
             self._fail(*self._undecodable.pop(0))
-        return count
+        return came
 
     def _part(self, number: int, index: int, values: list[Any]) -> None:
         with self.lock:
@@ -346,12 +326,12 @@ class Dispatcher:
             task.finish(task.outcome())
 
     def _raised(self, number: int, index: int, pickled: bytes | None, text: str) -> None:
-        error: BaseException
-        if pickled is None:
-            error = TaskCancelled()
-        else:
+        error: Any = TaskCancelled()
+        if pickled is not None:
             try:
-                error = _loaded(pickled)
+                error = pickle.loads(pickled)
+                if not isinstance(error, BaseException):
+                    raise InvalidArgument(f"a {type(error).__name__} is no exception")
             except BaseException as problem:
                 error = RemoteError(f"an exception that cannot be unpickled here: {problem!r}")
             cause = _RemoteTraceback(f'\n"""\n{text}"""')  # type: ignore[arg-type]
@@ -375,11 +355,18 @@ class Dispatcher:
                 task.fail(error)
                 task.finish(task.outcome())
 
-    def _heard(self, kind: str, worker_id: str, content: Any) -> None:
-        if self._on_message is not None:
-            self._on_message(kind, worker_id, content)
-
     # -- workers ---------------------------------------------------------------------------
+
+    def dismiss(self, tell_one: Callable[[], object], grace: float) -> None:
+        """Tell all workers to stop; take what they still send, for `grace` seconds at most."""
+        deadline = time.monotonic() + grace
+        with contextlib.suppress(ShmringError, Full):
+            for _ in range(self.workers.to_dismiss()):
+                tell_one()
+            while not self.workers.all_gone() and time.monotonic() < deadline:
+                self.take_in(0)  # so that no worker waits for room
+                self.workers.wait_for_one(_LOOK)
+            self.take_in(0)
 
     def look_after_workers(self) -> None:
         """Requeue what dead workers held, replace them, see to calls that take too long."""
@@ -426,8 +413,7 @@ class Dispatcher:
                 self._tasks._claim_free(slot)
             self.died += not departure.clean
             self.workers.reap(departure, held or departure.useful)
-            if self._on_event is not None:
-                self._on_event("left" if departure.clean else "died", None, departure)
+            self.on_event("left" if departure.clean else "died", None, departure)
 
     def _lost(self, position: int, departure: Departure) -> None:
         exitcode = self.workers.exitcode_of(departure.pid)
@@ -447,8 +433,7 @@ class Dispatcher:
             task.number,
         )
         if error is None:
-            if self._on_event is not None:
-                self._on_event("retried", task.number, departure)
+            self.on_event("retried", task.number, departure)
         elif task.results is None:
             task.finish(Failure(error))
         elif not task.args:
@@ -486,7 +471,7 @@ class Dispatcher:
                 self._end(entry, TaskTimeout(entry.task, self.task_timeout), "timed out")
 
             if self.memory_limit is not None:
-                size = _resident(entry.pid)
+                size = resident_nbytes(entry.pid)
                 if size > self.memory_limit:
                     error = MemoryExceeded(entry.task, entry.pid, size, self.memory_limit)
                     self._end(entry, error, "too large")
@@ -494,10 +479,9 @@ class Dispatcher:
                 self._interrupt(entry)
 
     def interrupt(self, task: Task, grace: float) -> bool:
-        """End a task that is running: by SIGINT, after the grace by SIGKILL.
+        """End a task that is running: by SIGINT, after `grace` seconds by SIGKILL.
 
-        Returns:
-            False if it is answered.
+        False if it is answered.
         """
         with self.lock:
             if task.position == UNSENT:
@@ -519,14 +503,17 @@ class Dispatcher:
 
     def _end(self, entry: RegistryEntry, error: ShmringError, why: str) -> None:
         """Kill a worker because of the call that it is at, which fails with this error."""
-        if not self.workers.kill(entry):
+        if not self.workers.signal(entry, signal.SIGKILL):
             return
         with self.lock:
             task = self.table.sent.get(entry.task or 0)
             if task is not None:
                 task.expired = error
-        if self._on_event is not None:
-            self._on_event(why, entry.task, entry)
+        self.on_event(why, entry.task, entry)
+
+
+def _ignore(*about: Any) -> None:
+    """Listen to nothing."""
 
 
 def _take_all(queue: Any, timeout: float) -> list[Any]:
@@ -540,20 +527,3 @@ def _take_all(queue: Any, timeout: float) -> list[Any]:
         return []
     except DecodeError as error:
         return getattr(error, "items", [])
-
-
-def _resident(pid: int) -> int:
-    import psutil
-
-    try:
-        size: int = psutil.Process(pid).memory_info().rss
-    except psutil.Error:
-        return 0
-    return size
-
-
-def _loaded(pickled: bytes) -> BaseException:
-    error = pickle.loads(pickled)
-    if not isinstance(error, BaseException):
-        raise InvalidArgument(f"a {type(error).__name__} is no exception")
-    return error

@@ -56,12 +56,6 @@ def without_interrupts(call: Callable[[], T]) -> T:
 
     Handlers run in the main thread alone: there the call gets a thread of its own, in
     which it goes on if a handler raises here.
-
-    Args:
-        call: to be run.
-
-    Returns:
-        what it returns.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()

@@ -34,9 +34,6 @@ class PoolSlots:
     Args:
         number: how many slots there are.
         fd: a descriptor of it, in a worker.
-
-    Attributes:
-        buffer: the memory.
     """
 
     def __init__(self, number: int, fd: int | None = None) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import os
 import pickle
 import signal
 import threading
@@ -62,14 +63,7 @@ _current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current", defau
 
 
 def echo(task: Any) -> Any:
-    """Return the task: the handler that is used when none is given.
-
-    Args:
-        task: anything.
-
-    Returns:
-        the same.
-    """
+    """Return the task: the handler that is used when none is given."""
     return task
 
 
@@ -100,16 +94,11 @@ class TaskLoop:
     """Takes tasks from one queue and puts answers into another until it is told to stop.
 
     Args:
-        worker_id: the name of the worker.
-        tasks: the task queue.
-        answers: the answer queue.
-        slot: of this worker; it says which task is being done and since when.
-        employer: asked between two waits.
+        slot: says which task is being done and since when.
         handler: called for tasks that name no function.
         leaves_at_interrupt: let KeyboardInterrupt end the worker, its task unanswered.
         heartbeat_interval: send a heartbeat so often while waiting, in seconds; None for never.
-        max_tasks: leave after so many tasks; None for no limit.
-        is_too_large: asked between two tasks, at most every 50 ms: leave if it is true.
+        max_tasks, memory_limit: leave after so many tasks, or above so many resident bytes.
 
     Attributes:
         answered: how many calls were answered.
@@ -127,7 +116,7 @@ class TaskLoop:
         leaves_at_interrupt: bool = False,
         heartbeat_interval: float | None = None,
         max_tasks: int | None = None,
-        is_too_large: Callable[[], bool] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.answered = 0
@@ -140,8 +129,8 @@ class TaskLoop:
         self._heartbeat_interval = heartbeat_interval
         self._heartbeat_due = 0.0
         self._max_tasks = max_tasks
-        self._is_too_large = is_too_large
-        self._next_look = 0
+        self._memory_limit = memory_limit
+        self._next_look = 0.0
         self._functions = Functions()
         self._words = slot.task_words()
         self._failures = PoolCodec().install(tasks).failures
@@ -184,7 +173,7 @@ class TaskLoop:
         patience = self._employer.patience
         release = self._tasks._claim_release if delivery is not None else None
         reason = None
-        limited = self._max_tasks is not None or self._is_too_large is not None
+        limited = self._max_tasks is not None or self._memory_limit is not None
         self._words.end(0)
         self._beat_on()
         while reason is None:
@@ -225,9 +214,9 @@ class TaskLoop:
     def _limit_reached(self) -> str | None:
         if self._max_tasks is not None and self.answered >= self._max_tasks:
             return f"max_tasks_per_child={self._max_tasks}"
-        if self._is_too_large is not None and time.monotonic_ns() >= self._next_look:
-            self._next_look = time.monotonic_ns() + 50_000_000
-            if self._is_too_large():
+        if self._memory_limit is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + 0.05
+            if resident_nbytes(os.getpid()) > self._memory_limit:
                 return "max_memory_per_worker"
         return None
 
@@ -368,11 +357,7 @@ def run_pool_worker(
     """Run a worker of an executor: what its process does.
 
     Args:
-        worker_id: its name.
         index: of its slot.
-        tasks: the task queue.
-        answers: the answer queue.
-        slots: where it says what it does.
         lifeline: ends it, and what it starts, with the pool's process.
         setting: "initializer", "initargs", "max_tasks", "memory_limit", "log_level".
     """
@@ -381,7 +366,6 @@ def run_pool_worker(
     lifeline.bind()
     keep_freed_memory(_KEPT_NBYTES)
     slot = slots.take(index, worker_id)
-    limit = setting["memory_limit"]
     loop = TaskLoop(
         worker_id,
         tasks,
@@ -389,7 +373,7 @@ def run_pool_worker(
         slot,
         _Owner(lifeline),
         max_tasks=setting["max_tasks"],
-        is_too_large=None if limit is None else _is_larger_than(limit),
+        memory_limit=setting["memory_limit"],
     )
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)  # of an event loop in the parent
@@ -425,11 +409,15 @@ class _Owner:
         return self._lifeline.is_cut()
 
 
-def _is_larger_than(limit: int) -> Callable[[], bool]:
+def resident_nbytes(pid: int) -> int:
+    """The resident memory of a process; 0 if it has ended."""
     import psutil
 
-    process = psutil.Process()
-    return lambda: bool(process.memory_info().rss > limit)
+    try:
+        nbytes: int = psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+    return nbytes
 
 
 _STANDARD = [*logging.makeLogRecord({}).__dict__, "message"]  # attributes of a record

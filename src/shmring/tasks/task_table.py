@@ -144,15 +144,9 @@ class TaskTable:
         return task
 
     def part_answered(self, number: int, index: int, values: list[Any]) -> Task | None:
-        """Note results of a chunk.
+        """Note results of a chunk, from `index` on; the chunk, taken out, if it is complete now.
 
-        Args:
-            number: the chunk.
-            index: of the first value, as the worker counts: from the first call it was sent.
-            values: results, and perhaps Failures.
-
-        Returns:
-            the chunk if it is complete now; it is taken out.
+        The worker counts from the first call that it was sent.
         """
         task = self.sent.get(number)
         if task is None or task.results is None:
@@ -182,10 +176,7 @@ class TaskTable:
         begun are not. What is not given up goes back to the front of the backlog.
 
         Args:
-            position: of the task.
             item: the call of a chunk that began last, as the worker counts.
-            pid: the worker.
-            exitcode: how it ended, if that is known.
 
         Returns:
             the task, and why the call is given up if it is; None if no task without an

@@ -7,6 +7,7 @@ are known from the registry, and their end is proved by what stands there.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import logging
@@ -18,17 +19,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any
 
 from shmring.errors import InvalidArgument, ShmringError
-from shmring.ipc.registry import SLOTS, ProcessRole, ProcessState, RegistryEntry
+from shmring.ipc.registry import ProcessRole, ProcessState, RegistryEntry
 from shmring.process.liveness import is_process_dead, is_process_stopped, process_start_ticks
 from shmring.tasks.interrupts import interrupts_held, interrupts_put_off
 
 __all__ = [
     "ChildWorkers",
     "Departure",
-    "SeenWorkers",
     "WorkerReport",
     "Workers",
 ]
@@ -43,18 +43,6 @@ _KILLED_WEIGHT = 1 / 8
 _MOST_RECORDS = 1024
 # How long a worker may take to stop, in seconds; one in a system call may be slow.
 _MOST_STOPPING = 1.0
-
-
-class Slots(Protocol):
-    """The registry, as it is read here."""
-
-    def entries(self) -> list[RegistryEntry]:
-        """All slots that were ever taken."""
-        ...
-
-    def entry(self, index: int) -> RegistryEntry | None:
-        """One slot."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,13 +89,7 @@ class Departure:
     useful: bool = False
 
     def held(self, pid: int, start_ticks: int, key: int) -> bool:
-        """Whether a delivery was its own.
-
-        Args:
-            pid: of the process that took it.
-            start_ticks: when that process started; 0 where that is not known.
-            key: of the worker; 0 where it died before it wrote it, or is about to.
-        """
+        """Whether a delivery was its own; `key` is 0 until its taker has written it."""
         known = self.start_ticks != 0 and start_ticks != 0
         if pid != self.pid or (known and start_ticks != self.start_ticks):
             return False
@@ -116,60 +98,104 @@ class Departure:
         return self.key == 0 or is_process_dead(pid, start_ticks)
 
 
-class Workers(Protocol):
-    """What the dispatcher asks of either kind."""
+class Workers(abc.ABC):
+    """Workers, as they stand in the slots of a registry: what the dispatcher asks of them.
 
-    def start(self, unanswered: int) -> None:
-        """Have the workers that so many unanswered tasks need."""
-        ...
+    Args:
+        entries: reads all slots that were ever taken.
+    """
 
-    def departed(self) -> list[Departure]:
-        """Those that have ended since the last call; still to be reaped."""
-        ...
+    def __init__(self, entries: Callable[[], list[RegistryEntry]]) -> None:
+        self._entries = entries
+        # Those of an earlier run; an external worker may have come before its coordinator.
+        self._earlier = {entry.key for entry in self._slots() if entry.is_dead()}
+        self._last_seen: dict[int, RegistryEntry] = {}  # by key
+        self._exitcodes: dict[int, int | None] = {}  # by pid
 
-    def reap(self, departure: Departure, useful: bool) -> None:
-        """Forget one whose deliveries have been dealt with."""
-        ...
+    def _slots(self) -> list[RegistryEntry]:
+        return [each for each in self._entries() if each.role is ProcessRole.WORKER]
 
-    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """Of (pid, start ticks, key) with a delivery, those that ended and were not noticed."""
-        ...
-
-    def living(self) -> list[RegistryEntry]:
-        """Those with a slot that have not ended."""
-        ...
-
-    def to_dismiss(self) -> int:
-        """How many STOP messages are needed."""
-        ...
-
-    def exitcode_of(self, pid: int) -> int | None:
-        """How one has ended, if that can be known; asked after its deliveries have been read."""
-        ...
-
-    def pids(self) -> tuple[int, ...]:
-        """The processes that have not been reaped."""
-        ...
-
-    def all_gone(self) -> bool:
-        """Whether all have ended."""
-        ...
-
-    def kill(self, seen: RegistryEntry) -> bool:
-        """Kill one if it still is at the call of this look; False if not, or not ours."""
-        ...
-
-    def signal(self, seen: RegistryEntry, signum: int) -> bool:
-        """As :meth:`kill`, with another signal."""
-        ...
-
-    def stop(self, grace: float) -> None:
-        """Wait for all to end, and end those that do not."""
-        ...
+    def _look(self) -> list[RegistryEntry]:
+        """The workers of this run that have a slot, also dead ones."""
+        found = [each for each in self._slots() if each.key not in self._earlier]
+        for entry in found:
+            self._last_seen[entry.key] = entry
+        return found
 
     def reports(self) -> list[WorkerReport]:
         """All workers that there were."""
-        ...
+        self._look()
+        return [
+            WorkerReport(
+                worker_id=entry.process_id,
+                pid=entry.pid,
+                tasks=entry.tasks,
+                heartbeats=entry.heartbeats,
+                state=_state_of(entry),
+                exitcode=self._exitcodes.get(entry.pid),
+            )
+            for entry in list(self._last_seen.values())
+        ]
+
+    @abc.abstractmethod
+    def start(self, unanswered: int) -> None:
+        """Have the workers that so many unanswered tasks need."""
+
+    @abc.abstractmethod
+    def departed(self) -> list[Departure]:
+        """Those that have ended since the last call; still to be reaped."""
+
+    @abc.abstractmethod
+    def reap(self, departure: Departure, useful: bool) -> None:
+        """Forget one whose deliveries have been read; `useful`: it had taken a task, or could."""
+
+    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
+        """Of (pid, start ticks, key) with a delivery, those that ended and were not noticed."""
+        return []
+
+    @abc.abstractmethod
+    def living(self) -> list[RegistryEntry]:
+        """Those with a slot that have not ended."""
+
+    @abc.abstractmethod
+    def pids(self) -> tuple[int, ...]:
+        """The processes that have not been reaped."""
+
+    @abc.abstractmethod
+    def to_dismiss(self) -> int:
+        """How many STOP messages are needed."""
+
+    @abc.abstractmethod
+    def all_gone(self) -> bool:
+        """Whether all have ended."""
+
+    def exitcode_of(self, pid: int) -> int | None:
+        """How one has ended, if that is known."""
+        return None
+
+    def signal(self, seen: RegistryEntry, signum: int) -> bool:
+        """Signal one that still is at the call of this look; False if it is not, or is not ours."""
+        return False
+
+    def wait_for_one(self, seconds: float) -> None:
+        """Wait until one more has ended, or for a moment."""
+        time.sleep(min(seconds, 0.005))
+
+    def stop(self, grace: float) -> None:
+        """Wait for all to end, and end those that may be ended."""
+        deadline = time.monotonic() + grace
+        while not self.all_gone() and (left := deadline - time.monotonic()) > 0:
+            self.wait_for_one(left)
+
+
+def _call_of(entry: RegistryEntry) -> tuple[Any, ...]:
+    return entry.key, entry.task, entry.task_item, entry.task_started_ns
+
+
+def _state_of(entry: RegistryEntry) -> str:
+    if entry.state is ProcessState.EXITED:
+        return "exited"
+    return "dead" if entry.is_dead() else entry.state.name.lower()
 
 
 @contextlib.contextmanager
@@ -202,75 +228,11 @@ def _start_servants(method: str) -> None:
         forkserver.ensure_running()
 
 
-class SeenWorkers:
-    """Every worker of this run that ever had a slot."""
-
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        # Those of an earlier run; an external worker may have come before its coordinator.
-        self._earlier = {entry.key for entry in self._entries() if entry.is_dead()}
-        self.last_seen: dict[int, RegistryEntry] = {}
-
-    def look(self) -> list[RegistryEntry]:
-        """Read the slots; returns the workers in them, also dead ones."""
-        found = [each for each in self._entries() if each.key not in self._earlier]
-        for entry in found:
-            self.last_seen[entry.key] = entry
-        return found
-
-    def of_process(self, pid: int) -> RegistryEntry | None:
-        """The worker of this process, as it was last seen."""
-        for entry in reversed(list(self.last_seen.values())):  # another thread may look too
-            if entry.pid == pid:
-                return entry
-        return None
-
-    def report(self, exitcodes: dict[int, int | None]) -> list[WorkerReport]:
-        """One row for each, with the exit codes of those that have one, by PID."""
-        self.look()
-        return [
-            WorkerReport(
-                worker_id=entry.process_id,
-                pid=entry.pid,
-                tasks=entry.tasks,
-                heartbeats=entry.heartbeats,
-                state=_state_of(entry),
-                exitcode=exitcodes.get(entry.pid),
-            )
-            for entry in list(self.last_seen.values())
-        ]
-
-    def _entries(self) -> list[RegistryEntry]:
-        return [each for each in self._slots.entries() if each.role is ProcessRole.WORKER]
-
-    def has_slot(self, key: int) -> bool:
-        """Whether a worker of this key has its slot still."""
-        index = key & 0xFF
-        entry = self._slots.entry(index) if index < SLOTS else None
-        return entry is not None and entry.key == key
-
-    def is_at(self, seen: RegistryEntry) -> bool:
-        """Whether a worker is still at the call at which it was seen."""
-        entry = self._slots.entry(seen.index)
-        return entry is not None and (
-            entry.key,
-            entry.task,
-            entry.task_item,
-            entry.task_started_ns,
-        ) == (seen.key, seen.task, seen.task_item, seen.task_started_ns)
-
-
-def _state_of(entry: RegistryEntry) -> str:
-    if entry.state is ProcessState.EXITED:
-        return "exited"
-    return "dead" if entry.is_dead() else entry.state.name.lower()
-
-
-class ChildWorkers:
+class ChildWorkers(Workers):
     """Children of this process.
 
     Args:
-        slots: where they stand: the registry.
+        entries: reads the slots.
         number: how many work at a time.
         target: what each runs, with the worker's name and its number as first arguments.
         args: what else it is called with.
@@ -282,7 +244,7 @@ class ChildWorkers:
 
     def __init__(
         self,
-        slots: Slots,
+        entries: Callable[[], list[RegistryEntry]],
         number: int,
         target: Callable[..., None],
         args: tuple[Any, ...],
@@ -292,6 +254,7 @@ class ChildWorkers:
         prefix: str = "worker-",
         on_start: Callable[[str, int], object] | None = None,
     ) -> None:
+        super().__init__(entries)
         self.number = number
         self.processes: dict[int, BaseProcess] = {}  # by index
         self._target = target
@@ -300,8 +263,6 @@ class ChildWorkers:
         self._at_once = at_once
         self._prefix = prefix
         self._on_start = on_start
-        self._seen = SeenWorkers(slots)
-        self._exitcodes: dict[int, int | None] = {}
         self._names: dict[int, str] = {}  # of those with an exit code
         self._count = 0
         self._start_ticks: dict[int, int] = {}
@@ -317,28 +278,23 @@ class ChildWorkers:
         return len(self.processes) < self.number
 
     def start(self, unanswered: int) -> None:
-        """Start as many as are missing.
-
-        Raises:
-            InvalidArgument: the arguments cannot be sent to a process.
-            ShmringError: workers keep dying before they have done anything.
-        """
+        started: list[BaseProcess] = []
         with self._lock:
-            if self._starting:
-                return  # called by what `on_start` calls: the caller goes on with it
+            wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
+            if self._starting or len(self.processes) >= wanted:
+                return
             self._starting = True
             try:
-                self._start(unanswered)
+                _start_servants(self._context.get_start_method())
+                with interrupts_put_off(), interrupts_held():  # once: between forks time counts
+                    self._start(wanted, started)
             finally:
                 self._starting = False
+                for each in started:
+                    if self._on_start is not None:
+                        self._on_start(each.name, each.pid or 0)
 
-    def _start(self, unanswered: int) -> None:
-        wanted = self.number if self._at_once and unanswered else min(self.number, unanswered)
-        if len(self.processes) < wanted:
-            with interrupts_put_off(), interrupts_held():  # once: what runs between forks is slow
-                self._start_up_to(wanted)
-
-    def _start_up_to(self, wanted: int) -> None:
+    def _start(self, wanted: int, started: list[BaseProcess]) -> None:
         while len(self.processes) < wanted:
             if self._false_starts >= _MOST_FALSE_STARTS:
                 raise ShmringError(
@@ -347,7 +303,7 @@ class ChildWorkers:
                     "can they import the module of the function?"
                 )
             try:
-                self._start_one()
+                started.append(self._start_one())
                 self._refused = False
             except OSError as error:
                 if not self.processes:
@@ -357,28 +313,25 @@ class ChildWorkers:
                 self._refused = True
                 return
 
-    def _start_one(self) -> None:
+    def _start_one(self) -> BaseProcess:
         worker_id = f"{self._prefix}{self._count}"
         self._count += 1
         index = next(each for each in range(self.number) if each not in self.processes)
-        method = self._context.get_start_method()
-        process = self._context.Process(
+        process: BaseProcess = self._context.Process(
             target=self._target, name=worker_id, args=(worker_id, index, *self._args)
         )
-        _start_servants(method)
         try:
             process.start()
-            self.processes[index] = process
-            if self._on_start is not None:
-                self._on_start(worker_id, process.pid or 0)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise self._unsendable(method, error) from error
         except Exception as error:
-            if type(error).__name__ == "PicklingError":
-                raise self._unsendable(method, error) from error
+            kinds = AttributeError, TypeError, ValueError
+            if isinstance(error, kinds) or type(error).__name__ == "PicklingError":
+                raise self._unsendable(error) from error
             raise
+        self.processes[index] = process
+        return process
 
-    def _unsendable(self, method: str, error: Exception) -> InvalidArgument:
+    def _unsendable(self, error: Exception) -> InvalidArgument:
+        method = self._context.get_start_method()
         return InvalidArgument(
             f"what the workers are to run cannot be sent to a worker started with {method!r} "
             f"({error}): handler and initializer are functions at the top level of a module, "
@@ -386,11 +339,9 @@ class ChildWorkers:
         )
 
     def departed(self) -> list[Departure]:
-        """Those that have ended since the last call; not reaped here yet."""
         ended = self._ended()
-        if not ended:
-            return []
-        self._seen.look()
+        if ended:
+            self._look()
         return [self._departure(each) for each in ended]
 
     def _ended(self) -> list[BaseProcess]:
@@ -411,7 +362,8 @@ class ChildWorkers:
 
     def _departure(self, process: BaseProcess) -> Departure:
         pid = process.pid or 0
-        entry = self._seen.of_process(pid)
+        seen = reversed(list(self._last_seen.values()))  # another thread may look too
+        entry = next((each for each in seen if each.pid == pid), None)
         return Departure(
             process.name,
             pid,
@@ -422,12 +374,7 @@ class ChildWorkers:
         )
 
     def reap(self, departure: Departure, useful: bool) -> None:
-        """Reap one that has ended; what it started and left behind ends with it.
-
-        Args:
-            departure: from :meth:`departed`.
-            useful: whether it had answered or taken a task.
-        """
+        """Reap one that has ended; what it started and left behind ends with it."""
         with self._lock:
             for index, process in list(self.processes.items()):
                 if process.pid == departure.pid:
@@ -441,7 +388,7 @@ class ChildWorkers:
         else:
             killed = self._exitcodes.get(departure.pid) == -signal.SIGKILL
             self._false_starts += _KILLED_WEIGHT if killed else 1
-        for records in (self._names, self._exitcodes, self._seen.last_seen):
+        for records in (self._names, self._exitcodes, self._last_seen):
             while len(records) > _MOST_RECORDS:
                 records.pop(next(iter(records)))
 
@@ -452,16 +399,8 @@ class ChildWorkers:
         self._start_ticks.pop(pid, None)
         self._ends.remove(process)
 
-    def orphans(self, holders: Iterable[tuple[int, int, int]]) -> list[Departure]:
-        """None: :meth:`departed` tells of all."""
-        return []
-
     def exitcode_of(self, pid: int) -> int | None:
-        """How one has ended, reaping it: only after its deliveries have been read.
-
-        Args:
-            pid: the worker.
-        """
+        """How one has ended, reaping it: only after its deliveries have been read."""
         for process in list(self.processes.values()):
             if process.pid == pid:
                 self._signal_group(process, signal.SIGKILL)  # while its number cannot be another's
@@ -470,46 +409,25 @@ class ChildWorkers:
         return self._exitcodes.get(pid)
 
     def living(self) -> list[RegistryEntry]:
-        """Those with a slot that have not ended."""
-        pids = {process.pid for process in list(self.processes.values())}
-        return [
-            each
-            for each in self._seen.look()
-            if each.pid in pids and each.state is not ProcessState.EXITED
-        ]
+        pids, seen = set(self.pids()), self._look()
+        return [each for each in seen if each.pid in pids and each.state is not ProcessState.EXITED]
 
     def pids(self) -> tuple[int, ...]:
-        """The processes that were started and have not been reaped."""
         return tuple(process.pid for process in list(self.processes.values()) if process.pid)
 
     def to_dismiss(self) -> int:
-        """One STOP message for each that lives."""
         return len(self.processes)
 
     def all_gone(self) -> bool:
-        """Whether all have ended."""
         return len(self._ended()) == len(self.processes)
 
-    def kill(self, seen: RegistryEntry) -> bool:
-        """Kill one with SIGKILL if it still is at the call of this look.
-
-        It is stopped first, so that what the second look shows is true at the kill.
-
-        Args:
-            seen: the worker, as it stood in its slot.
-
-        Returns:
-            whether it was killed.
-        """
-        return self.signal(seen, signal.SIGKILL)
-
     def signal(self, seen: RegistryEntry, signum: int) -> bool:
-        """As :meth:`kill`, with another signal."""
         for process in list(self.processes.values()):
             if process.pid == seen.pid and process.is_alive():
                 # One that a fork server reaps is not there any more, once it has ended.
+                # It is stopped, so that what the second look shows is true at the signal.
                 with contextlib.suppress(ProcessLookupError), _stopped(seen.pid):
-                    if not self._seen.is_at(seen):
+                    if _call_of(seen) not in map(_call_of, self._slots()):
                         return False
                     os.kill(seen.pid, signum)
                     return True
@@ -522,37 +440,26 @@ class ChildWorkers:
             self._signal_group(process, signum)
 
     def close(self) -> None:
-        """Give back what was used for starting them and looking after them."""
+        """Give back what starting and watching them took."""
         self._args = ()
         self._ends.close()
 
     def stop(self, grace: float) -> None:
-        """Wait for all to end; terminate, then kill, those that do not.
-
-        Args:
-            grace: how long to wait before each step, in seconds.
-        """
-        try:
-            self._wait(grace)
+        """Wait for all to end; terminate, then kill, those that do not: `grace` seconds each."""
+        try:  # without reaping: until then a PID means what it meant
+            super().stop(grace)
             if not self.all_gone():
                 self.signal_all(signal.SIGTERM)
-                self._wait(min(grace, 1.0))
+                super().stop(min(grace, 1.0))
         finally:  # also after a second Ctrl-C
             self._reap_all()
 
     def wait_for_one(self, seconds: float) -> None:
-        """Wait until one more has ended."""
         self._ends.wait_for_one(seconds)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait for all to end, without reaping: until then a PID means what it meant."""
-        deadline = time.monotonic() + seconds
-        while not self.all_gone() and (left := deadline - time.monotonic()) > 0:
-            self.wait_for_one(left)
 
     def _reap_all(self) -> None:
         self._watch_new()
-        self._seen.look()
+        self._look()
         for process in self.processes.values():
             if not self._departure(process).clean:
                 self._signal_group(process, signal.SIGKILL)
@@ -575,8 +482,7 @@ class ChildWorkers:
                 os.killpg(pid, signum)
 
     def reports(self) -> list[WorkerReport]:
-        """All workers that there were."""
-        rows = self._seen.report(self._exitcodes)
+        rows = super().reports()
         # One that died at once may have lost its slot to the next before it was looked at.
         unseen = {pid: (name, "dead") for pid, name in list(self._names.items())}
         for process in list(self.processes.values()):
