@@ -43,7 +43,7 @@ copybutton_prompt_is_regexp = True
 suppress_warnings = ["ref.python"]
 # Every reference to something of shmring's must resolve; other packages are not linked.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!shmring).*|.*\.([TR]|Words|TaskWords)")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!shmring).*|.*\.([TR]|Words|TaskWords|Employer)")]
 
 
 @functools.cache

@@ -118,28 +118,15 @@ def _value_of(metric: Metric, facts: Any) -> float:
     return float(len(facts) if isinstance(facts, list) else facts)
 
 
-class _Source:
-    """Samples for several readers, by one observer that looks when one of them asks."""
-
-    def __init__(self) -> None:
-        self._observer: Observer | None = None
-        self._lock = threading.Lock()
-        self._until = 0.0
-        self._samples: list[Sample] = []
-
-    def samples(self) -> list[Sample]:
-        from shmring.observer.observer import Observer  # not on the fallback
-
-        with self._lock:
-            if time.monotonic() >= self._until:
-                if self._observer is None:
-                    self._observer = Observer(scan_s=_SCAN_S)
-                self._samples = list(_samples_of(self._observer.look(detail=False)))
-                self._until = time.monotonic() + _KEPT_S
-            return self._samples
+_lock = threading.Lock()
+_kept: tuple[float, list[Sample]] = (0.0, [])  # until when, and what
 
 
-_source = _Source()
+@functools.cache
+def _observer() -> Observer:
+    from shmring.observer.observer import Observer  # not on the fallback
+
+    return Observer(scan_s=_SCAN_S)
 
 
 def samples() -> list[Sample]:
@@ -152,8 +139,13 @@ def samples() -> list[Sample]:
         NotSupportedByFallback: this is the fallback.
         AccessRefused: /dev/shm cannot be read, or /proc is not mounted.
     """
+    global _kept
     _check_backend()
-    return _source.samples()
+    with _lock:
+        if time.monotonic() >= _kept[0]:
+            found = list(_samples_of(_observer().look(detail=False)))
+            _kept = time.monotonic() + _KEPT_S, found
+        return _kept[1]
 
 
 def _check_backend() -> None:
@@ -181,9 +173,9 @@ def _samples_of(found: list[dict[str, Any]]) -> Iterator[Sample]:
 
 
 def _of(what: str, facts: dict[str, Any], **labels: str) -> Iterator[Sample]:
-    return (
-        Sample(metric, labels, _value_of(metric, facts)) for metric in METRICS if metric.of == what
-    )
+    for metric in METRICS:
+        if metric.of == what:
+            yield Sample(metric, labels, _value_of(metric, facts))
 
 
 # -- Prometheus -------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from shmring._core.diagnostics cimport (
     holder_pid,
 )
 from shmring._core.layout cimport (
-    SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES, SHMRING_HEADER_BYTES,
-    SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_NO_CPU, SHMRING_VERSION,
-    SHMRING_WAITER_COUNT, Block, Death, Header, Waiter, shmring_area_of,
+    SHMRING_BLOCK_COUNT, SHMRING_BLOCK_MAGIC, SHMRING_CLAIMS_OFFSET, SHMRING_DEATH_COUNT, SHMRING_FRAME_BYTES,
+    SHMRING_HEADER_BYTES, SHMRING_MAGIC, SHMRING_MAX_CAPACITY, SHMRING_MIN_CAPACITY, SHMRING_NO_CPU,
+    SHMRING_VERSION, SHMRING_WAITER_COUNT, Block, Death, Header, Waiter, shmring_area_of,
 )
 from shmring._core.owner cimport owner_is_dead, owner_pid, owner_start_ticks
 from shmring._core.ring cimport (

@@ -6,11 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from typing import Any
 
 __all__ = [
     "CLOSED_PIPE",
@@ -26,10 +22,8 @@ __all__ = [
     "many",
     "need_ring",
     "printable",
-    "rich_console",
     "show",
     "size",
-    "table",
     "width",
 ]
 
@@ -123,34 +117,6 @@ def show(lines: Iterable[str]) -> None:
     for line in lines:
         print(cut(line, columns))
     sys.stdout.flush()
-
-
-def rich_console() -> Console:
-    """The terminal, for bars and tables; Stop where rich is missing."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        raise Stop(
-            'the bar and the tables need rich: pip install "shmring[cli]", or use --json', WRONG
-        ) from None
-
-    class Terminal(Console):
-        def on_broken_pipe(self) -> None:
-            raise  # rich would end the process, with status 1
-
-    return Terminal(highlight=False, markup=False, emoji=False)
-
-
-def table(first: str, *others: str) -> Table:
-    """A table without lines; every column but the first and "state" is of numbers."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    made.add_column(first, no_wrap=True, overflow="ellipsis", max_width=30)
-    for title in others:
-        made.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
-    return made
 
 
 def cores() -> int:

@@ -8,12 +8,12 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmring import _backend as backends
-from shmring.cli.common import IMPOSSIBLE, WRONG, Stop, dump, many, printable, rich_console, table
-from shmring.cli.demo import Outcome, Skipped, Tell, find_files, find_sources, run_demo
+from shmring.cli.common import IMPOSSIBLE, WRONG, Stop, dump, many, printable
+from shmring.cli.demo import Outcome, Rates, Skipped, Tell, find_files, find_sources, run_demo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ def demo(options: argparse.Namespace) -> int:
         )
     # The table shows the killed; log lines about them would stand between the bars.
     logging.getLogger("shmring").addHandler(logging.NullHandler())
-    shown = None if options.json else rich_console()
+    shown = None if options.json else _terminal()
     try:
         files, skipped = find_sources() if options.path is None else find_files(options.path)
     except FileNotFoundError as error:
@@ -60,6 +60,22 @@ def demo(options: argparse.Namespace) -> int:
     else:
         _show(outcome, shown)
     return 0 if outcome.correct else WRONG
+
+
+def _terminal() -> Console:
+    """The terminal, for bars and tables; Stop where rich is missing."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise Stop(
+            'the bar and the tables need rich: pip install "shmring[cli]", or use --json', WRONG
+        ) from None
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would end the process, with status 1
+
+    return Terminal(highlight=False, markup=False, emoji=False)
 
 
 def _summary(outcome: Outcome, workers: int) -> dict[str, Any]:
@@ -122,10 +138,14 @@ def _show(outcome: Outcome, console: Console) -> None:
     from rich.table import Table
 
     console.print()
-    tables = [_words_table(outcome)] if outcome.top else []
-    tables += [_workers_table(outcome)] if outcome.workers else []
-    if not outcome.top:
+    tables = []
+    if outcome.top:
+        words = ((word, f"{times:,}") for word, times in outcome.top)
+        tables.append(_table(("word", "times"), words))
+    else:
         console.print("There was no word to count.")
+    if outcome.workers:
+        tables.append(_workers_table(outcome))
     side_by_side = Table.grid(padding=(0, 3, 0, 0))
     side_by_side.add_row(*tables)
     console.print(side_by_side)
@@ -142,7 +162,7 @@ def _show(outcome: Outcome, console: Console) -> None:
         )
     if outcome.rates.ratio is not None:
         console.print()
-        console.print(_rates_table(outcome))
+        console.print(_rates_table(outcome.rates))
         console.print()
     if outcome.correct:
         console.print("The result is right: one process alone counts the same.", style="green")
@@ -150,28 +170,41 @@ def _show(outcome: Outcome, console: Console) -> None:
         console.print("THE RESULT IS WRONG: one process alone counts otherwise.", style="bold red")
 
 
-def _words_table(outcome: Outcome) -> Table:
-    shown = table("word", "times")
-    for word, times in outcome.top:
-        shown.add_row(word, f"{times:,}")
-    return shown
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    """A table without lines; every column but the first and "state" is of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made.add_column(titles[0], no_wrap=True, overflow="ellipsis", max_width=30)
+    for title in titles[1:]:
+        made.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def _workers_table(outcome: Outcome) -> Table:
-    shown = table("worker", "tasks", "heartbeats", "state")
-    for row in sorted(outcome.workers, key=lambda each: (len(each.worker_id), each.worker_id)):
-        shown.add_row(
-            row.worker_id,
-            f"{row.tasks:,}",
-            f"{row.heartbeats:,}",
-            "killed" if row.exitcode == -9 else row.state,
-        )
-    return shown
+    workers = sorted(outcome.workers, key=lambda each: (len(each.worker_id), each.worker_id))
+    return _table(
+        ("worker", "tasks", "heartbeats", "state"),
+        (
+            (
+                each.worker_id,
+                f"{each.tasks:,}",
+                f"{each.heartbeats:,}",
+                "killed" if each.exitcode == -9 else each.state,
+            )
+            for each in workers
+        ),
+    )
 
 
-def _rates_table(outcome: Outcome) -> Table:
-    rates = outcome.rates
-    shown = table(f"{rates.messages:,} messages of the job", "messages/s", "")
-    shown.add_row("multiprocessing.Queue", f"{rates.multiprocessing:,.0f}", "1.0 x")
-    shown.add_row("shmring.Queue", f"{rates.shmring:,.0f}", f"{rates.ratio:.1f} x")
-    return shown
+def _rates_table(rates: Rates) -> Table:
+    return _table(
+        (f"{rates.messages:,} messages of the job", "messages/s", ""),
+        [
+            ("multiprocessing.Queue", f"{rates.multiprocessing:,.0f}", "1.0 x"),
+            ("shmring.Queue", f"{rates.shmring:,.0f}", f"{rates.ratio:.1f} x"),
+        ],
+    )

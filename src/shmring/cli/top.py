@@ -267,35 +267,12 @@ def top(options: argparse.Namespace) -> int:
         curses.setupterm()
         if not _capability("cup", 0, 0):
             raise curses.error("it cannot move its cursor")
-        with _screen() as screen:
-            _show(screen, options)
+        for name in ("LINES", "COLUMNS"):  # curses would believe them when the size has changed
+            os.environ.pop(name, None)
+        curses.wrapper(_show, options)
     except curses.error as error:
         raise Stop(f"the terminal TERM={os.environ.get('TERM')!r}: {error}", IMPOSSIBLE) from None
     return 0
-
-
-@contextlib.contextmanager
-def _screen() -> Iterator[Any]:
-    """The terminal, given back on leaving; as curses.wrapper, which always takes colours."""
-    import curses
-
-    for name in ("LINES", "COLUMNS"):  # curses would believe them after the terminal has changed
-        os.environ.pop(name, None)
-    screen = curses.initscr()
-    try:
-        curses.noecho()
-        curses.cbreak()
-        screen.keypad(True)
-        with contextlib.suppress(curses.error):  # a terminal may be unable to hide it
-            curses.curs_set(0)
-        curses.putp(_capability("rmam"))  # wide characters may not fit on a line
-        yield screen
-    finally:
-        curses.putp(_capability("smam"))
-        screen.keypad(False)
-        curses.echo()
-        curses.nocbreak()
-        curses.endwin()
 
 
 def _print_json(options: argparse.Namespace) -> int:
@@ -330,6 +307,10 @@ def _show(screen: Any, options: argparse.Namespace) -> None:
         ord("k"): "up",
         ord("j"): "down",
     }
+    if curses.has_colors():
+        curses.use_default_colors()
+    with contextlib.suppress(curses.error):  # a terminal may be unable to hide it
+        curses.curs_set(0)
     lines = _Lines(screen)
     shown = Top(unicode=locale.getpreferredencoding(False).upper() in ("UTF-8", "UTF8"))
     looks = 0
@@ -399,6 +380,8 @@ class _Lines:
                 text = line.text.ljust(width - 1) if line.style == "chosen" else line.text
                 data += _capability("cup", at, 0) + self._styles[line.style]
                 data += text.encode(self._encoding, "replace") + self._plain + self._rest
+        # Wide characters may not fit: no line goes on in the next one.
+        data = _capability("rmam") + data + _capability("smam")
         while data:
             data = data[os.write(1, data) :]
         self._shown = lines

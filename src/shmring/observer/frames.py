@@ -197,24 +197,19 @@ def _block_bytes(fd: int, header: Header, position: int, index: int, nbytes: int
 
 
 class _Careful(PickleCodec):
-    """Decodes everything but pickles; of these it names the first type."""
+    """Decodes everything but pickles, of which it names the first type unless they are trusted."""
+
+    def __init__(self, trust: bool) -> None:
+        super().__init__()
+        self._trust = trust
 
     def decode(self, kind: int, head: bytes, buffers: Any) -> Any:
-        if kind == KIND_PICKLE:
+        if kind == KIND_PICKLE and not self._trust:
             named = first_type_in(head)
             what = f"a pickle of {named}" if named else "a pickle"
             raise DecodeError(f"{what}, {len(head)} bytes: --pickle unpickles it, which runs code")
         if kind == KIND_MSGPACK:
             return MsgpackCodec().decode(kind, head, buffers)
-        return super().decode(kind, head, buffers)
-
-
-class _Trusting(_Careful):
-    """Unpickles too, which runs code of the sender's choosing."""
-
-    def decode(self, kind: int, head: bytes, buffers: Any) -> Any:
-        if kind == KIND_PICKLE:
-            return PickleCodec.decode(self, kind, head, buffers)
         return super().decode(kind, head, buffers)
 
 
@@ -237,7 +232,7 @@ def decoded(frame: LoggedFrame, *, unpickle: bool = False) -> Any:
     head, buffers = frame.payload, []
     if frame.kind & _MULTI:
         head, *buffers = _segments(frame.payload)
-    codec = _Trusting() if unpickle else _Careful()
+    codec = _Careful(trust=unpickle)
     if kind == KIND_MESSAGE:
         return MessageCodec(codec).decode(kind, head, buffers)
     if kind not in (KIND_BYTES, KIND_PICKLE, KIND_MSGPACK, KIND_BUILTINS):

@@ -19,8 +19,9 @@ class RingStatistics:
             shutdown this and `used_bytes` are 0: what is left is never taken.
         messages_put, messages_taken, bytes_put: since the ring was made.
         growths: how often the ring grew or shrank.
-        blocks, block_bytes: of memory for large buffers; lent_bytes: of those blocks that a
-            message or a received array uses, the others are free for the next ones.
+        blocks, block_bytes: of memory for large buffers.
+        lent_bytes: bytes of those blocks that a message or a received array uses; the other
+            blocks are free for the next ones.
         recoveries: how many lock owners were found dead.
         consumers_waiting, producers_waiting: whether one sleeps, or did last.
         shut_down: puts are refused.
