@@ -29,6 +29,15 @@ DOCKER = [
     for call in ("kcmp", "ptrace", "process_vm_readv", "unshare", "sched_setaffinity")
 ]
 
+
+def without_tmpfile(error: int) -> list[Refusal]:
+    """By the call of glibc, and by that of musl."""
+    return [
+        Refusal("openat", error, argument=2, bits=TMPFILE),
+        Refusal("open", error, argument=1, bits=TMPFILE),
+    ]
+
+
 # In which the ring works: with less, but without an error.
 WITH_RING = {
     "Linux before 5.16": [Refusal("futex_waitv")],
@@ -42,8 +51,8 @@ WITH_RING = {
         Refusal("futex_waitv"),
         Refusal("pidfd_open"),
     ],
-    "no O_TMPFILE": [Refusal("openat", errno.EOPNOTSUPP, argument=2, bits=TMPFILE)],
-    "Linux before 3.11": [Refusal("openat", errno.EISDIR, argument=2, bits=TMPFILE)],
+    "no O_TMPFILE": without_tmpfile(errno.EOPNOTSUPP),
+    "Linux before 3.11": without_tmpfile(errno.EISDIR),
     "Docker": DOCKER,
     "Docker, which does not know the new calls": [
         *DOCKER,
