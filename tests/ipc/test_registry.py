@@ -25,7 +25,6 @@ from shmring.ipc.registry import (
     Registry,
     open_segment,
 )
-from shmring.ipc.slot import task_word
 from shmring.process.liveness import is_process_dead, process_start_ticks
 from support import run_in_process, wait_for
 
@@ -52,7 +51,7 @@ def shared() -> Iterator[Registry]:
 def stay(name: str, process_id: str) -> None:
     with Registry(open_storage(name)) as opened:
         slot = opened.register(process_id, ProcessRole.WORKER)
-        slot.task_words().begin(task_word(41))
+        slot.task_words().begin(42)
         signal.pause()
 
 
@@ -77,7 +76,7 @@ def test_a_slot_says_what_its_process_does(shared: Registry) -> None:
     assert before <= entry.heartbeat_ns <= time.monotonic_ns()
     assert entry.task is None
 
-    slot.task_words().begin(task_word(0))
+    slot.task_words().begin(1)
     entry = find(shared, "me")
     assert (entry.state, entry.task) == (ProcessState.WORKING, 0)
     assert entry.task_started_ns >= before

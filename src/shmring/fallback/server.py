@@ -23,7 +23,7 @@ from functools import partialmethod
 from multiprocessing import connection, managers, util
 from typing import Any, Self
 
-from shmring.arguments import checked_maxsize, checked_timeout
+from shmring.arguments import checked_timeout
 from shmring.errors import Empty, Full, RingClosed, RingNotFound
 from shmring.fallback.files import SharedFile, fallback_folder, locked
 from shmring.fallback.queues import Peers, SlicedWait, encoded
@@ -31,7 +31,6 @@ from shmring.process.leaving import end_thread_at_exit
 
 __all__ = ["ServedQueue"]
 
-_METHODS = ("empty", "full", "get", "put", "qsize")
 _ENDPOINT_BYTES = 4096
 _RETRY_S = 0.005
 
@@ -74,7 +73,8 @@ class _Server(managers.Server):
         key = secrets.token_bytes(32)
         # A name in Linux's abstract space goes with the process, however it ends.
         address = f"\0shmring-{secrets.token_hex(16)}" if sys.platform == "linux" else None
-        served: dict[str, Any] = {"queue": (lambda: self.queue, _METHODS, {}, None)}
+        methods = ("empty", "full", "get", "put", "qsize")
+        served: dict[str, Any] = {"queue": (lambda: self.queue, methods, {}, None)}
         super().__init__(served, address, key, "pickle")
         text = json.dumps([key.hex(), os.fsdecode(self.listener.address)]).encode()
         try:
@@ -151,7 +151,7 @@ class ServedQueue:
     def create(cls, name: str, maxsize: int, codec: Any) -> Self:
         """Make the queue and serve it from a thread; RingExists if the name is in use."""
         self = cls(name, codec)
-        self._server = _Server(name, checked_maxsize(maxsize))
+        self._server = _Server(name, maxsize)
         return self
 
     @classmethod
@@ -179,6 +179,14 @@ class ServedQueue:
         server, self._server, self._proxy = self._server, None, None
         if server is not None and self._pid == os.getpid():
             server.stop()
+
+    def is_served(self, name: str) -> bool:
+        """Whether the process that serves it is there."""
+        try:
+            self._call("qsize")
+        except RingClosed:
+            return False
+        return True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ServedQueue, (self.name, self._codec)

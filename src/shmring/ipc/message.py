@@ -78,11 +78,9 @@ class DataCodec(Protocol):
 
     def encode(self, obj: object) -> tuple[int, list[bytes | bytearray | memoryview]]:
         """Turn ``obj`` into a kind (1 to 254) and segments: the head, then large buffers."""
-        ...
 
     def decode(self, kind: int, head: bytes, buffers: list[bytearray]) -> object:
         """Turn the result of :meth:`encode` back into an object."""
-        ...
 
 
 class MessageCodec:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 from shmring._backend import Queue, backend
 from shmring.arguments import checked_name
 from shmring.errors import RingClosed, RingNotFound
-from shmring.ipc.registry import REGISTRY_BYTES, RegistryStorage, open_segment
+from shmring.ipc.registry import REGISTRY_BYTES
 
 __all__ = [
     "attach_queue",
@@ -23,7 +24,8 @@ _MAX_NAME_BYTES = 100
 _FORBIDDEN = "/\\\0"  # on Windows too
 
 
-if backend == "ring":
+if TYPE_CHECKING or backend == "ring":
+    from shmring.ipc.registry import open_segment as open_registry
     from shmring.shm import segment
 
     def create_queue(name: str, maxsize: int, codec: Any) -> Any:
@@ -47,37 +49,13 @@ if backend == "ring":
         finally:
             queue.close()
 
-    def open_registry(name: str) -> RegistryStorage:
-        """Open the storage of a registry; make it if there is none."""
-        return open_segment(name)
-
 else:
     from shmring.fallback.files import SharedFile
     from shmring.fallback.server import ServedQueue
 
-    def create_queue(name: str, maxsize: int, codec: Any) -> Any:
-        """Make a queue; RingExists if the name is in use."""
-        return ServedQueue.create(name, maxsize, codec)
-
-    def attach_queue(name: str, timeout: float, codec: Any) -> Any:
-        """Open a queue; RingNotFound if there is none in time."""
-        return ServedQueue.attach(name, timeout, codec)
-
-    def is_current(queue: Any, name: str) -> bool:
-        """Whether the process that serves the queue of this handle is there."""
-        try:
-            queue.qsize()
-        except RingClosed:
-            return False
-        return True
-
-    def remove_queue(queue: Any) -> None:
-        """Close a queue of this process: it ends with its creator's handle."""
-        queue.close()
-
-    def open_registry(name: str) -> RegistryStorage:
-        """Open the storage of a registry; make it if there is none."""
-        return SharedFile.create_or_attach(name, REGISTRY_BYTES)
+    create_queue, attach_queue = ServedQueue.create, ServedQueue.attach
+    is_current, remove_queue = ServedQueue.is_served, ServedQueue.close
+    open_registry = functools.partial(SharedFile.create_or_attach, size=REGISTRY_BYTES)
 
 
 def full_name(namespace: str, kind: str, name: str) -> str:

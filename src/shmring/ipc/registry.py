@@ -11,9 +11,7 @@ heartbeat thread, which would beat for a hung handler too.
 All-zero is a valid empty registry, so no process waits for its creator.  A slot
 is allocated under a file lock, which the kernel releases when its holder is
 killed; the pid is cleared first and stored last, so that a half-made slot is
-free.  Words are stored with release and loaded with acquire
-(``_core.locked_memory.Words``): a pid is read with the start time that belongs
-to it.  A slot stays readable after its process has ended until another process
+free.  A slot stays readable after its process has ended until another process
 takes it, which happens only after ten seconds while there is room.
 """
 
@@ -29,13 +27,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from shmring.errors import (
-    InvalidArgument,
-    LayoutMismatch,
-    RingExists,
-    RingNotFound,
-    ShmringError,
-)
+from shmring.errors import InvalidArgument, LayoutMismatch, RingExists, RingNotFound, ShmringError
 from shmring.ipc import slot as layout
 from shmring.ipc.slot import (
     MAX_PROCESS_ID_BYTES,
@@ -77,15 +69,12 @@ class RegistryStorage(Protocol):
     @property
     def buffer(self) -> memoryview:
         """A writable view of at least ``REGISTRY_BYTES`` bytes, zero when new."""
-        ...
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Exclude all other processes; the kernel releases the lock when its holder dies."""
-        ...
 
     def close(self) -> None:
         """Close it; the last one to do so leaves nothing behind."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

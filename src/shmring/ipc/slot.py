@@ -50,7 +50,8 @@ ON_OFFSET, ON_BYTES = 24 * 8, 64
 
 U64 = (1 << 64) - 1
 ITEM_SHIFT = 40
-TASK_MASK = (1 << ITEM_SHIFT) - 1
+ITEM_STEP = 1 << ITEM_SHIFT  # from one call of a chunk to the next
+TASK_MASK = ITEM_STEP - 1
 
 
 class ProcessState(enum.IntEnum):
@@ -141,14 +142,6 @@ else:
     except ImportError:  # no extension: the fallback
         Words, TaskWords = _PlainWords, _PlainTaskWords
         IN_ORDER = False
-
-
-ITEM_STEP = 1 << ITEM_SHIFT  # from one call of a chunk to the next
-
-
-def task_word(number: int, item: int = 0) -> int:
-    """The word that says which task is being done, and which call of a chunk."""
-    return number + 1 + item * ITEM_STEP
 
 
 class RegistrySlot:

@@ -62,7 +62,6 @@ class Codec(Protocol):
         Raises:
             Exception: it cannot be encoded; ``put`` raises EncodeError.
         """
-        ...
 
     def loads(self, data: bytes) -> Any:
         """Turn the result of :meth:`dumps` back into an object.
@@ -73,7 +72,6 @@ class Codec(Protocol):
         Raises:
             Exception: it cannot be decoded; ``get`` raises DecodeError.
         """
-        ...
 
 
 _registered: dict[type, Reducer] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]

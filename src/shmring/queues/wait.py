@@ -52,23 +52,18 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     timeout = checked_timeout(timeout)
     if not objects and timeout is None:
         raise InvalidArgument("object_list is empty: this would wait for ever")
-    rings: dict[int, RingHandle] = {}
-    files: dict[int, int] = {}
-    for each in objects:
-        if isinstance(each, RingHandle):
-            rings[id(each)] = each
-        else:
-            files[id(each)] = _descriptor(each)
-    ready: set[int] = set()
-    if not files:
-        ready.update(map(id, wait_rings(list(rings.values()), timeout)))
+    rings = list({id(each): each for each in objects if isinstance(each, RingHandle)}.values())
+    files = {id(each): _descriptor(each) for each in objects if not isinstance(each, RingHandle)}
+    fds = set(files.values())
+    found: list[RingHandle] = []
+    open_files: set[Any] = set()
+    if not fds:
+        found = wait_rings(rings, timeout)
+    elif rings:
+        found, open_files = _wait_mixed(rings, fds, timeout)
     else:
-        if rings:
-            found, open_files = _wait_mixed(list(rings.values()), set(files.values()), timeout)
-            ready.update(map(id, found))
-        else:
-            open_files = set(connection.wait(set(files.values()), timeout))  # type: ignore[arg-type]
-        ready.update(key for key, fd in files.items() if fd in open_files)
+        open_files.update(connection.wait(fds, timeout))
+    ready = {*map(id, found), *(key for key, fd in files.items() if fd in open_files)}
     return [each for each in objects if id(each) in ready]
 
 
