@@ -180,14 +180,6 @@ class ServedQueue:
         if server is not None and self._pid == os.getpid():
             server.stop()
 
-    def is_served(self, name: str) -> bool:
-        """Whether the process that serves it is there."""
-        try:
-            self._call("qsize")
-        except RingClosed:
-            return False
-        return True
-
     def __reduce__(self) -> tuple[Any, ...]:
         return ServedQueue, (self.name, self._codec)
 

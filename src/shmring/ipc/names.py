@@ -54,8 +54,15 @@ else:
     from shmring.fallback.server import ServedQueue
 
     create_queue, attach_queue = ServedQueue.create, ServedQueue.attach
-    is_current, remove_queue = ServedQueue.is_served, ServedQueue.close
+    remove_queue = ServedQueue.close
     open_registry = functools.partial(SharedFile.create_or_attach, size=REGISTRY_BYTES)
+
+    def is_current(queue: Any, name: str) -> bool:
+        """Whether the process that serves it is there."""
+        with contextlib.suppress(RingClosed):
+            queue.qsize()
+            return True
+        return False
 
 
 def full_name(namespace: str, kind: str, name: str) -> str:
