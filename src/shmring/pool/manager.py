@@ -84,6 +84,11 @@ class Manager:
             self._lifeline = Lifeline()
             undo.pop_all()
         self._slots = slots
+        slots.tell(
+            self.pid,
+            process_start_ticks(self.pid),
+            *(queue._identity()[1] for queue in (self._tasks, self._answers)),
+        )
         self.workers = ChildWorkers(
             self._registry.entries,
             number,
@@ -198,7 +203,7 @@ class Manager:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        told = identity = None  # to observers
+        told = (0, 0, 0, 0)  # to observers
         try:
             while not self.killing and self.broken is None:
                 table = self.dispatcher.table
@@ -207,8 +212,7 @@ class Manager:
                 self.dispatcher.turn(_SLICE if len(table) else _IDLE_SLICE)
                 counts = table.submitted, table.answered_count, table.retried, self.dispatcher.died
                 if counts != told:
-                    identity = identity or self._identity()  # not before the first result
-                    self._slots.tell(*identity, *counts)
+                    self._slots.tell(*counts, start=4)
                     told = counts
                 if self._unusable and time.monotonic() > self._unusable_until:
                     self._break_for(next(iter(self._unusable)))
@@ -224,10 +228,6 @@ class Manager:
         finally:
             with self._start_lock:
                 self._end()
-
-    def _identity(self) -> tuple[int, ...]:
-        queues = (queue._identity()[1] for queue in (self._tasks, self._answers))
-        return self.pid, process_start_ticks(self.pid), *queues
 
     def _end(self) -> None:
         if self._ended:

@@ -59,10 +59,10 @@ class PoolSlots:
         words = Words(self.buffer)
         return take_slot(words, index, worker_id.encode(), ProcessRole.WORKER)
 
-    def tell(self, *pool: int) -> None:
-        """Store the ``POOL_WORDS``, for observers."""
+    def tell(self, *pool: int, start: int = 0) -> None:
+        """Store some of ``POOL_WORDS``, for observers; `start` is the first of them."""
         words = Words(self.buffer)
-        for at, value in enumerate(pool, H_POOL):
+        for at, value in enumerate(pool, H_POOL + start):
             words[at] = value
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
