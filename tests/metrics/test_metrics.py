@@ -83,7 +83,7 @@ def test_a_registry_of_the_programs_own() -> None:
     with Queue[int](name=NAME) as queue:
         queue.put(1)
         labels = {"ring": NAME, "kind": "queue"}
-        wait_for(lambda: registry.get_sample_value("shmring_ring_messages", labels) == 1)
+        wait_for(lambda: registry.get_sample_value("shmring_ring_messages", labels) == 1, 30)
     registry.unregister(collector)
     assert b"shmring" not in prometheus_client.generate_latest(registry)
 
@@ -107,7 +107,7 @@ def test_opentelemetry_observes_the_same() -> None:
                 if point.attributes.get("ring") == NAME
             }
 
-        wait_for(lambda: observed().get("shmring.ring.messages_put") == 2)
+        wait_for(lambda: observed().get("shmring.ring.messages_put") == 2, 30)
         assert observed()["shmring.ring.messages"] == 2
     provider.shutdown()
 

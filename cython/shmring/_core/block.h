@@ -44,6 +44,7 @@
 #define BLOCK_WARM_BYTES ((uint64_t)4 << 20)     /* from so many bytes of blocks on, one that comes back is */
 #define BLOCK_WARM_COUNT 2                       /* waited for, and from so many blocks on */
 #define BLOCK_WAKE_BYTES ((uint64_t)1 << 20)
+#define BLOCK_BEHIND 2                           /* so many sent and not read: the consumer is behind */
 #define BLOCK_LATELY_NS ((uint64_t)200000000)    /* provided that one came back lately */
 #define BLOCK_IDLE_NS ((uint64_t)2000000000)     /* not used for so long: its memory goes */
 #define BLOCK_REAP_NS ((uint64_t)100000000)      /* between two looks for the dead, */
@@ -349,23 +350,27 @@ SYNC_SLOW int block_take(block_space *space, uint64_t me, uint64_t bytes)
 }
 
 /* When the last block came back, if there are enough and the next one is worth waiting for; else 0.
- * After a wait in vain none is, until another has come back. */
+ * After a wait in vain none is until another has come back, but while the consumer is behind: what
+ * is sent ahead of it lies in cold memory, and is copied when all blocks are under way. */
 SYNC_SLOW uint64_t block_last_return(block_space *space, uint64_t bytes)
 {
-    uint64_t now = (uint64_t)monotonic_ns(), sum = 0, latest = 0;
-    int count = 0;
+    uint64_t now = (uint64_t)monotonic_ns(), read = load_acquire64(&space->header->read_position);
+    uint64_t sum = 0, latest = 0;
+    int count = 0, unread = 0;
     for (int i = 0, slots = (int)block_slots(space); i < slots; i++) {
         uint64_t capacity = load_relaxed64(&space->blocks[i].capacity);
         uint64_t freed = load_relaxed64(&space->blocks[i].freed_ns);
+        uint64_t position = load_relaxed64(&space->blocks[i].position);
         if (!block_fits(capacity, bytes))
             continue;
         count++;
+        unread += position != SHMRING_NO_POSITION && position >= read;
         sum += capacity;
         if (freed > latest)
             latest = freed;
     }
     int warm = count >= BLOCK_WARM_COUNT && sum >= BLOCK_WARM_BYTES && now - latest < BLOCK_LATELY_NS;
-    return warm && latest != load_relaxed64(&space->vain_ns) ? latest : 0;
+    return warm && (unread >= BLOCK_BEHIND || latest != load_relaxed64(&space->vain_ns)) ? latest : 0;
 }
 
 /* Is there still a mapping that was pinned before a fork? */
