@@ -50,12 +50,8 @@ def is_whole(got: Any, number: int) -> bool:
 
 def owner_of(got: Any) -> Any:
     """What an array is a view of, in the end."""
-    base = got
-    while True:
-        below = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-        if below is None:
-            return base
-        base = below
+    below = got.obj if isinstance(got, memoryview) else getattr(got, "base", None)
+    return got if below is None else owner_of(below)
 
 
 def is_lent(got: Any) -> bool:
