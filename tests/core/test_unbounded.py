@@ -267,11 +267,13 @@ from shmring import Queue
 limit = {limit}
 queues = [Queue(max_capacity=limit) for _ in range({queues})]
 
-def put(queue):
-    for i in range({count}):
+def put(queue, *numbers):
+    for i in numbers:
         queue.put(i.to_bytes(8, "little") * 12_500)
 
-threads = [threading.Thread(target=put, args=(queue,)) for queue in queues]
+for queue in queues:  # one message fits each area, however soon another thread fills the memory
+    put(queue, 0)
+threads = [threading.Thread(target=put, args=(queue, *range(1, {count}))) for queue in queues]
 for thread in threads:
     thread.start()
 while not all(queue.statistics().producers_waiting for queue in queues):
