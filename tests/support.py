@@ -178,10 +178,11 @@ def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[st
 def shared_memory_names() -> set[str]:
     """What stands in /dev/shm, whatever it is called: a ring bears the name its user gave it.
 
-    Not what the C library leaves of a semaphore when a process is killed in sem_open().
+    Not what the C library leaves of a semaphore when a process is killed in sem_open(), nor
+    the semaphores of loky, which joblib's own tests make in another worker.
     """
     names = os.listdir(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else []
-    return {name for name in names if not re.fullmatch(r"sem\.\w{6}", name)}
+    return {name for name in names if not re.fullmatch(r"sem\.(\w{6}|loky-.*)", name)}
 
 
 def holders(name: str) -> set[int]:
