@@ -199,6 +199,19 @@ def test_watch_prints_a_line_at_each_interval() -> None:
         assert json.loads(shown)["messages"] == 5
 
 
+def watching(target: str = NAME, line: str = "") -> subprocess.Popen[str]:
+    """`shmring watch`, which has printed a line."""
+    process = subprocess.Popen(
+        [*SHMRING, "watch", target, "--interval", "0.05"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert line in process.stdout.readline()
+    return process
+
+
 def test_watch_ends_when_the_ring_vanishes() -> None:
     for anonymous in (False, True):
         with Ring.create(name=None if anonymous else NAME) as ring:
@@ -207,14 +220,7 @@ def test_watch_ends_when_the_ring_vanishes() -> None:
                 if anonymous
                 else [NAME]
             )
-            process = subprocess.Popen(
-                [*SHMRING, "watch", target, "--interval", "0.05"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            assert process.stdout is not None
-            assert "0 messages" in process.stdout.readline()
+            process = watching(target, "0 messages")
             ring.close()
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (1, f"shmring: {target} has gone\n")
@@ -246,19 +252,6 @@ def test_rm_stale(orphan: str) -> None:
 
 
 # ---- pipes, signals, terminals ----------------------------------------------------------------
-
-
-def watching() -> subprocess.Popen[str]:
-    """`shmring watch`, which has printed a line."""
-    process = subprocess.Popen(
-        [*SHMRING, "watch", NAME, "--interval", "0.05"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
