@@ -223,6 +223,37 @@ def test_ten_thousand_tensors_a_batch_need_no_descriptors() -> None:
     assert done.stdout == "6 True\n", done.stderr
 
 
+IMPORTED = """
+import sys
+import torch
+import shmring.torch
+
+class Modules(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, number):
+        return sorted(sys.modules)
+
+context = shmring.torch.get_context("fork")
+loader = torch.utils.data.DataLoader(
+    Modules(), None, num_workers=1, multiprocessing_context=context)
+for names in loader:
+    print(sorted({*names} - {*sys.modules}))
+"""
+
+
+def test_a_forked_worker_imports_nothing() -> None:
+    """What it needs was imported before the fork, once for all workers."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTED],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
 SMALL_MEMORY = """
 import torch
 import shmring.torch

@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 from typing import Any
 
+import numpy.random  # noqa: F401  (a DataLoader's worker seeds it: once here, or again in each fork)
 import torch
 from torch.utils.data._utils import collate
 
