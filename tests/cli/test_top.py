@@ -19,7 +19,8 @@ import pytest
 pytest.importorskip("shmring._core.handle")
 pytest.importorskip("curses", reason="this Python was built without curses")
 
-from shmring import ProcessPoolExecutor, Queue, Ring
+from header import word
+from shmring import ProcessPoolExecutor, Queue, Ring, SharedMemoryManager
 from shmring.cli.top import Top
 from shmring.observer.observer import Observer
 from support import own_name, run_in_process, wait_for
@@ -56,7 +57,6 @@ def block(name: str, **facts: Any) -> dict[str, Any]:
         "waiters": [],
         "holders": [],
         "deaths": [],
-        "processes_known": [],
         **facts,
     }
 
@@ -140,20 +140,24 @@ def test_forty_columns_and_few_lines() -> None:
 
 
 def test_what_observers_find_can_be_shown() -> None:
-    """Pages about a queue, a ring, a pool and its queues, with real facts."""
+    """Pages about a queue, two rings, one damaged, a pool, its queues, and plain memory."""
     with (
         Queue[int](5, name=NAME) as queue,
         Ring.create() as ring,
         ring.reserve(8),
+        Ring.create() as damaged,
         ProcessPoolExecutor(1) as pool,
+        SharedMemoryManager(own_name("top-memory"), 4096) as memory,
         Observer() as observer,
     ):
+        assert memory.create()
+        word(damaged, 8, 77, size=4)  # its version
         pool.submit(abs, -1).result(60)
         queue.put(1)
         top = Top()
         top.update(observer.look(), observer)
         mine = [each for each in observer.look() if os.getpid() in each["pids"]]
-        assert len(mine) == 5
+        assert len(mine) == 7
         for each in mine:
             top.page = each["id"]
             text = "\n".join(line.text for line in top.lines(40, 120))

@@ -285,6 +285,29 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
         (SHARED_MEMORY / NAME).unlink()
 
 
+@pytest.mark.parametrize("nbytes", [0, 100])
+def test_a_file_is_cut_short_between_looks(nbytes: int) -> None:
+    with Ring.create(name=NAME) as ring, Observer(NAME) as observer:
+        observer._scan()
+        start = (SHARED_MEMORY / NAME).read_bytes()
+        os.ftruncate(ring._fileno(), nbytes)
+        try:
+            for _ in range(2):
+                (block,) = observer.look(detail=False)
+                assert "too few" in block["error"]
+        finally:
+            os.pwrite(ring._fileno(), start, 0)
+
+
+def test_a_ring_without_a_time_is_looked_at_again() -> None:
+    with Ring.create(name=NAME) as ring, Observer(NAME) as observer:
+        word(ring, 56, 0)  # created_ns
+        for _ in range(2):
+            (block,) = observer.look(detail=False)
+            assert block["age_seconds"] is None
+            assert "error" not in block
+
+
 def test_other_blocks() -> None:
     memory = SharedMemoryManager(NAME, 4096)
     assert memory.create()
