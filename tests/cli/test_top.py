@@ -23,9 +23,8 @@ from header import word
 from shmring import ProcessPoolExecutor, Queue, Ring, SharedMemoryManager
 from shmring.cli.top import Top
 from shmring.observer.observer import Observer
-from support import own_name, run_in_process, wait_for
+from support import own_name, run_command, run_in_process, wait_for
 
-SHMRING = [sys.executable, "-m", "shmring", "top"]
 NAME = own_name("top")
 
 
@@ -269,33 +268,12 @@ def test_ctrl_c_restores_the_terminal(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal() -> None:
-    done = subprocess.run(
-        SHMRING,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_command("top")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "shmring: top needs a terminal: use shmring ls, or shmring top --json\n"
     with Ring.create(name=NAME):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "shmring",
-                "top",
-                "--json",
-                "--count",
-                "2",
-                "--interval",
-                "0.05",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
+        done = run_command("top", "--json", "--count", 2, "--interval", 0.05)
+        assert done.returncode == 0, done.stderr
         looks = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(looks) == 2
         assert all(NAME in [each["name"] for each in look] for look in looks)
