@@ -187,6 +187,18 @@ def test_no_batch_is_lost_with_its_worker() -> None:
             assert (batch["x"] == number).all()
 
 
+def printed_by(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 FEW_DESCRIPTORS = """
 import os, resource, torch
 import shmring.torch
@@ -213,14 +225,7 @@ print(len(kept), len(os.listdir("/proc/self/fd")) < 40)
 
 
 def test_ten_thousand_tensors_a_batch_need_no_descriptors() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FEW_DESCRIPTORS],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.stdout == "6 True\n", done.stderr
+    assert printed_by(FEW_DESCRIPTORS) == "6 True\n"
 
 
 IMPORTED = """
@@ -244,14 +249,7 @@ for names in loader:
 
 def test_a_forked_worker_imports_nothing() -> None:
     """What it needs was imported before the fork, once for all workers."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORTED],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.stdout == "[]\n", done.stderr
+    assert printed_by(IMPORTED) == "[]\n"
 
 
 SMALL_MEMORY = """
