@@ -252,6 +252,29 @@ def test_a_forked_worker_imports_nothing() -> None:
     assert printed_by(IMPORTED) == "[]\n"
 
 
+DRAWN = """
+import numpy
+import shmring.torch
+
+def draw(queue):
+    queue.put(numpy.random.random())
+
+context = shmring.torch.get_context("fork")
+with context.Queue() as queue:
+    children = [context.Process(target=draw, args=(queue,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    print(len({queue.get(timeout=60) for _ in children}))
+    for child in children:
+        child.join()
+"""
+
+
+def test_other_forked_children_draw_numbers_of_their_own() -> None:
+    """The generator of numpy, which each of them seeds when it imports it."""
+    assert printed_by(DRAWN) == "2\n"
+
+
 SMALL_MEMORY = """
 import torch
 import shmring.torch
