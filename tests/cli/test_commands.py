@@ -67,15 +67,11 @@ def _has_message() -> bool:
         os.close(fd)
 
 
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
-
-
 # ---- ls ------------------------------------------------------------------------------------
 
 
 def test_ls_shows_a_row_and_what_stands_out() -> None:
-    with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
+    with Queue[int](name=NAME) as queue, run_in_process(queue.get) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         text = text_of("ls")
         assert re.search(r"^NAME +KIND +MSGS +FILL +MSG/S +WAIT +OWNER", text, re.M)

@@ -76,7 +76,7 @@ def _leave_a_queue_behind() -> None:
 
 
 def test_a_waiter_is_a_consumer() -> None:
-    with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
+    with Queue[int](name=NAME) as queue, run_in_process(queue.get) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         block = found(NAME)
         assert sorted(block["pids"]) == sorted([os.getpid(), waiter.pid or 0])
@@ -84,10 +84,6 @@ def test_a_waiter_is_a_consumer() -> None:
             (waiter.pid, "a message")
         ]
         assert block["consumers"] == [waiter.pid]
-
-
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
 
 
 def _put_one(queue: Queue[int]) -> None:
