@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("shmring._core.handle")
 
 from header import LAYOUT, word
-from shmring import Queue, Ring
+from shmring import Queue, Ring, SharedMemoryManager
 from support import SHARED_MEMORY, SHMRING, own_name, run_command, run_in_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
@@ -181,6 +181,16 @@ def test_watch_prints_a_line_at_each_interval() -> None:
         assert all(re.fullmatch(line, each) for each in lines)
         shown = text_of("watch", NAME, "--count", 1, "--interval", 0.05, "--json")
         assert json.loads(shown)["messages"] == 5
+
+
+def test_watch_says_what_is_wrong_with_a_ring() -> None:
+    with SharedMemoryManager(NAME, 4096) as memory:
+        assert memory.create()
+        refused(2, f"{NAME} is a memory, not a ring", "watch", NAME)
+    with Ring.create(name=NAME) as ring:
+        word(ring, 8, 77, size=4)  # its version
+        text = text_of("watch", NAME, "--count", 1, "--interval", 0.05)
+        assert "version 77 of the layout" in text
 
 
 def watching(target: str = NAME, line: str = "") -> subprocess.Popen[str]:
