@@ -111,6 +111,7 @@ def test_a_drawing_names_every_row() -> None:
 def test_numbers_for_people() -> None:
     shown = [amount(each) for each in (0, 999, 999.6, 1000, 9949, 9951, 999_499, 999_600, 3e6)]
     assert shown == ["0", "999", "1.0k", "1.0k", "9.9k", "10k", "999k", "1.0M", "3.0M"]
+    assert [amount(each) for each in (1 << 64, 1 << 94)] == ["18E", "20R"]
     assert [size(each) for each in (1024, 3 << 20, 5 << 30)] == ["1 KiB", "3.0 MiB", "5.0 GiB"]
     assert [age(each) for each in (5, 119, 120, 7300, 200_000)] == ["5s", "119s", "2m", "2h", "2d"]
     assert [cut("abcdef", each) for each in (None, 6, 3, 0)] == ["abcdef", "abcdef", "ab…", "…"]

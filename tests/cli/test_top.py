@@ -113,6 +113,10 @@ def test_a_page_is_opened_and_left_and_survives_its_ring() -> None:
     text = "\n".join(each.text for each in top.lines(30, 100))
     assert re.search(r"^ +1 alive +get +3s +2\.0kB +- +a message", text, re.M)
     assert "process 1 waits in get for a message, 3.0 s" in text
+    facts = ("name", "id", "kind", "nbytes", "pids", "stopped")
+    damaged = {each: block("jobs")[each] for each in facts} | {"error": "it is damaged"}
+    top.update([damaged])
+    assert ("it is damaged", "") in top.lines(24, 100)
     top.update([])
     assert ("jobs has gone", "bad") in top.lines(24, 100)
     top.press("escape")

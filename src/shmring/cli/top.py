@@ -180,9 +180,9 @@ class Top:
             return
         for text in facts_lines(block):
             yield Line(text)
-        if block["id"] in self._rates:
-            for title, which in (("put/s  ", 0), ("taken/s", 1)):
-                rate = block["put_rate" if which == 0 else "rate"] or 0.0
+        if "rate" in block:
+            for which, (title, name) in enumerate((("put/s  ", "put_rate"), ("taken/s", "rate"))):
+                rate = block[name] or 0.0
                 trend = self._trend(block["id"], min(_HISTORY, max(1, width - 16)), which)
                 yield Line(f"{title} {amount(rate):>5}  {trend}")
         yield Line("")
