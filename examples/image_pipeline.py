@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from multiprocessing.synchronize import Event
 
 import numpy as np
 
@@ -35,14 +36,15 @@ def camera(frames: Ring) -> None:
             del record  # no array may outlive the block
 
 
-def blur(frames: Ring, blurred: Ring, dies: bool) -> None:
-    """The mean of each pixel and its four neighbours."""
+def blur(frames: Ring, blurred: Ring, killed: Event) -> None:
+    """The mean of each pixel and its four neighbours; killed at one frame, the first time."""
     while True:
         try:
             with frames.peek() as view, blurred.reserve(RECORD.itemsize) as room:
                 source, target = np.frombuffer(view, RECORD), np.frombuffer(room, RECORD)
                 number, image = int(source["number"][0]), source["pixels"][0]
-                if dies and number >= KILLED_AT:
+                if number == KILLED_AT and not killed.is_set():
+                    killed.set()
                     os.kill(os.getpid(), signal.SIGKILL)
                 shifted = [np.roll(image, step, axis) for axis in (0, 1) for step in (-1, 1)]
                 target["number"] = number
@@ -68,10 +70,11 @@ def edges(blurred: Ring, results: Ring) -> None:
 
 def main() -> None:
     room = 16 * RECORD.itemsize
+    killed = multiprocessing.Event()
     with Ring.create(room) as frames, Ring.create(room) as blurred, Ring.create() as results:
         stages = [
-            multiprocessing.Process(target=blur, args=(frames, blurred, True)),
-            multiprocessing.Process(target=blur, args=(frames, blurred, False)),
+            multiprocessing.Process(target=blur, args=(frames, blurred, killed)),
+            multiprocessing.Process(target=blur, args=(frames, blurred, killed)),
             multiprocessing.Process(target=edges, args=(blurred, results)),
             multiprocessing.Process(target=camera, args=(frames,)),
         ]
@@ -85,8 +88,8 @@ def main() -> None:
             ring.shutdown()
         for stage in stages:
             stage.join()
-    killed = [stage.exitcode for stage in stages].count(-signal.SIGKILL)
-    print(f"{len(counts)} of {FRAMES} frames, {killed} process killed")
+    deaths = [stage.exitcode for stage in stages].count(-signal.SIGKILL)
+    print(f"{len(counts)} of {FRAMES} frames, {deaths} process killed")
     print(f"{sum(counts.values()) / FRAMES:.0f} edge pixels a frame")
 
 

@@ -151,6 +151,22 @@ def run_in_process(
         process.join()
 
 
+SHMRING = (sys.executable, "-m", "shmring")
+
+
+def run_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``shmring`` with these arguments, and these variables beside the ones that are set."""
+    return subprocess.run(
+        [*SHMRING, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
 def run_with_mounts(mounts: str, program: str) -> subprocess.CompletedProcess[str]:
     """Run a Python program with mounts of its own, which a shell command makes."""
     done = subprocess.run(

@@ -21,12 +21,9 @@ import sys
 from typing import Any
 
 from shmring._backend import JoinableQueue, Queue, SimpleQueue
+from shmring.drop_in import STOCK_INSIDE
 
 __all__ = ["get_context"]
-
-# Without the test on its caller, SimpleQueue() breaks ProcessPoolExecutor(mp_context=...) and
-# Pool(context=...): these modules call it and then read private names of its pipe.
-_POOLS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
 
 
 class QueueMethods:
@@ -51,7 +48,7 @@ class QueueMethods:
 
         The standard library's own pools get the standard library's.
         """
-        if not options and sys._getframe(1).f_globals.get("__name__") in _POOLS:
+        if not options and sys._getframe(1).f_globals.get("__name__") in STOCK_INSIDE:
             return self.stock.SimpleQueue()
         return SimpleQueue(ctx=self.stock, **{**self.defaults(), **options})
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from shmring import _backend
 
-__all__ = ["install", "uninstall"]
+__all__ = ["STOCK_INSIDE", "install", "uninstall"]
 
-# These make a SimpleQueue and then read private names of its pipe.
+# These modules make a SimpleQueue and then read private names of its pipe.
 STOCK_INSIDE = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
 
 

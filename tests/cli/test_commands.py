@@ -16,28 +16,16 @@ import pytest
 pytest.importorskip("shmring._core.handle")
 
 from header import LAYOUT, word
-from shmring import Queue, Ring
-from support import SHARED_MEMORY, own_name, run_in_process, wait_for
+from shmring import Queue, Ring, SharedMemoryManager
+from support import SHARED_MEMORY, SHMRING, own_name, run_command, run_in_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
 NAME = own_name("commands")
-SHMRING = [sys.executable, "-m", "shmring"]
-
-
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SHMRING, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
 
 
 def text_of(*arguments: object) -> str:
-    done = run(*arguments)
+    done = run_command(*arguments)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
 
@@ -48,7 +36,7 @@ def json_of(*arguments: object) -> Any:
 
 def refused(status: int, text: str, *arguments: object) -> None:
     """One line on stderr, nothing on stdout."""
-    done = run(*arguments)
+    done = run_command(*arguments)
     assert (done.returncode, done.stdout) == (status, ""), done
     assert done.stderr.count("\n") == 1, done.stderr
     assert re.search(text, done.stderr), done.stderr
@@ -79,15 +67,11 @@ def _has_message() -> bool:
         os.close(fd)
 
 
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
-
-
 # ---- ls ------------------------------------------------------------------------------------
 
 
 def test_ls_shows_a_row_and_what_stands_out() -> None:
-    with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
+    with Queue[int](name=NAME) as queue, run_in_process(queue.get) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         text = text_of("ls")
         assert re.search(r"^NAME +KIND +MSGS +FILL +MSG/S +WAIT +OWNER", text, re.M)
@@ -108,7 +92,7 @@ def test_ls_says_how_to_remove_what_is_left(orphan: str) -> None:
 
 def test_the_fallback_has_nothing_to_list() -> None:
     for command in (["ls"], ["inspect", "x"], ["watch", "x"], ["top"], ["rm", "x"]):
-        done = run(*command, SHMRING_BACKEND="queue")
+        done = run_command(*command, SHMRING_BACKEND="queue")
         assert (done.returncode, done.stdout) == (2, "")
         assert "a pipe shows nothing" in done.stderr
 
@@ -138,7 +122,7 @@ def test_inspect_unpickles_only_if_told() -> None:
     with Queue[Any](name=NAME) as queue:
         queue.put(Dangerous())
         assert "--pickle unpickles it, which runs code" in text_of("inspect", NAME)
-        assert run("inspect", NAME, "--pickle").returncode == 3
+        assert run_command("inspect", NAME, "--pickle").returncode == 3
 
 
 def test_inspect_an_anonymous_ring_by_its_id_and_a_process_by_its_pid() -> None:
@@ -159,7 +143,7 @@ def _hold_for_ever(ring: Ring) -> None:
         signal.pause()
 
 
-def test_names_that_cannot_be_inspected(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_names_that_cannot_be_inspected() -> None:
     refused(1, "does not exist: shmring ls shows what does", "inspect", NAME)
     refused(1, "process 999999999 is not there", "inspect", "999999999")
     refused(1, "process 1 has nothing of shmring's open|is not there", "inspect", "1")
@@ -197,6 +181,16 @@ def test_watch_prints_a_line_at_each_interval() -> None:
         assert all(re.fullmatch(line, each) for each in lines)
         shown = text_of("watch", NAME, "--count", 1, "--interval", 0.05, "--json")
         assert json.loads(shown)["messages"] == 5
+
+
+def test_watch_says_what_is_wrong_with_a_ring() -> None:
+    with SharedMemoryManager(NAME, 4096) as memory:
+        assert memory.create()
+        refused(2, f"{NAME} is a memory, not a ring", "watch", NAME)
+    with Ring.create(name=NAME) as ring:
+        word(ring, 8, 77, size=4)  # its version
+        text = text_of("watch", NAME, "--count", 1, "--interval", 0.05)
+        assert "version 77 of the layout" in text
 
 
 def watching(target: str = NAME, line: str = "") -> subprocess.Popen[str]:

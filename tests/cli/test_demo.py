@@ -19,7 +19,7 @@ import pytest
 
 import shmring
 from shmring.cli import demo
-from support import wait_for
+from support import SHMRING, run_command, wait_for
 
 KEYS = {
     "correct",
@@ -35,7 +35,6 @@ KEYS = {
     "ratio",
 }
 DEADLINE = 60
-SHMRING = [sys.executable, "-m", "shmring"]
 
 ring_only = pytest.mark.skipif(shmring.backend != "ring", reason="the fallback survives no kill")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -48,14 +47,7 @@ def few_messages(arguments: tuple[object, ...]) -> list[str]:
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SHMRING, *map(str, arguments), *few_messages(arguments)],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-    )
+    return run_command(*arguments, *few_messages(arguments), **environment)
 
 
 def run_patched(patch: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -16,37 +16,27 @@ import shmring
 from shmring.cli import doctor
 from shmring.cli.bench import Row, svg_of
 from shmring.cli.common import age, amount, cut, size
+from support import run_command
 
 ring_only = pytest.mark.skipif(
     shmring.backend != "ring", reason="the fallback has no ring to examine"
 )
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "shmring", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
 @ring_only
 def test_doctor_finds_this_machine_fit() -> None:
-    done = run("doctor")
+    done = run_command("doctor")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert "back end         ring: the compiled extension" in done.stdout
     for name in ("kernel", "robust futexes", "futex_waitv", "/dev/shm", "seccomp", "compiler"):
         assert f" {name} " in done.stdout
-    shown = json.loads(run("doctor", "--json").stdout)
+    shown = json.loads(run_command("doctor", "--json").stdout)
     assert shown["ok"] is True
     assert {each["state"] for each in shown["checks"]} <= {"ok", "note"}
 
 
 def test_doctor_says_why_the_fallback_serves() -> None:
-    done = run("doctor", SHMRING_BACKEND="queue")
+    done = run_command("doctor", SHMRING_BACKEND="queue")
     assert "SHMRING_BACKEND=queue asks for the fallback" in done.stdout
     blocked = (
         "import sys; sys.modules['shmring._core.object_ring'] = None\n"
@@ -85,7 +75,7 @@ def test_a_check_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.both_backends
 def test_bench_prints_a_table_and_draws_it(tmp_path: Path) -> None:
     drawing = tmp_path / "bench.svg"
-    done = run("bench", "--seconds", 1, "--svg", drawing)
+    done = run_command("bench", "--seconds", 1, "--svg", drawing)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["a", "second", "multiprocessing", "shmring", "times"]
@@ -101,13 +91,13 @@ def test_bench_prints_a_table_and_draws_it(tmp_path: Path) -> None:
 
 @ring_only
 def test_bench_as_json() -> None:
-    shown = json.loads(run("bench", "--seconds", 1, "--json").stdout)
+    shown = json.loads(run_command("bench", "--seconds", 1, "--json").stdout)
     assert [each["name"] for each in shown["rows"]][-1] == "pool, empty tasks"
     assert all(each["ratio"] > 0 and each["runs"] >= 3 for each in shown["rows"])
 
 
 def test_bench_refuses_a_drawing_that_cannot_be_written() -> None:
-    done = run("bench", "--svg", "/nix/bench.svg")
+    done = run_command("bench", "--svg", "/nix/bench.svg")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "shmring: --svg /nix/bench.svg: No such file or directory\n"
 
@@ -121,6 +111,7 @@ def test_a_drawing_names_every_row() -> None:
 def test_numbers_for_people() -> None:
     shown = [amount(each) for each in (0, 999, 999.6, 1000, 9949, 9951, 999_499, 999_600, 3e6)]
     assert shown == ["0", "999", "1.0k", "1.0k", "9.9k", "10k", "999k", "1.0M", "3.0M"]
+    assert [amount(each) for each in (1 << 64, 1 << 94)] == ["18E", "20R"]
     assert [size(each) for each in (1024, 3 << 20, 5 << 30)] == ["1 KiB", "3.0 MiB", "5.0 GiB"]
     assert [age(each) for each in (5, 119, 120, 7300, 200_000)] == ["5s", "119s", "2m", "2h", "2d"]
     assert [cut("abcdef", each) for each in (None, 6, 3, 0)] == ["abcdef", "abcdef", "ab…", "…"]

@@ -19,12 +19,12 @@ import pytest
 pytest.importorskip("shmring._core.handle")
 pytest.importorskip("curses", reason="this Python was built without curses")
 
-from shmring import ProcessPoolExecutor, Queue, Ring
+from header import word
+from shmring import ProcessPoolExecutor, Queue, Ring, SharedMemoryManager
 from shmring.cli.top import Top
 from shmring.observer.observer import Observer
-from support import own_name, run_in_process, wait_for
+from support import own_name, run_command, run_in_process, wait_for
 
-SHMRING = [sys.executable, "-m", "shmring", "top"]
 NAME = own_name("top")
 
 
@@ -56,7 +56,6 @@ def block(name: str, **facts: Any) -> dict[str, Any]:
         "waiters": [],
         "holders": [],
         "deaths": [],
-        "processes_known": [],
         **facts,
     }
 
@@ -114,6 +113,10 @@ def test_a_page_is_opened_and_left_and_survives_its_ring() -> None:
     text = "\n".join(each.text for each in top.lines(30, 100))
     assert re.search(r"^ +1 alive +get +3s +2\.0kB +- +a message", text, re.M)
     assert "process 1 waits in get for a message, 3.0 s" in text
+    facts = ("name", "id", "kind", "nbytes", "pids", "stopped")
+    damaged = {each: block("jobs")[each] for each in facts} | {"error": "it is damaged"}
+    top.update([damaged])
+    assert ("it is damaged", "") in top.lines(24, 100)
     top.update([])
     assert ("jobs has gone", "bad") in top.lines(24, 100)
     top.press("escape")
@@ -140,20 +143,24 @@ def test_forty_columns_and_few_lines() -> None:
 
 
 def test_what_observers_find_can_be_shown() -> None:
-    """Pages about a queue, a ring, a pool and its queues, with real facts."""
+    """Pages about a queue, two rings, one damaged, a pool, its queues, and plain memory."""
     with (
         Queue[int](5, name=NAME) as queue,
         Ring.create() as ring,
         ring.reserve(8),
+        Ring.create() as damaged,
         ProcessPoolExecutor(1) as pool,
+        SharedMemoryManager(own_name("top-memory"), 4096) as memory,
         Observer() as observer,
     ):
+        assert memory.create()
+        word(damaged, 8, 77, size=4)  # its version
         pool.submit(abs, -1).result(60)
         queue.put(1)
         top = Top()
         top.update(observer.look(), observer)
         mine = [each for each in observer.look() if os.getpid() in each["pids"]]
-        assert len(mine) == 5
+        assert len(mine) == 7
         for each in mine:
             top.page = each["id"]
             text = "\n".join(line.text for line in top.lines(40, 120))
@@ -213,14 +220,10 @@ def terminal(tmp_path: Path, columns: int = 120, environment: str = "") -> Itera
         made.tmux("kill-server")
 
 
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
-
-
 def test_top_in_a_terminal(tmp_path: Path) -> None:
     with (
         Queue[int](name=NAME) as queue,
-        run_in_process(_wait_for_one, queue) as waiter,
+        run_in_process(queue.get) as waiter,
         terminal(tmp_path) as shown,
     ):
         shown.wait_for(rf"^{NAME} +queue +0 +0% +0 +1 +{os.getpid()}")
@@ -240,7 +243,7 @@ def test_top_in_a_terminal(tmp_path: Path) -> None:
         shown.keys("Space", "Escape")
         shown.wait_for(r"^NAME +KIND")
         shown.tmux("resize-window", "-x", "40", "-y", "10")
-        shown.wait_for(r"^NAME +KIND +MSGS *$")
+        shown.wait_for(r"^NAME +KIND +MSGS( +FILL)? *$")  # as the longest name allows
         shown.keys("q")
         shown.wait_for("ended with 0")
         assert (tmp_path / "stderr").read_text() == ""
@@ -265,33 +268,12 @@ def test_ctrl_c_restores_the_terminal(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal() -> None:
-    done = subprocess.run(
-        SHMRING,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_command("top")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "shmring: top needs a terminal: use shmring ls, or shmring top --json\n"
     with Ring.create(name=NAME):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "shmring",
-                "top",
-                "--json",
-                "--count",
-                "2",
-                "--interval",
-                "0.05",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
+        done = run_command("top", "--json", "--count", 2, "--interval", 0.05)
+        assert done.returncode == 0, done.stderr
         looks = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(looks) == 2
         assert all(NAME in [each["name"] for each in look] for look in looks)

@@ -145,10 +145,6 @@ def ask_worker(task: int) -> tuple[str, bytes]:
     return worker.ipc.process_id, worker.ipc.read_shared_data("data_buffer", 5)
 
 
-def die_on_arrival(task: int) -> int:
-    return task
-
-
 class PoisonousHandler:
     """Kills its process where it is unpickled, or, after fork, called for."""
 

@@ -44,15 +44,11 @@ def scrape(url: str, name: str, **labels: str) -> list[float]:
     ]
 
 
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
-
-
 def test_a_queue_is_scraped_over_http(url: str) -> None:
     def value(name: str) -> list[float]:
         return scrape(url, f"shmring_ring_{name}", ring=NAME, kind="queue")
 
-    with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
+    with Queue[int](name=NAME) as queue, run_in_process(queue.get) as waiter:
         wait_for(lambda: value("waiters") == [1], 30)
         queue.put_many([1, 2, 3])
         waiter.join(30)

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("shmring._core.handle")
 
-from header import first_frame, word
+from header import area, first_frame, word
 from shmring import Message, MessageType, Queue, Ring
-from shmring.errors import DecodeError
+from shmring.errors import DecodeError, RingCorrupted
 from shmring.ipc.message import MessageCodec
 from shmring.observer.frames import LoggedFrame, decoded, last_frames
 from shmring.observer.ring import header_in, read_bytes
@@ -135,6 +135,16 @@ def test_garbage_between_frames_ends_the_walk() -> None:
         second = first_frame(ring) + 136
         word(ring, second + 8, 1 << 60)
         assert len(frames(ring)) == 1
+
+
+def test_an_area_between_two_words_is_none() -> None:
+    with Ring.create() as ring:
+        ring.put(b"x")
+        base, *place = area(ring, 0)
+        area(ring, 0, (base + 4, *place))
+        with pytest.raises(RingCorrupted, match="from position 4 on, cannot be"):
+            frames(ring)
+        area(ring, 0, (base, *place))
 
 
 def test_an_empty_ring_has_no_frames() -> None:

@@ -76,7 +76,7 @@ def _leave_a_queue_behind() -> None:
 
 
 def test_a_waiter_is_a_consumer() -> None:
-    with Queue[int](name=NAME) as queue, run_in_process(_wait_for_one, queue) as waiter:
+    with Queue[int](name=NAME) as queue, run_in_process(queue.get) as waiter:
         wait_for(lambda: queue.statistics().waiters)
         block = found(NAME)
         assert sorted(block["pids"]) == sorted([os.getpid(), waiter.pid or 0])
@@ -84,10 +84,6 @@ def test_a_waiter_is_a_consumer() -> None:
             (waiter.pid, "a message")
         ]
         assert block["consumers"] == [waiter.pid]
-
-
-def _wait_for_one(queue: Queue[int]) -> None:
-    queue.get()
 
 
 def _put_one(queue: Queue[int]) -> None:
@@ -283,6 +279,29 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
         assert "too few" in found(NAME)["error"]
     finally:
         (SHARED_MEMORY / NAME).unlink()
+
+
+@pytest.mark.parametrize("nbytes", [0, 100])
+def test_a_file_is_cut_short_between_looks(nbytes: int) -> None:
+    with Ring.create(name=NAME) as ring, Observer(NAME) as observer:
+        observer._scan()
+        start = (SHARED_MEMORY / NAME).read_bytes()
+        os.ftruncate(ring._fileno(), nbytes)
+        try:
+            for _ in range(2):
+                (block,) = observer.look(detail=False)
+                assert "too few" in block["error"]
+        finally:
+            os.pwrite(ring._fileno(), start, 0)
+
+
+def test_a_ring_without_a_time_is_looked_at_again() -> None:
+    with Ring.create(name=NAME) as ring, Observer(NAME) as observer:
+        word(ring, 56, 0)  # created_ns
+        for _ in range(2):
+            (block,) = observer.look(detail=False)
+            assert block["age_seconds"] is None
+            assert "error" not in block
 
 
 def test_other_blocks() -> None:

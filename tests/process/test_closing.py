@@ -219,9 +219,19 @@ def test_growing_twice_in_one_call_leaves_no_mapping():
         other.close()
 
 
-def _mappings() -> int:
+def test_both_sides_share_a_mapping_until_one_is_in_another_area():
+    with Ring.create(4096, max_capacity=1 << 20) as ring:
+        inode = str(os.fstat(ring._fileno()).st_ino)
+        assert _mappings(inode) == 3  # the header, and the area twice in a row
+        ring.put_many([bytes(1000)] * 8)
+        assert _mappings(inode) == 5
+        assert ring.get_many() == [bytes(1000)] * 8
+
+
+def _mappings(inode: str | None = None) -> int:
+    """How many mappings this process has, or has of one file."""
     with open("/proc/self/maps") as maps:
-        return sum(1 for _ in maps)
+        return sum(inode is None or line.split()[4] == inode for line in maps)
 
 
 def test_unpickling_a_queue_that_is_gone_fails_at_the_first_call():

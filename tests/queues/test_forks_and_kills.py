@@ -23,7 +23,14 @@ from header import LARGE as WHOLE
 from header import LOCKS, OWNER, lock_word, stopped_under_lock
 from shmring import Queue, Ring
 from shmring.errors import Empty, Full
-from support import at_least, left_since, run_in_process, shared_memory_names, wait_for
+from support import (
+    at_least,
+    left_since,
+    run_in_process,
+    run_with_mounts,
+    shared_memory_names,
+    wait_for,
+)
 
 LARGE = 4_000_000  # copying this takes most of a call, under the lock
 DEPTHS = [0, 30, 100, 300, 3000]  # instructions under the lock; the last is inside the copying
@@ -247,8 +254,7 @@ def test_all_processes_killed_leave_nothing_of_anonymous_queues():
 
 
 @pytest.mark.fault(21)
-def test_a_full_file_system_fails_by_name_and_leaves_nothing(tmp_path):
-    """In a mount namespace of its own, with a /dev/shm of one MiB."""
+def test_a_full_file_system_fails_by_name_and_leaves_nothing():
     program = (
         "import os, shmring\n"
         "queue = shmring.Queue(max_capacity=64 << 20)\n"
@@ -270,21 +276,7 @@ def test_a_full_file_system_fails_by_name_and_leaves_nothing(tmp_path):
         "queue.close()\n"
         "assert os.listdir('/dev/shm') == []\n"
     )
-    script = tmp_path / "full.py"
-    script.write_text(program)
-    done = subprocess.run(
-        [
-            *("unshare", "--mount", "sh", "-c"),
-            'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" "$1"',
-            *(sys.executable, str(script)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"no mount namespace to be had here: {done.stderr.strip()}")
+    done = run_with_mounts("mount -t tmpfs -o size=1m none /dev/shm", program)
     assert done.returncode == 0, done.stderr
     assert "8388608 bytes" in done.stdout
     assert "no room to grow" in done.stdout

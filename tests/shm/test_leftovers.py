@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shmring import Queue, Ring, SharedMemoryManager, cleanup_stale
-from support import own_name, run_in_process, shared_memory_names, wait_for
+from support import own_name, run_command, run_in_process, shared_memory_names, wait_for
 
 pytestmark = pytest.mark.usefixtures("only_cleaner")
 
@@ -28,13 +28,8 @@ def ours() -> set[str]:
 
 def stale_command() -> list[str]:
     """`shmring rm --stale`, and what it says that it removed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "shmring", "rm", "--stale"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = run_command("rm", "--stale")
+    assert done.returncode == 0, done.stderr
     return [line.removeprefix("removed ") for line in done.stdout.splitlines()]
 
 

@@ -187,6 +187,18 @@ def test_no_batch_is_lost_with_its_worker() -> None:
             assert (batch["x"] == number).all()
 
 
+def printed_by(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 FEW_DESCRIPTORS = """
 import os, resource, torch
 import shmring.torch
@@ -213,14 +225,54 @@ print(len(kept), len(os.listdir("/proc/self/fd")) < 40)
 
 
 def test_ten_thousand_tensors_a_batch_need_no_descriptors() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FEW_DESCRIPTORS],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.stdout == "6 True\n", done.stderr
+    assert printed_by(FEW_DESCRIPTORS) == "6 True\n"
+
+
+IMPORTED = """
+import sys
+import torch
+import shmring.torch
+
+class Modules(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, number):
+        return sorted(sys.modules)
+
+context = shmring.torch.get_context("fork")
+loader = torch.utils.data.DataLoader(
+    Modules(), None, num_workers=1, multiprocessing_context=context)
+for names in loader:
+    print(sorted({*names} - {*sys.modules}))
+"""
+
+
+def test_a_forked_worker_imports_nothing() -> None:
+    """What it needs was imported before the fork, once for all workers."""
+    assert printed_by(IMPORTED) == "[]\n"
+
+
+DRAWN = """
+import numpy
+import shmring.torch
+
+def draw(queue):
+    queue.put(numpy.random.random())
+
+context = shmring.torch.get_context("fork")
+with context.Queue() as queue:
+    children = [context.Process(target=draw, args=(queue,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    print(len({queue.get(timeout=60) for _ in children}))
+    for child in children:
+        child.join()
+"""
+
+
+def test_other_forked_children_draw_numbers_of_their_own() -> None:
+    """The generator of numpy, which each of them seeds when it imports it."""
+    assert printed_by(DRAWN) == "2\n"
 
 
 SMALL_MEMORY = """

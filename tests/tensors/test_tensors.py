@@ -195,6 +195,10 @@ def test_other_layouts_travel_by_their_parts(queue: Any, make: Any, dense: Any) 
     assert arrived.layout == tensor.layout
     assert arrived.dtype == tensor.dtype
     assert torch.equal(dense(arrived), dense(tensor))
+    if not tensor.is_quantized:
+        leaf = through(queue, tensor.requires_grad_())
+        assert leaf.requires_grad
+        assert leaf.is_leaf
 
 
 def test_storages_travel_by_value(queue: Any) -> None:

@@ -37,7 +37,7 @@ typedef struct {
     uint64_t mask;
     uint64_t base;
     uint64_t generation;
-    int64_t references; /* the handle's, and one for each view */
+    int64_t references; /* one a side of the handle, and one for each view */
     size_t mapped_bytes;
 } area_mapping;
 

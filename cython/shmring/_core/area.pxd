@@ -11,7 +11,7 @@ cdef extern from "area.h" nogil:
         uint64_t mask
         uint64_t base  # the position at which the area begins
         uint64_t generation
-        int64_t references  # the handle's, and one for each view
+        int64_t references  # one a side of the handle, and one for each view
 
     ctypedef struct File "area_file":
         uint64_t device

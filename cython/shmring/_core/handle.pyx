@@ -168,7 +168,10 @@ cdef class RingHandle(RingCore):
             written = load_acquire64(&h.write_generation)
             read = load_acquire64(&h.read_generation)
             error = area_open(h, self.fd, &self.file, written, &self.producer_mapping)
-            if error == 0:
+            if error == 0 and read == written:
+                self.consumer_mapping = self.producer_mapping
+                fetch_add64(&self.consumer_mapping.references, 1)
+            elif error == 0:
                 error = area_open(h, self.fd, &self.file, read, &self.consumer_mapping)
             if load_acquire64(&h.write_generation) == written and load_acquire64(&h.read_generation) == read:
                 break

@@ -115,8 +115,6 @@ cdef class RingCore:
     cdef Claim *claim  # where this handle claims what it takes, or NULL
     # of the handle
     cdef uint64_t oversized  # atomic: a get found the ring empty and far too large: what would do
-    cdef uint64_t owner  # this process, found out when first needed
-    cdef uint32_t owner_epoch
     cdef object __weakref__
 
     # one attempt each: lock, look, copy, commit, unlock, wake

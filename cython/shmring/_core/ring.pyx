@@ -87,6 +87,10 @@ cdef void return_block(BlockSpace *space, int index, char *data, uint64_t capaci
     block_return(space, index, data, capacity, epoch, owner)
 
 
+cdef uint64_t owner  # this process, found out when first needed: asking /proc takes 20 us
+cdef uint32_t owner_epoch
+
+
 @cython.binding(False)
 cdef class RingCore:
     """One handle of this process on one ring.
@@ -231,10 +235,10 @@ cdef class RingCore:
 
     cdef uint64_t myself(self) noexcept nogil:
         cdef uint32_t epoch = sync_epoch()
-        if load_acquire32(&self.owner_epoch) != epoch:
-            store_relaxed64(&self.owner, owner_self())
-            store_release32(&self.owner_epoch, epoch)  # last: threads without the GIL look as well
-        return load_relaxed64(&self.owner)
+        if load_acquire32(&owner_epoch) != epoch:
+            store_relaxed64(&owner, owner_self())
+            store_release32(&owner_epoch, epoch)  # last: threads without the GIL look as well
+        return load_relaxed64(&owner)
 
     # ---- put ------------------------------------------------------------------------------
 

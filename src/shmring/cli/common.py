@@ -69,7 +69,7 @@ def amount(number: float) -> str:
     """A count in at most five characters: 7, 1.2k, 34M."""
     if number < 999.5:
         return f"{number:.0f}"
-    units = iter("kMGTPE")
+    units = iter("kMGTPEZYRQ")  # the last ones for the rates of a damaged ring
     unit = ""
     while number >= 999.5:
         number /= 1000

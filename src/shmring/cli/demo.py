@@ -14,7 +14,7 @@
                                v
            words = messages: multiprocessing.Queue and Queue, timed
 
-Nothing is printed here; :mod:`shmring.cli.main` does that.
+Nothing is printed here; :mod:`shmring.cli.demo_view` does that.
 """
 
 from __future__ import annotations

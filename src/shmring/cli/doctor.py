@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import shutil
@@ -20,7 +21,6 @@ __all__ = ["Check", "checks", "doctor"]
 _LEAST_SHM = 64 << 20
 _SYS_FUTEX_WAITV = 449  # on every architecture
 _SYS_GET_ROBUST_LIST = {"x86_64": 274, "aarch64": 100}
-_ENOSYS = 38
 
 
 class Check(NamedTuple):
@@ -138,7 +138,7 @@ def _robust_futexes() -> Check:
 
 def _futex_waitv() -> Check:
     error = _syscall(_SYS_FUTEX_WAITV, None, 0, 0, None, 0)
-    if error == _ENOSYS or error == 1:
+    if error in (errno.ENOSYS, errno.EPERM):
         return Check(
             "futex_waitv",
             "note",
@@ -209,7 +209,6 @@ def _proc() -> Check:
 
 
 def _seccomp() -> Check:
-    status: dict[str, str] = {}
     with open("/proc/self/status") as file:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     modes = {"0": "off", "1": "strict", "2": "a filter"}
@@ -253,10 +252,12 @@ def _extras() -> Check:
         "msgspec": "msgpack",
         "rich": "cli",
         "prometheus_client": "metrics",
+        "opentelemetry": "otel",
         "argcomplete": "completion",
         "psutil": "pool",
         "joblib": "joblib",
         "distributed": "dask",
+        "torch": "torch",
     }
     there = [extra for module, extra in extras.items() if find_spec(module) is not None]
     return Check("extras", "ok", ", ".join(there) or "none installed")

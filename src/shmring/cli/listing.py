@@ -216,10 +216,7 @@ def watch(options: argparse.Namespace) -> int:
     from shmring.observer.observer import Observer
 
     with Observer() as observer:
-        block = find_block(observer.look(), options.name)
-        if "messages" not in block:
-            raise Stop(f"{printable(options.name)} is a {block['kind']}, not a ring", IMPOSSIBLE)
-        named = block["name"]
+        named = _find_ring(observer.look(), options.name)["name"]
         with Observer(named, scan_s=options.interval) as one:
             due = time.monotonic()
             one.look()
@@ -227,7 +224,7 @@ def watch(options: argparse.Namespace) -> int:
                 due = max(time.monotonic(), due + options.interval)
                 time.sleep(max(0.0, due - time.monotonic()))
                 try:
-                    block = find_block(one.look(), options.name)
+                    block = _find_ring(one.look(), options.name)
                 except FileNotFoundError:
                     raise Stop(f"{printable(options.name)} has gone", WRONG) from None
                 if options.json:
@@ -235,6 +232,13 @@ def watch(options: argparse.Namespace) -> int:
                 else:
                     show([_line_of(block)])
     return 0
+
+
+def _find_ring(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    block = find_block(found, name)
+    if "messages" not in block and "error" not in block:
+        raise Stop(f"{printable(name)} is a {block['kind']}, not a ring", IMPOSSIBLE)
+    return block
 
 
 def _line_of(block: dict[str, Any]) -> str:

@@ -180,9 +180,9 @@ class Top:
             return
         for text in facts_lines(block):
             yield Line(text)
-        if block["id"] in self._rates:
-            for title, which in (("put/s  ", 0), ("taken/s", 1)):
-                rate = block["put_rate" if which == 0 else "rate"] or 0.0
+        if "rate" in block:
+            for which, (title, name) in enumerate((("put/s  ", "put_rate"), ("taken/s", "rate"))):
+                rate = block[name] or 0.0
                 trend = self._trend(block["id"], min(_HISTORY, max(1, width - 16)), which)
                 yield Line(f"{title} {amount(rate):>5}  {trend}")
         yield Line("")
@@ -194,22 +194,22 @@ class Top:
                 yield Line(text)
 
     def _processes(self, block: dict[str, Any]) -> Iterator[Line]:
-        """A line for each process of a ring."""
+        """A line for each process that has a ring, or plain memory, open."""
         beats = {
             each["pid"]: each["silent_seconds"]
             for other in self._found
             for each in other.get("processes", ())
             if each["state"] != "exited"
         }
-        waiting = {each["pid"]: each for each in reversed(block["waiters"])}
-        holding = {each["pid"]: each for each in block["holders"]}
+        waiting = {each["pid"]: each for each in reversed(block.get("waiters", ()))}
+        holding = {each["pid"]: each for each in block.get("holders", ())}
         yield Line(_PROCESSES_HEAD, "head")
         for pid in block["pids"]:
             known = waiting.get(pid)
             roles = [
                 role
-                for role, seen in (("put", block["producers"]), ("get", block["consumers"]))
-                if pid in seen
+                for role, seen in (("put", "producers"), ("get", "consumers"))
+                if pid in block.get(seen, ())
             ]
             doing = known["waits_for"] if known else ""
             if pid in holding:

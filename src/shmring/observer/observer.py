@@ -176,7 +176,7 @@ class Observer:
             "kind": known.kind,
             "nbytes": status.st_blocks * 512,
             "pids": file.pids,
-            "stopped": sorted(stopped & known.users),
+            "stopped": sorted(stopped & known.users) if stopped else [],
         }
         try:
             if known.kind == "ring":
@@ -235,8 +235,11 @@ class Observer:
 
 def _is_at_rest(facts: dict[str, Any]) -> bool:
     """Whether nothing but rates and the age changes in facts while the header does not."""
-    return not any(facts[each] for each in ("waiters", "holders", "deaths", "blocks")) and (
-        facts["owner"] is not None and facts["owner"]["state"] == "alive"
+    return bool(
+        facts.get("owner")
+        and facts["owner"]["state"] == "alive"
+        and facts["age_seconds"] is not None
+        and not any(facts[each] for each in ("waiters", "holders", "deaths", "blocks"))
     )
 
 

@@ -1,4 +1,4 @@
-"""What is known of processes, asked of the kernel once a second at most."""
+"""States and commands of processes; what the kernel answered counts for a while."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class KnownProcesses:
     def __init__(self, kept_s: float) -> None:
         self._kept_s = kept_s
         self._states: dict[tuple[int, int], tuple[float, State]] = {}
-        self._commands: dict[tuple[int, int], tuple[float, str]] = {}
+        self._commands: dict[int, tuple[float, str]] = {}
 
     def state(self, pid: int, start_ticks: int = 0) -> State:
         """Whether a process lives; without its start time a later one of that pid counts."""
@@ -44,7 +44,7 @@ class KnownProcesses:
     def command(self, pid: int) -> str:
         """The command line of a process, its words between spaces; empty if unknown."""
         now = time.monotonic()
-        until, command = self._commands.get((pid, 0), (0.0, ""))
+        until, command = self._commands.get(pid, (0.0, ""))
         if until > now:
             return command
         try:
@@ -55,5 +55,5 @@ class KnownProcesses:
         command = b" ".join(words).decode("utf-8", "replace")
         if len(self._commands) >= _MOST:
             self._commands.clear()
-        self._commands[pid, 0] = now + self._kept_s, command
+        self._commands[pid] = now + self._kept_s, command
         return command

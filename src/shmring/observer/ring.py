@@ -183,10 +183,11 @@ def area_at(header: Header, generation: int) -> Area:
 @functools.lru_cache(1024)
 def _area_in(record: bytes) -> Area:
     area = Area(*_AREA.unpack(record))
-    size, limit = area.capacity, LAYOUT["MAX_CAPACITY"]
-    if size < LAYOUT["MIN_CAPACITY"] or size & (size - 1) or size > limit or area.offset > limit:
+    size, least, most = area.capacity, LAYOUT["MIN_CAPACITY"], LAYOUT["MAX_CAPACITY"]
+    if not least <= size <= most or size & (size - 1) or area.offset > most or area.base % 8:
         raise RingCorrupted(
-            f"an area of {size} bytes at offset {area.offset} cannot be: the ring is damaged"
+            f"an area of {size} bytes at offset {area.offset}, from position {area.base} on, cannot"
+            " be: the ring is damaged"
         )
     return area
 

@@ -29,6 +29,10 @@ class _TensorMethods(QueueMethods):
     def Queue(self, maxsize: int = 0, **options: Any) -> Queue[Any]:
         """A :class:`shmring.Queue` with the codec for tensors."""
         if sys._getframe(1).f_globals.get("__name__") == "torch.utils.data.dataloader":
+            # Its workers seed this one: imported once, not in each fork. Not at the top: other
+            # children would inherit the state of its generator, and draw the same numbers.
+            import numpy.random  # noqa: F401
+
             return LoaderQueue(maxsize, ctx=self.stock, **{**self.defaults(), **options})
         return super().Queue(maxsize, **options)
 

@@ -100,6 +100,8 @@ def _reduce_other(tensor: Any) -> Any:
     _check_leaf(tensor)
     if tensor.device.type != "cpu":
         return reductions.reduce_tensor(tensor)  # torch's way: by a handle of the device
+    if tensor.requires_grad:
+        return _with_gradient, (tensor.detach(),)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         try:
             return tensor.__reduce_ex__(5)  # by parts, which are tensors or storages
@@ -108,8 +110,6 @@ def _reduce_other(tensor: Any) -> Any:
                 f"a tensor of layout {tensor.layout} cannot travel by value ({error}):"
                 " put tensor.to_dense()"
             ) from None
-    if tensor.requires_grad:
-        return _with_gradient, (tensor.detach(),)
     if tensor.is_conj() or tensor.is_neg():
         return _reduce_tensor(tensor.resolve_conj().resolve_neg())
     data, char, shape, *strides = _parts(tensor.view(_INTEGERS[tensor.itemsize]).numpy())
