@@ -8,7 +8,6 @@ import errno
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -37,6 +36,8 @@ import shmring
 from shmring import ProcessPoolExecutor, RemoteError, SharedMemoryFull, WorkerDied
 from shmring.tasks import workers
 from support import asleep, wait_for, within
+
+resource = pytest.importorskip("resource")
 
 __all__ = ["pool"]
 
