@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ from support import (
 
 USER = os.getuid() if hasattr(os, "getuid") else "user"
 CLEANERS_LOCK = Path(tempfile.gettempdir()) / f"shmring-tests-{USER}.lock"
+
+# A debug build shows what others ignore, and tests look at all that a program prints.
+if hasattr(sys, "gettotalrefcount"):
+    os.environ["PYTHONWARNINGS"] = "ignore::ResourceWarning"
 
 # A run that a script started in the background ignores Ctrl-C, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -198,7 +198,7 @@ def shared_memory_names() -> set[str]:
     the semaphores of loky, which joblib's own tests make in another worker.
     """
     names = os.listdir(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else []
-    return {name for name in names if not re.fullmatch(r"sem\.(\w{6}|loky-.*)", name)}
+    return {name for name in names if not re.fullmatch(r"sem\.\w{6}|(sem\.)?loky-.*", name)}
 
 
 def holders(name: str) -> set[int]:

@@ -245,10 +245,10 @@ def serve(port: int = 9464, address: str = "127.0.0.1") -> Any:
 def _prometheus() -> Any:
     try:
         import prometheus_client
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            'metrics need prometheus_client: pip install "shmring[metrics]"'
-        ) from None
+            f'metrics need prometheus_client ({error}): pip install "shmring[metrics]"'
+        ) from error
     return prometheus_client
 
 

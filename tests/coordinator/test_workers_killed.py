@@ -9,7 +9,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
@@ -34,6 +33,8 @@ from shmring.tasks import dispatcher
 from shmring.tasks.task_loop import TaskLoop
 from shmring.tasks.workers import ChildWorkers
 from support import run_in_process, wait_for
+
+resource = pytest.importorskip("resource")
 
 TASKS = 30
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from header import LAYOUT
 from shmring import Queue, Ring, SharedMemoryFull, ShutDown
 from shmring.errors import Empty, Full
 from support import run_in_process, run_with_mounts, wait_for
+
+resource = pytest.importorskip("resource")
 
 MIB = 1 << 20
 

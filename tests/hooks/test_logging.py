@@ -62,6 +62,7 @@ def log_by_configuration(queue: Any, label: str, die: bool) -> None:
     handler = {
         "class": "logging.handlers.QueueHandler",
         "queue": queue if plain else {"()": lambda: queue},
+        **({} if plain else {"handlers": []}),  # 3.12.1 wants these named
     }
     logging.config.dictConfig(
         {

@@ -32,7 +32,12 @@ def test_two_threads_see_what_the_fences_promise(tmp_path):
         ],
         check=True,
     )
-    done = subprocess.run(
-        [program, ENOUGH], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stdout
+    for _ in range(10):  # on a busy machine one processor may run both threads
+        done = subprocess.run(
+            [program, ENOUGH], capture_output=True, text=True, timeout=100, check=False
+        )
+        *promised, unfenced = done.stdout.splitlines()
+        assert all(": 0 wrong " in line for line in promised), done.stdout
+        if done.returncode == 0:
+            return
+    pytest.fail(unfenced)

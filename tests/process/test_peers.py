@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ from shmring.errors import Empty, Full
 from shmring.process.liveness import process_start_ticks
 from shmring.process.peers import PeerPoll
 from support import asleep, run_in_process, turns, until, wait_for, within
+from traced import state_of
 
 if shmring.backend == "ring":
     from shmring import Ring
@@ -109,10 +111,9 @@ def test_a_waiting_get_is_told_of_the_death(start_method: str) -> None:
         assert caught.value.pid == peer.pid
         assert f"process {peer.pid} is dead" in str(caught.value)
         assert "nothing is left to take" in str(caught.value)
-        if start_method != "forkserver":  # whose children are not ours
-            assert caught.value.exitcode == -signal.SIGKILL
+        assert caught.value.exitcode == -signal.SIGKILL
         peer.join(10)
-        assert peer.exitcode == (-signal.SIGKILL if start_method != "forkserver" else peer.exitcode)
+        assert peer.exitcode == -signal.SIGKILL
 
 
 @both_backends
@@ -274,6 +275,22 @@ def test_the_exit_code_of_a_child_is_told_and_left_to_its_parent(
         with pytest.raises(PeerDied) as caught:  # reaped, its object remembers
             queue.get(peers=[peer])
         assert caught.value.exitcode == exitcode
+
+
+@both_backends
+def test_the_exit_code_of_a_fork_servers_child_is_waited_for() -> None:
+    with Queue[int]() as queue, run_in_process(forever, method="forkserver") as peer:
+        server = int(Path(f"/proc/{peer.pid}/status").read_text().split("PPid:")[1].split()[0])
+        os.kill(server, signal.SIGSTOP)
+        try:
+            peer.kill()
+            wait_for(lambda: state_of(peer.pid) == "Z")
+            threading.Timer(0.1, os.kill, (server, signal.SIGCONT)).start()
+            with pytest.raises(PeerDied) as caught:
+                queue.get(timeout=20, peers=[peer])
+        finally:
+            os.kill(server, signal.SIGCONT)
+        assert caught.value.exitcode == -signal.SIGKILL
 
 
 @both_backends

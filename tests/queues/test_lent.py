@@ -8,7 +8,6 @@ import gc
 import os
 import pickle
 import random
-import resource
 import signal
 import threading
 import time
@@ -27,6 +26,7 @@ from shmring.observer.observer import Observer
 from support import own_name, run_in_process, run_with_mounts, wait_for
 
 np = pytest.importorskip("numpy")
+resource = pytest.importorskip("resource")
 
 MIB = 1 << 20
 FREE, FORKED = 0, 1 << 63

@@ -75,6 +75,8 @@ def test_an_example_runs(source: str, output: str | None, tmp_path: Path) -> Non
     """A block with prompts is a doctest, and its answers are compared."""
     for package in re.findall(r"^import (pandas|pyarrow|torch)\b", source, re.M):
         pytest.importorskip(package)
+    if "metrics.serve" in source:
+        pytest.importorskip("ssl")
     program = tmp_path / "example.py"
     arguments = [str(program)]
     if ">>> " in source:

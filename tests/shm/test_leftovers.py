@@ -117,14 +117,14 @@ def test_a_program_that_ends_by_itself_leaves_nothing(how):
 
 
 @pytest.mark.fault(37)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("clean", [cleanup_stale, stale_command])
 def test_a_program_whose_processes_are_all_killed_leaves_what_cleaning_removes(clean, number):
     """SIGTERM without a handler ends a program as SIGKILL does."""
     with running(WAIT) as (program, made):
         assert not made & set(clean()), "they are in use"
         assert made <= shared_memory_names()
-        os.killpg(program.pid, number)
+        os.killpg(program.pid, signal.Signals[number])
         program.communicate(timeout=30)
         # the daemon's end is not ours to wait for
         removed: set[str] = set()

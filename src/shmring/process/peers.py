@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from multiprocessing import connection
 from typing import Any
 
 from shmring.errors import InvalidArgument, NotSupportedByFallback, PeerDied
@@ -20,6 +21,7 @@ from shmring.process.liveness import is_process_dead, process_start_ticks
 
 __all__ = ["PeerPoll"]
 
+_FORK_SERVER_S = 0.5
 _HAS_WAITID = hasattr(os, "waitid") and hasattr(os, "WNOWAIT")
 
 
@@ -104,9 +106,16 @@ class _Peer:
             self.start_ticks = process_start_ticks(self.pid)
         self.exitcode = self._find_exitcode()
         if self.exitcode is None and is_process_dead(self.pid, self.start_ticks):
+            self._await_exitcode()
             self.exitcode = self._find_exitcode()  # a child may have ended in between
             return True
         return self.exitcode is not None
+
+    def _await_exitcode(self) -> None:
+        """A fork server tells how its child has ended, a little after the kernel does."""
+        sentinel = getattr(self._process, "sentinel", None)
+        if isinstance(sentinel, int):
+            connection.wait([sentinel], _FORK_SERVER_S)
 
     def _find_exitcode(self) -> int | None:
         """Its exit code; None while it lives, or where the system does not tell."""
