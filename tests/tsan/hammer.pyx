@@ -18,7 +18,7 @@ from shmring._core.area cimport area_release
 from shmring._core.fast_path cimport put_fast, take_fast
 from shmring._core.handle cimport RingHandle
 from shmring._core.layout cimport SHMRING_FRAME_BYTES, Frame, shmring_frame_span
-from shmring._core.sync cimport fetch_add64, monotonic_ns, sync_start
+from shmring._core.sync cimport monotonic_ns, sync_start
 from shmring._core.diagnostics cimport CALL_GET, CALL_PUT, FOR_MESSAGE, FOR_ROOM
 from shmring._core.wait cimport PutWait, TakeWait
 
@@ -56,17 +56,6 @@ cdef inline uint64_t length_of(uint64_t producer, uint64_t number, uint64_t most
     return HEAD + (mixed >> 40) % (most if number % 16 == 0 else 200)
 
 
-def share_mapping(RingHandle ring):
-    """Have both sides of a ring that never grows use one mapping of its area.
-
-    Each has its own otherwise, and to the sanitizer a frame that is written here and read
-    there would be two places.
-    """
-    fetch_add64(&ring.producer_mapping.references, 1)
-    area_release(ring.consumer_mapping)
-    ring.consumer_mapping = ring.producer_mapping
-
-
 def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, bint in_place):
     """Put `count` messages; with `in_place` by reservations, one of eight given up.
 
@@ -81,6 +70,7 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
     cdef int result = DONE
     cdef char *payload = <char *>malloc(HEAD + most)
     wait.start(ring, CALL_PUT, FOR_ROOM, &ring.header.space_wait)
+    memset(&item, 0, sizeof(item))
     wait.items = &item
     wait.item_count = 1
     wait.position = &position
@@ -89,10 +79,8 @@ def produce(RingHandle ring, uint64_t producer, uint64_t count, uint64_t most, b
             length = length_of(producer, number, most)
             item.segments = &segment
             item.count = 0 if in_place else 1
-            item.kind = 0
             item.length = segment.length = length
             item.owner = ring.myself() if in_place else 0
-            item.mapping = NULL
             segment.data = payload
             if not in_place:
                 fill(payload, length, producer, number)

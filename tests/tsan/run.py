@@ -99,15 +99,13 @@ def rings(count: int) -> int:
     total = 0
     for most, ways in ((1000, ("copy", "copy", "span")), (4000, ("copy", "lease"))):
         with shmring.Ring.create(1 << 14) as ring:
-            hammer.share_mapping(ring)
             total += hammered(ring, count, most, ways)
     with shmring.Ring.create(4096, max_capacity=1 << 22) as ring:
-        # Its sides map each area on their own, so that the release of a reservation by its
-        # owner and the acquire by its taker are at two addresses here.
+        # Each side maps an area that it grew into on its own, so that the release of a
+        # reservation by its owner and the acquire by its taker are at two addresses here.
         ways = ("copy", "span", "lease")
         total += hammered(ring, count, 60_000, ways, in_place=False)
     with shmring.Queue(20, codec="bytes", max_capacity=1 << 16) as queue:
-        hammer.share_mapping(queue)
         total += hammered(queue, count // 4, 500, ("copy", "copy"))
     return total
 

@@ -403,7 +403,7 @@ cdef class TakeWait(Waiting):
         if (load_relaxed64(&self.ring.slept_ns) <= SPIN_SLEPT_NS and other != SHMRING_NO_CPU
                 and other != current_cpu()
                 and spin_while_equal(&h.write_position, &h.read_position,
-                                     self.ring.left_at != load_relaxed64(&h.read_position))):
+                                     load_relaxed64(&self.ring.left_at) != load_relaxed64(&h.read_position))):
             result = self.ring.take(self.take, MAY_WAIT)
             if result == BEHIND_RESERVATION:
                 until = monotonic_ns() + spin_for_writing(self.take.length)
