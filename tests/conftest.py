@@ -33,7 +33,7 @@ CLEANERS_LOCK = Path(tempfile.gettempdir()) / f"shmring-tests-{USER}.lock"
 
 # A debug build shows what others ignore, and tests look at all that a program prints.
 if hasattr(sys, "gettotalrefcount"):
-    os.environ["PYTHONWARNINGS"] = "ignore::ResourceWarning"
+    os.environ["PYTHONWARNINGS"] = "ignore::DeprecationWarning,ignore::ResourceWarning"
 
 # A run that a script started in the background ignores Ctrl-C, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
